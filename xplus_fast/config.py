@@ -1,0 +1,288 @@
+"""Every option of a recipe, in one dataclass tree; YAML in and out.
+
+`load_recipe("recipe.yaml", ["stages.0.learning_rate=1e-5"])` reads a file and lays `key=value`
+overrides over it. Unknown keys, wrong types and impossible values raise `UserError` with the key's
+whole path and, where a key is misspelt, the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from xplus_fast.errors import UserError
+
+PROMPT = "Translate the following text from {src} to {tgt}.\n\n{src} source: {text}\n\n{tgt} translation:"
+Format = Literal[
+    "auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from: a file, a folder, or the two files of a line-aligned pair."""
+
+    path: str | list[str]
+    format: Format = "auto"
+    languages: list[str] = field(default_factory=list)  # of line-aligned files, in their order;
+    # of gettext catalogs: the language of the msgids, then those to read; empty: by file name
+    directions: Literal["both", "forward", "backward"] = "both"
+    limit: int | None = None  # first examples only (pairs, for parallel text)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: list[Source] = field(default_factory=list)
+    heldout: int = 0  # pairs per language pair kept out of training for before/after figures
+    retention: list[Source] = field(default_factory=list)  # plain text whose loss should not move
+    prompt: str = PROMPT  # how a translation pair becomes an instruction
+    system: str | None = None  # system message put before every pair
+    think: Literal["masked", "loss", "absent"] = "masked"  # Qwen3's empty think block
+    pack_tokens: int = 4096  # token budget of one packed row
+    on_error: Literal["stop", "skip"] = "stop"
+    cache: str = "~/.cache/xplus-fast"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of training: which layers, how fast, how long, on what."""
+
+    layers: str | list[int]
+    name: str = ""  # default: stage-1, stage-2, ...
+    also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
+    learning_rate: float = 1e-5
+    min_learning_rate: float = 2e-6  # floor of the cosine
+    warmup: float = 0.03  # share of the steps
+    epochs: float | None = None  # epochs or steps, not both; neither: 1 epoch
+    steps: int | None = None
+    sources: list[Source] | None = None  # instead of data.sources
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    tokens_per_step: int = 65536  # of one optimizer step; accumulated over packed rows
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    activations: Literal["keep", "recompute_mlp", "recompute"] = "keep"
+    save_steps: int = 100
+    save_total_limit: int = 2
+    report_to: list[str] = field(default_factory=list)  # "tensorboard", "wandb", ...
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    samples: int = 4  # translations shown in the report, per direction
+    translate: int = 32  # held-out sentences translated per direction for chrF++; 0: none
+    max_new_tokens: int = 128
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str  # local folder or hub id
+    output: str  # the run's folder
+    stages: list[Stage]
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    device: str = "auto"
+    seed: int = 0
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `key=value` overrides, check everything.
+
+    Raises `UserError` for a missing or malformed file, an unknown key, a wrong type or value.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of options, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    recipe = _build(Recipe, tree, "")
+    _check(recipe)
+    return recipe
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> str | None:
+    """Name the first option in which two trees of `to_dict` differ: "stages.0.steps: 40, here 50"."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs: Any = [(k, a.get(k), b.get(k)) for k in [*a, *(k for k in b if k not in a)]]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b else f"{path}: {a!r} there, {b!r} here"
+    for key, x, y in pairs:
+        if found := first_difference(x, y, f"{path}.{key}" if path else str(key)):
+            return found
+    return None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, eq, text = override.partition("=")
+    if not eq or not key:
+        raise UserError(f"'{override}': an override reads key=value, such as stages.0.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'{override}': the value is not valid YAML") from None
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, part in enumerate([*parents, last]):
+        at = ".".join([*parents, last][: depth + 1])
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"'{override}': {at}: the list has items 0 to {len(node) - 1}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if depth < len(parents) and node.get(part) is None:
+                node[part] = {}
+        else:
+            raise UserError(f"'{override}': {at}: the option above it holds no options")
+        if depth == len(parents):
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    """Mapping -> dataclass, checking keys and types on the way."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a mapping of options is wanted, found {tree!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        at = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"{at}: unknown option; {hint}")
+        values[key] = _convert(hints[key], value, at)
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{path + '.' if path else ''}{name}: required, and missing")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        members = [m for m in get_args(hint) if m is not type(None)]
+        if value is None and len(members) < len(get_args(hint)):
+            return None
+        for member in members:
+            try:
+                return _convert(member, value, at)
+            except UserError:
+                if len(members) == 1:
+                    raise
+        raise UserError(f"{at}: {_describe(hint)} is wanted, found {value!r}")
+    if origin is Literal:
+        if value in get_args(hint) and not isinstance(value, bool):
+            return value
+        raise UserError(f"{at}: one of {', '.join(map(str, get_args(hint)))} is wanted, found {value!r}")
+    if origin is list:
+        (member,) = get_args(hint)
+        if not isinstance(value, list):
+            raise UserError(f"{at}: a list is wanted, found {value!r}")
+        return [_convert(member, v, f"{at}.{i}") for i, v in enumerate(value)]
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, at)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-5 as a string
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise UserError(f"{at}: {_describe(hint)} is wanted, found {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(m) for m in get_args(hint) if m is not type(None))
+    if get_origin(hint) is list:
+        return "a list"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check(recipe: Recipe) -> None:
+    """What types cannot say."""
+    if not recipe.stages:
+        raise UserError("stages: at least one stage is wanted")
+    names = set()
+    for i, s in enumerate(recipe.stages):
+        at = f"stages.{i}"
+        if s.epochs is not None and s.steps is not None:
+            raise UserError(f"{at}: epochs and steps are both given; one of them is wanted")
+        for name in ("learning_rate", "epochs", "steps"):
+            value = getattr(s, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{at}.{name}: a number above 0 is wanted, found {value}")
+        if not 0 <= s.min_learning_rate <= s.learning_rate:
+            raise UserError(
+                f"{at}.min_learning_rate: {s.min_learning_rate} is not between 0 and"
+                f" learning_rate {s.learning_rate}"
+            )
+        if not 0 <= s.warmup < 1:
+            raise UserError(f"{at}.warmup: a share from 0 to below 1 is wanted, found {s.warmup}")
+        name = stage_name(recipe, i)
+        if name in names or "/" in name or name.startswith("."):
+            raise UserError(f"{at}.name: '{name}' is taken already or no folder name")
+        names.add(name)
+    for at, value, least in (
+        ("data.pack_tokens", recipe.data.pack_tokens, 2),
+        ("data.heldout", recipe.data.heldout, 0),
+        ("training.tokens_per_step", recipe.training.tokens_per_step, 1),
+        ("training.save_steps", recipe.training.save_steps, 1),
+        ("training.save_total_limit", recipe.training.save_total_limit, 1),
+        ("training.max_grad_norm", recipe.training.max_grad_norm, 0),
+        ("training.weight_decay", recipe.training.weight_decay, 0),
+        ("evaluation.samples", recipe.evaluation.samples, 0),
+        ("evaluation.translate", recipe.evaluation.translate, 0),
+        ("evaluation.batch_size", recipe.evaluation.batch_size, 1),
+        ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, 1),
+    ):
+        if not least <= value < float("inf"):
+            raise UserError(f"{at}: at least {least} is wanted, found {value}")
+    try:
+        recipe.data.prompt.format(src="", tgt="", text="")
+    except (KeyError, IndexError, ValueError) as e:
+        raise UserError(
+            f"data.prompt: only {{src}}, {{tgt}} and {{text}} stand for something ({e!r})"
+        ) from None
+    if "{text}" not in recipe.data.prompt:
+        raise UserError("data.prompt: {text} is wanted, where the sentence goes")
+
+
+def stage_name(recipe: Recipe, index: int) -> str:
+    return recipe.stages[index].name or f"stage-{index + 1}"

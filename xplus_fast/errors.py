@@ -1,0 +1,5 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one clear line, the command line prints it and exits with code 2."""

@@ -1,0 +1,77 @@
+"""Which layers train: `"bottom:4"`, `"top:15"`, `"0-3,30-35"`, `"-15:"`, `[0, 1, 2]` -> layer ids."""
+
+import re
+from collections.abc import Sequence
+
+from xplus_fast.errors import UserError
+
+FORMS = "bottom:4, top:15, all, 0-3,30-35 (both ends included), -15: (a Python slice), [0, 1, 2]"
+
+
+def resolve_layers(spec: str | Sequence[int], layers: int) -> list[int]:
+    """Layer ids, ascending, from a selection over `layers` decoder layers (0 is next to the embedding).
+
+    Comma-separated parts are joined: "bottom:4,top:8".
+
+    Raises:
+        UserError: a form that is not known, an id out of range, a layer named twice, or none at all.
+    """
+    ids: list[int] = []
+    if isinstance(spec, str):
+        for part in spec.split(","):
+            ids += _part(part.strip(), layers, spec)
+    else:
+        for i in spec:
+            if isinstance(i, bool) or not isinstance(i, int):
+                raise UserError(f"layers: {i!r} is not a layer id; known forms: {FORMS}")
+        ids = [i + layers if -layers <= i < 0 else i for i in spec]
+    for i in ids:
+        if not 0 <= i < layers:
+            raise UserError(f"layers: {i} is out of range: the model has layers 0 to {layers - 1}")
+    twice = {i for i in ids if ids.count(i) > 1}
+    if twice:
+        raise UserError(f"layers: layer {min(twice)} is named twice in {spec!r}")
+    if not ids:
+        raise UserError(f"layers: {spec!r} selects no layer of 0 to {layers - 1}")
+    return sorted(ids)
+
+
+def describe_layers(ids: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 35] -> "0-3,35", which `resolve_layers` reads back."""
+    runs: list[list[int]] = []
+    for i in sorted(ids):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _part(part: str, layers: int, spec: str) -> list[int]:
+    if part == "all":
+        return list(range(layers))
+    if m := re.fullmatch(r"(bottom|top):(\d+)", part):
+        n = int(m[2])
+        if not 1 <= n <= layers:
+            raise UserError(f"layers: {part}: the model has {layers} layers, 1 to {layers} are wanted")
+        return list(range(n)) if m[1] == "bottom" else list(range(layers - n, layers))
+    if m := re.fullmatch(r"(\d+)-(\d+)", part):
+        if int(m[1]) > int(m[2]):
+            raise UserError(f"layers: {part}: the range runs backwards")
+        if int(m[2]) >= layers:
+            raise UserError(
+                f"layers: {part} is out of range: the model has layers 0 to {layers - 1}"
+            )
+        return list(range(int(m[1]), int(m[2]) + 1))
+    if m := re.fullmatch(r"(-?\d*):(-?\d*)", part):
+        for end in m.groups():
+            if end not in ("", "-") and not -layers <= int(end) <= layers:
+                raise UserError(
+                    f"layers: {part} is out of range: the model has layers 0 to {layers - 1}"
+                )
+        if "-" not in m.groups():
+            return list(range(layers))[slice(*(int(e) if e else None for e in m.groups()))]
+    if re.fullmatch(r"-?\d+", part):
+        i = int(part)
+        return [i + layers if -layers <= i < 0 else i]
+    raise UserError(f"layers: {part!r} in {spec!r} is no selection; known forms: {FORMS}")
