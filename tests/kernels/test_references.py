@@ -1,0 +1,210 @@
+"""Each reference op against fp64 truth, gradcheck, and the Hugging Face module it stands for."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+import xplus_kernels as ops
+from tests.tiny import difference
+
+EPS = 1e-6
+# the modules: in the package their names are the functions
+ATTENTION = sys.modules["xplus_kernels.varlen_attention"]
+HEAD = sys.modules["xplus_kernels.linear_cross_entropy"]
+# Against fp64, a result may err 1.1 times as much as Hugging Face's in its dtype, or by one rounding.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def gradcheck_pair(forward, backward, inputs):
+    """Numeric derivatives of `forward` against the hand-written `backward`."""
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(*grads, *ctx.saved_tensors)
+
+    leaves = tuple(t.clone().requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(Op.apply, leaves)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5), (7, 320), (2, 3, 96)])
+def test_rms_norm_gradcheck(shape):
+    gradcheck_pair(
+        lambda x, w: ops.rms_norm(x, w, eps=EPS),
+        lambda dy, x, w: ops.rms_norm_backward(dy, x, w, eps=EPS, need_dw=True),
+        (randn(*shape), randn(shape[-1], seed=1)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 96, 5120])
+def test_rms_norm_rounds_as_hugging_face_does(dtype, width):
+    norm = Qwen3RMSNorm(width, EPS).to(dtype)
+    x = randn(9, width).to(dtype).requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * randn(width, seed=1))
+    y = norm(x)
+    assert torch.equal(ops.rms_norm(x, norm.weight, eps=EPS), y)
+    dy = randn(9, width, seed=2).to(dtype)
+    y.backward(dy)
+    dx, dw = ops.rms_norm_backward(dy, x, norm.weight, eps=EPS, need_dw=True)
+    wide = [t.detach().double() for t in (dy, x, norm.weight)]
+    true_dx, true_dw = ops.rms_norm_backward(*wide, eps=EPS, need_dw=True)
+    for mine, theirs, truth in ((dx, x.grad, true_dx), (dw, norm.weight.grad, true_dw)):
+        assert difference(mine, truth) <= max(1.1 * difference(theirs, truth), ROUNDING[dtype])
+    assert ops.rms_norm_backward(dy, x, norm.weight, eps=EPS, need_dw=False)[1] is None
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_qk_norm_rope_gradcheck(normed):
+    t, n, k, d = 4, 3, 1, 6
+    cos, sin = ops.rope_tables(torch.tensor([0, 1, 0, 7]), randn(d // 2).abs())
+    norms = (randn(d, seed=1), randn(d, seed=2)) if normed else ()
+
+    def forward(qkv, *norms):
+        qn, kn = norms or (None, None)
+        parts = ops.qk_norm_rope(qkv, qn, kn, cos, sin, heads=n, kv_heads=k, eps=EPS)
+        return tuple(p.clone() for p in parts)  # v is a view of the input
+
+    def backward(dq, dk, dv, qkv, *norms):
+        qn, kn = norms or (None, None)
+        dqkv, dqn, dkn = ops.qk_norm_rope_backward(
+            dq, dk, dv, qkv, qn, kn, cos, sin, eps=EPS, need_dw=True
+        )
+        return (dqkv, dqn, dkn) if norms else dqkv
+
+    gradcheck_pair(forward, backward, (randn(t, (n + 2 * k) * d), *norms))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (5, 1), (40, 8)])
+def test_qk_norm_rope_equals_hugging_face(heads):
+    (n, k), d, t = heads, 16, 13
+    config = Qwen3Config(head_dim=d, num_attention_heads=n, num_key_value_heads=k, hidden_size=n * d)
+    rotary = Qwen3RotaryEmbedding(config)
+    positions = torch.cat((torch.arange(8), torch.arange(5)))
+    qkv = randn(t, (n + 2 * k) * d).float()
+    qn, kn = (Qwen3RMSNorm(d, EPS) for _ in range(2))
+    with torch.no_grad():
+        qn.weight.copy_(randn(d, seed=1)), kn.weight.copy_(randn(d, seed=2))
+    cos, sin = ops.rope_tables(positions, rotary.inv_freq)
+    q, key, v = ops.qk_norm_rope(
+        qkv, qn.weight, kn.weight, cos, sin, heads=n, kv_heads=k, eps=EPS
+    )
+    hq, hk, hv = qkv.view(t, -1, d).split((n, k, k), 1)
+    hq, hk = (norm(x).transpose(0, 1)[None] for norm, x in ((qn, hq), (kn, hk)))
+    hq, hk = apply_rotary_pos_emb(hq, hk, *rotary(qkv, positions[None]))
+    assert difference(q, hq[0].transpose(0, 1)) < 1e-6
+    assert difference(key, hk[0].transpose(0, 1)) < 1e-6
+    assert torch.equal(v, hv)
+
+
+def test_swiglu_gradcheck():
+    gradcheck_pair(ops.swiglu, ops.swiglu_backward, (randn(5, 14),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_swiglu_equals_hugging_face(dtype):
+    f = 48
+    mlp = Qwen3MLP(Qwen3Config(hidden_size=f, intermediate_size=f)).to(dtype)
+    for proj in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        nn.init.eye_(proj.weight)
+    x = randn(7, f).to(dtype)
+    assert difference(ops.swiglu(torch.cat((x, x), -1)), mlp(x)) <= 1e-7
+
+
+def attention_inputs(lengths, n, k, d, dtype=torch.float64):
+    t = sum(lengths)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, key, v = (randn(t, h, d, dtype=dtype, seed=s) for s, h in enumerate((n, k, k)))
+    return q, key, v, cu
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (5, 1)])
+def test_varlen_attention_gradcheck(heads, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "BLOCK", 2)  # several blocks a sequence
+    q, k, v, cu = attention_inputs([1, 5, 2], *heads, 4)
+    options = dict(max_seqlen=5, scale=0.5)
+
+    def backward(dout, q, k, v):
+        out, lse = ops.varlen_attention(q, k, v, cu, **options)
+        return ops.varlen_attention_backward(dout, q, k, v, out, lse, cu, **options)
+
+    gradcheck_pair(lambda q, k, v: ops.varlen_attention(q, k, v, cu, **options)[0], backward, (q, k, v))
+
+
+@pytest.mark.parametrize("block", [3, 16, 256])
+def test_varlen_attention_equals_hugging_face_sequence_by_sequence(block, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "BLOCK", block)
+    lengths = [1, 37, 16, 3]
+    q, k, v, cu = attention_inputs(lengths, 6, 2, 8, torch.float32)
+    out, lse = ops.varlen_attention(q, k, v, cu, max_seqlen=37, scale=8**-0.5)
+    module = nn.Module()
+    module.num_key_value_groups = 3
+    for a, b in zip(cu[:-1], cu[1:], strict=True):
+        parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+        mask = torch.full((b - a, b - a), float("-inf")).triu(1)[None, None]
+        expected, _ = eager_attention_forward(module, *parts, mask, scaling=8**-0.5)
+        assert difference(out[a:b], expected[0]) < 1e-6
+        scores = parts[0][0] @ parts[1][0].repeat_interleave(3, 0).mT * 8**-0.5 + mask[0]
+        assert difference(lse[:, a:b], scores.logsumexp(-1)) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_linear_cross_entropy_equals_autograd(chunk, ignored, monkeypatch):
+    monkeypatch.setattr(HEAD, "LEAST_ROWS", chunk)
+    x, w = randn(11, 8).requires_grad_(), randn(17, 8, seed=1).requires_grad_()
+    targets = torch.arange(11) % 17
+    if ignored:
+        targets[::3] = -100
+    divisor = 7.5
+    truth = nn.functional.cross_entropy(x @ w.T, targets, reduction="sum") / divisor
+    truth.backward()
+    loss, dx, dw = ops.linear_cross_entropy(
+        x.detach(), w.detach(), targets, divisor=divisor, need_dw=True, logits_bytes=1
+    )
+    assert difference(loss, truth) < 1e-12
+    assert difference(dx, x.grad) < 1e-12
+    assert difference(dw, w.grad) < 1e-12
+    only = ops.linear_cross_entropy(
+        x.detach(), w.detach(), targets, divisor=divisor, need_dx=False, logits_bytes=1
+    )
+    assert torch.equal(only[0], loss) and only[1] is None and only[2] is None
+
+
+def test_linear_cross_entropy_of_no_rows_is_zero():
+    x, w = randn(0, 8), randn(17, 8)
+    loss, dx, dw = ops.linear_cross_entropy(
+        x, w, torch.empty(0, dtype=torch.int64), divisor=0, need_dw=True
+    )
+    assert loss == 0 and dx.shape == (0, 8) and dw.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_cross_entropy_in_half_precision_errs_no_more_than_pytorch(dtype):
+    x, w = (0.5 * randn(64, 32)).to(dtype), (0.5 * randn(101, 32, seed=1)).to(dtype)
+    targets = torch.arange(64)
+    leaf = x.clone().requires_grad_()
+    nn.functional.cross_entropy((leaf @ w.T).float(), targets).backward()
+    _, truth, _ = ops.linear_cross_entropy(x.double(), w.double(), targets, divisor=64)
+    _, dx, _ = ops.linear_cross_entropy(x, w, targets, divisor=64)
+    assert difference(dx, truth) <= 1.1 * difference(leaf.grad, truth)

@@ -1,0 +1,169 @@
+"""What the project's own files promise each other: recipes, pins, Makefile, README."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from xplus_fast.config import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {r.name.lower(): str(r.specifier).removeprefix("==") for r in found}
+
+
+def make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    # Without the variables of a `make` around this one, which would print its own flags' lines.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    if path:
+        env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """The files that `make` reads, without a virtual environment."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
+    return tmp_path
+
+
+def with_nvidia_smi(folder: Path, script: str) -> Path:
+    tool = folder / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return tool.parent
+
+
+# --- recipes
+
+
+def test_every_recipe_loads() -> None:
+    recipes = {p.stem: load_recipe(p) for p in sorted((ROOT / "recipes").glob("*.yaml"))}
+    layers = {name: [s.layers for s in r.stages] for name, r in recipes.items()}
+    assert layers == {
+        "demo": ["bottom:4", "top:8"],
+        "qwen3-8b-xplus": ["bottom:4", "top:15"],
+        "qwen3-14b-xplus": ["bottom:4", "top:15"],
+    }
+
+
+@pytest.mark.parametrize("size", ["8b", "14b"])
+def test_qwen3_recipes_hold_the_published_settings(size: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / f"qwen3-{size}-xplus.yaml")
+    assert recipe.model == f"Qwen/Qwen3-{size.upper()}"
+    for stage in recipe.stages:
+        assert (stage.learning_rate, stage.min_learning_rate, stage.warmup) == (1e-5, 2e-6, 0.03)
+        assert (stage.epochs, stage.also, stage.sources) == (1, [], None)
+    assert (recipe.training.weight_decay, recipe.training.max_grad_norm) == (0.01, 1.0)
+    assert recipe.training.tokens_per_step == 16 * recipe.data.pack_tokens == 16 * 4096
+
+
+def test_demo_recipe_reads_what_make_demo_writes(fresh: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    commands = make(fresh, "-n", "demo").stdout.splitlines()
+    out = next(c.split()[-1] for c in commands if "recipes/demo_assets.py" in c)
+    assert recipe.model == f"{out}/model"
+    assert {s.path for s in recipe.data.sources} == {f"{out}/locale"}
+    assert [s.path for s in recipe.data.retention] == [f"{out}/english.txt"]
+    assert [c.split()[1:] for c in commands[-3:]] == [
+        ["train", "recipes/demo.yaml"],
+        ["export", recipe.output, f"{out}/exported"],
+        ["verify", recipe.model, f"{out}/exported"],
+    ]
+
+
+# --- dependencies
+
+
+def test_pins_lie_in_the_ranges_that_users_get() -> None:
+    ranges = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    pinned = pins("pins.txt")
+    checked = 0
+    for requirement in map(Requirement, ranges):
+        if version := pinned.get(requirement.name.lower()):
+            assert Version(version) in requirement.specifier, requirement
+            checked += 1
+    assert checked >= 10
+
+
+def test_tools_and_demo_are_pinned() -> None:
+    tools = {Requirement(r).name.lower() for r in PROJECT["optional-dependencies"]["dev"]}
+    demo = {Requirement(r).name.lower() for r in PROJECT["optional-dependencies"]["demo"]}
+    assert (tools | demo) - set(pins("pins.txt")) == {"tensorboard"}
+
+
+def test_cpu_build_is_the_pinned_torch() -> None:
+    assert pins("cpu.txt") == {"torch": pins("pins.txt")["torch"] + "+cpu"}
+
+
+def test_console_script_and_packages_exist() -> None:
+    module, function = PROJECT["scripts"]["xplus-fast"].split(":")
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert re.search(rf"^def {function}\(", source, re.MULTILINE)
+    for package in ("xplus_fast", "kernels/xplus_kernels"):
+        assert (ROOT / package / "__init__.py").is_file()
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` is another project's name
+
+
+# --- make
+
+
+def test_help_lists_every_target() -> None:
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    listed = [line.split()[0] for line in make(ROOT, "help").stdout.splitlines()]
+    assert sorted(listed) == sorted(targets[1].split())
+
+
+@pytest.mark.parametrize("script", ["echo 'No devices were found'; exit 6", "exit 9"])
+def test_no_gpu_takes_the_cpu_build(fresh: Path, script: str) -> None:
+    commands = make(fresh, "-n", "test", path=with_nvidia_smi(fresh, script)).stdout
+    installs = [c for c in commands.replace("\\\n", "").splitlines() if "pip install" in c]
+    assert all("-c constraints/cpu.txt" in c for c in installs)
+    assert installs[0].endswith("https://download.pytorch.org/whl/cpu torch")
+    assert not any("cuda" in c for c in installs)
+
+
+def test_gpu_takes_the_cuda_build(fresh: Path) -> None:
+    path = with_nvidia_smi(fresh, "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1,2)'")
+    commands = make(fresh, "-n", "test", path=path).stdout
+    assert "'.[demo,cuda]'" in commands and "'.[dev,demo,cuda]'" in commands
+    assert "cpu" not in commands
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo no such version >&2; exit 127"])
+def test_no_python_is_one_clear_line(fresh: Path, script: str) -> None:
+    broken = fresh / "python-broken"
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
+    done = make(fresh, "test", f"PYTHON={broken} /nowhere/python3")
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("make: Python 3.11 or newer with its venv module is wanted")
+    assert len(lines) == 2 and "Error 1" in lines[1]  # make's own
+    assert not (fresh / ".venv").exists()
+
+
+def test_readme_opens_with_make_demo_and_ci_runs_its_test_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^make [a-z-]+", readme, re.MULTILINE)
+    assert commands[:2] == ["make demo", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [c for c in ci if c.startswith("make ")][:2] == ["make lint", "make test"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -1,0 +1,287 @@
+"""`XPlusTrainer`: transformers' Trainer whose model is run by the engine.
+
+A script that says `from xplus_fast import XPlusTrainer as Trainer` needs no other change. What differs
+from the library's class: the model is prepared (`layers=` selects, else the parameters' own
+`requires_grad`); AdamW computes in fp32 whatever the weights are; a checkpoint holds what trains and
+nothing else, in safetensors and JSON, and resuming from it is exact; a step that cannot be right stops
+the run with its reason.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from xplus_fast.errors import UserError
+from xplus_fast.model.families import BESIDE, shape_of
+from xplus_fast.model.prepare import is_prepared, layer_ids, load_tensors, prepare_model, trained_tensors
+from xplus_fast.planning.flops import total_parameters, trained_parameters
+from xplus_fast.planning.selection import describe_layers, resolve_layers
+from xplus_fast.training.checkpoints import (
+    Checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+    rng_state,
+    rotate,
+    set_rng_state,
+    write_checkpoint,
+)
+from xplus_fast.training.optimizer import AdamW
+from xplus_fast.training.throughput import Meter
+
+OUR_ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Trainer's defaults ask for
+
+
+class XPlusTrainer(Trainer):
+    """A Trainer for selected layers.
+
+    Args:
+        model: a stock or prepared causal language model (or `model_init`, as for Trainer).
+        layers: which decoder layers train, e.g. "bottom:4" or [0, 1]; None: the parameters' flags.
+        also: what trains beside them: "embedding", "final_norm", "head".
+        activations: what blocks keep for the backward, see `prepare_model`.
+        Everything else goes to `transformers.Trainer`.
+
+    Raises:
+        UserError: nothing trains, or options that the engine cannot honour.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *positional: Any,
+        layers: str | Sequence[int] | None = None,
+        also: Iterable[str] = (),
+        activations: str = "keep",
+        **options: Any,
+    ) -> None:
+        self._selection = (layers, tuple(also), activations)
+        if getattr(args, "use_liger_kernel", False):
+            raise UserError("use_liger_kernel: the engine has its own kernels; leave it off")
+        if model is not None:
+            self._prepare(model)
+        super().__init__(model, args, *positional, **options)
+        if self.optimizer_cls_and_kwargs is None and str(self.args.optim.value) in OUR_ADAMW:
+            self.optimizer_cls_and_kwargs = AdamW, dict(
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        self._resumed: Checkpoint | None = None
+        self._count()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._prepare(model)
+        return model
+
+    def _prepare(self, model: Any) -> None:
+        layers, also, activations = self._selection
+        ids = None if layers is None else resolve_layers(layers, shape_of(model.config).layers)
+        prepare_model(model, ids, also=also, activations=activations)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("nothing trains: every parameter is frozen and no layers are selected")
+
+    def _count(self) -> None:
+        model: Any = self.model
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        also = [kind for kind, name in BESIDE.items() if name in trained]
+        if shape_of(model.config).tied and "embedding" in also:
+            also.append("head")
+        self.meter = Meter(shape_of(model.config), layer_ids(model), also)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from")
+        if self.args.gradient_checkpointing and self.is_world_process_zero():
+            print("gradient_checkpointing: not needed, the engine keeps what each layer's policy says")
+        if self.is_world_process_zero():
+            print(describe_selection(self.model))
+        path = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        self.meter.start()
+        return super().train(path, *args, **kwargs)
+
+    # A step, watched
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples and items is not None and int(items) == 0:
+            raise UserError(
+                f"step {self.state.global_step + 1}: nothing is supervised in its"
+                f" {len(samples)} batch(es): every label is -100"
+            )
+        return samples, items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.meter.add(inputs)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        step = self.state.global_step + 1
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step}: the gradient norm is {norm}: the loss is not finite, or the"
+                " learning rate too high; the weights are as they were before this step"
+            )
+        if norm == 0 and step == 1:
+            raise UserError(
+                "step 1: every gradient is zero: nothing that trains reaches the loss"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+            logs = {**logs, **self.meter.read(self.args.device, dtype)}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not prediction_loss_only:  # compute_metrics wants logits, which the engine never makes
+            inputs = {**inputs, "return_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        if self.state.best_global_step:
+            best_folder = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best_folder == folder or best_folder.exists():
+                self.state.best_model_checkpoint = str(best_folder)
+        states = _gather(rng_state(), self.args.world_size)
+        if self.args.should_save:
+            self._write(folder, states)
+            if self.args.save_total_limit:
+                best = self.state.best_model_checkpoint
+                spare = None if best is None else Path(best).name
+                rotate(folder.parent, self.args.save_total_limit, spare=spare)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, rng_states: list[Any]) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        tensors = {"trained": trained_tensors(model)}
+        documents: dict[str, Any] = {
+            "selection": {"layers": layer_ids(model), "base": model.config._name_or_path},
+        }
+        if not self.args.save_only_model:
+            tensors["optimizer"], scalars, groups = self._optimizer_state()
+            documents["training"] = {
+                "optimizer": {"scalars": scalars, "groups": groups},
+                "scheduler": self.lr_scheduler.state_dict(),
+                "rng": rng_states,
+                "tokens_seen": self.meter.seen,
+            }
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        documents["trainer_state"] = dataclasses.asdict(self.state)
+        write_checkpoint(folder, tensors, documents)
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
+        optimizer = _bare(self.optimizer)
+        names = {id(p): n for n, p in self.accelerator.unwrap_model(self.model).named_parameters()}
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                target = tensors if torch.is_tensor(value) else scalars
+                target[f"{names[id(p)]}.{key}"] = value
+        groups = [
+            {k: v for k, v in g.items() if k != "params"}
+            | {"params": [names[id(p)] for p in g["params"]]}
+            for g in optimizer.param_groups
+        ]
+        return tensors, scalars, groups
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        self._resumed = read_checkpoint(Path(resume_from_checkpoint))
+        trained = self._resumed.tensors["trained"]
+        if trained.keys() != trained_tensors(model).keys():
+            layers = self._resumed.documents["selection"]["layers"]
+            raise UserError(
+                f"{resume_from_checkpoint}: holds layers {describe_layers(layers)}, and this run"
+                f" trains {describe_layers(layer_ids(model)) or 'none'}"
+            )
+        load_tensors(model, trained)
+
+    def _load_best_model(self) -> None:
+        best = read_checkpoint(Path(self.state.best_model_checkpoint))
+        load_tensors(self.accelerator.unwrap_model(self.model), best.tensors["trained"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self._resumed is not None
+        training = self._resumed.documents.get("training")
+        if training is None:
+            raise UserError(f"{checkpoint}: was saved with save_only_model and cannot be resumed")
+        optimizer = _bare(self.optimizer)
+        values = {**self._resumed.tensors["optimizer"], **training["optimizer"]["scalars"]}
+        parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        for group, saved in zip(optimizer.param_groups, training["optimizer"]["groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+            for name in saved["params"]:
+                p = parameters[name]
+                state = {k.rpartition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
+                for key, value in state.items():
+                    beside = key != "step" or group.get("fused") or group.get("capturable")
+                    if torch.is_tensor(value) and beside:
+                        state[key] = value.to(p.device)
+                if state:
+                    optimizer.state[p] = state
+        self.lr_scheduler.load_state_dict(training["scheduler"])
+        self.meter.seen = training["tokens_seen"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self._resumed is not None
+        states = self._resumed.documents["training"]["rng"]
+        set_rng_state(states[min(self.args.process_index, len(states) - 1)])
+        self._resumed = None  # the last of the loads; let its tensors go
+
+
+def describe_selection(model: Any) -> str:
+    """One line: which layers train, and how many parameters of how many."""
+    assert is_prepared(model)
+    shape = shape_of(model.config)
+    ids = layer_ids(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    beside = [kind for kind, name in BESIDE.items() if name in names]
+    whole = trained == trained_parameters(shape, ids, beside) and total == total_parameters(shape)
+    return (
+        f"training layers {describe_layers(ids) or 'none'} of 0-{shape.layers - 1}"
+        + ("" if whole else " (some of their weights)")
+        + "".join(f", {kind}" for kind in beside)
+        + (" (tied to the head)" if shape.tied and "embedding" in beside else "")
+        + f": {trained:,} of {total:,} parameters ({trained / total:.1%})"
+    )
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def _gather(value: Any, processes: int) -> list[Any]:
+    if processes == 1:
+        return [value]
+    gathered: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
