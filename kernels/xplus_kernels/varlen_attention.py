@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xplus_kernels.numerics import widen
 
-BLOCK = 256  # query rows
+BLOCK = 128  # query rows
 
 
 def varlen_attention(

