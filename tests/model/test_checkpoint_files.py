@@ -1,4 +1,4 @@
-"""Reading a model folder: right values from whole files, one clear line for every kind of damage."""
+"""Reading a model folder: right values from whole files, one line for every kind of damage."""
 
 import json
 import math
@@ -206,7 +206,7 @@ def test_headers_that_lie(single):
     assert "overlaps the tensor before it" in lie(single, shift(-2))
     assert "overlaps" in lie(single, lambda h: h.update(twin=h[name]))
     assert "no valid shape" in lie(single, lambda h: h.update({name: 3}))
-    assert "truncated" in lie(single, shift(10**12)) or "gap" in lie(single, shift(10**12))
+    assert "leaves a gap" in lie(single, shift(10**12))
     assert "leaves a gap" in lie(single, lambda h: h.pop(name))
     assert "header is damaged" in lie(single, text=b'{"a": ')
     assert "'a' occurs twice" in lie(single, text=b'{"a": {}, "a": {}}')
@@ -259,10 +259,9 @@ def test_resolve_local(tmp_path, monkeypatch):
     (tmp_path / "models" / "q").mkdir(parents=True)
     assert resolve_model("models/q") == Path("models/q")
     assert resolve_model("~/models/q") == tmp_path / "models" / "q"
-    for missing in ("models/r", "./q", "/q/r", "~/x", "a/b/c", "q", "../x", ""):
-        if missing:
-            with pytest.raises(UserError, match="no such model folder"):
-                resolve_model(missing)
+    for missing in ("models/r", "./q", "/q/r", "~/x", "a/b/c", "q", "../x"):
+        with pytest.raises(UserError, match="no such model folder"):
+            resolve_model(missing)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a model folder is wanted"):
         resolve_model("file")

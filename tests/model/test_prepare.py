@@ -1,9 +1,11 @@
 """The prepared model against stock Hugging Face: values, gradients, and the rest of its life."""
 
 import copy
+import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import (
@@ -19,6 +21,7 @@ from tests.tiny import (
     tiny_model,
 )
 from xplus_fast.errors import UserError
+from xplus_fast.model.families import shape_of
 from xplus_fast.model.prepare import (
     layer_ids,
     load_tensors,
@@ -196,6 +199,20 @@ def test_a_graph_never_reaches_below_the_lowest_trained_layer():
     ours(**packed_batch(LENGTHS)).loss.backward()
     assert [seen[i].requires_grad for i in range(LAYERS)] == [False] * 3 + [True] * 3
     assert all(n.startswith("model.layers.3.") for n in gradients(ours))
+
+
+def test_a_loss_without_gradients_costs_the_forward_alone():
+    ours = prepare_model(tiny_model())
+    batch = packed_batch(LENGTHS)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = ours(**batch).loss
+    shape = shape_of(ours.config)
+    weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
+    rows = int((batch["labels"] != -100).sum())
+    products = sum(LENGTHS) * LAYERS * weights + rows * shape.hidden * shape.vocabulary
+    attention = 2 * 2 * LAYERS * shape.heads * shape.head_dim * sum(n * n for n in LENGTHS)
+    assert counter.get_total_flops() == 2 * products + attention
+    assert loss.item() == ours(**batch).loss.item()
 
 
 def test_divisor_and_rows_of_the_caller():

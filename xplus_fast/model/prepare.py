@@ -211,6 +211,8 @@ def _causal_lm_forward(
     if divisor is None:
         divisor = rows.numel()
     norm, head = self.model.norm.weight, self.lm_head.weight
+    if not torch.is_grad_enabled():  # a function's inputs tell it what to compute, not the mode
+        x, norm, head = x.detach(), norm.detach(), head.detach()
     with torch.autocast(x.device.type, enabled=False):
         loss = LossFunction.apply(
             x, norm.to(x.dtype), head.to(x.dtype), rows, targets[rows], divisor,

@@ -1,0 +1,280 @@
+"""The command line, end to end on a tiny model: train, go on, export, verify, and bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from xplus_fast.cli import main
+from xplus_fast.training import checkpoints
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [(f"the cat number {i} sleeps", f"paka namba {i} analala") for i in range(60)]
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_model_dir):
+    """A folder with a model, a corpus and a recipe of two stages."""
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"translation": {"en": e, "sw": s}}) + "\n" for e, s in PAIRS)
+    )
+    (tmp_path / "english.txt").write_text("A plain paragraph.\n\nAnother one, longer.\n")
+    recipe = {
+        "model": str(tiny_model_dir),
+        "output": str(tmp_path / "run"),
+        "data": {
+            "sources": [{"path": str(tmp_path / "pairs.jsonl")}],
+            "retention": [{"path": str(tmp_path / "english.txt")}],
+            "heldout": 4,
+            "pack_tokens": 192,
+            "cache": str(tmp_path / "cache"),
+        },
+        "stages": [
+            {"layers": "bottom:2", "name": "low", "learning_rate": 1e-3, "steps": 6},
+            {"layers": "top:2", "name": "high", "learning_rate": 1e-3, "steps": 6},
+        ],
+        "training": {"tokens_per_step": 384, "save_steps": 2},
+        "evaluation": {"translate": 2, "samples": 1, "max_new_tokens": 4},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def xplus(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"], line["loss"]) for line in lines]
+
+
+def test_train_export_verify(workplace, tiny_model_dir, capsys):
+    run, out = workplace / "run", workplace / "out"
+    assert xplus("train", workplace / "recipe.yaml") == 0
+    said = capsys.readouterr().out
+    assert "stage low: layers 0-1: " in said and "stage high: layers 4-5: " in said
+    assert "[[" in said  # the first example, its supervised part marked
+    assert "report" in said
+    assert [(s, n) for s, n, _ in losses(run)] == [
+        (s, n) for s in ("low", "high") for n in range(1, 7)
+    ]
+    for name in ("report.md", "loss.png", "quality.png", "run.json", "evaluation/before.json"):
+        assert (run / name).stat().st_size > 0, name
+    before, after = (
+        json.loads((run / "evaluation" / f"{point}.json").read_text())
+        for point in ("before", "after-high")
+    )
+    assert all(after["loss"][tag] < before["loss"][tag] for tag in ("en-sw", "sw-en"))
+
+    assert xplus("export", run, out) == 0
+    assert xplus("verify", tiny_model_dir, out) == 0
+    said = capsys.readouterr().out
+    assert "bit-identical" in said
+    assert xplus("verify", tiny_model_dir, out, "--layers", "0-1,4-5") == 0
+    assert xplus("verify", tiny_model_dir, out, "--layers", "0-1") == 1
+    assert "model.layers.4" in capsys.readouterr().out
+
+    stock, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, tiny_model_dir))
+    changed = {
+        name.split(".")[2]
+        for name, value in stock.state_dict().items()
+        if not torch.equal(value, base.state_dict()[name])
+    }
+    assert changed == {"0", "1", "4", "5"}
+
+    # the same recipe again: nothing is trained twice
+    logged = losses(run)
+    assert xplus("train", workplace / "recipe.yaml") == 0
+    assert "trained before" in capsys.readouterr().out and losses(run) == logged
+    assert xplus("train", workplace / "recipe.yaml", "training.save_steps=3") == 0
+    assert xplus("train", workplace / "recipe.yaml", "stages.1.learning_rate=2e-3") == 2
+    assert "stages.1.learning_rate: 0.001 there, 0.002 here" in capsys.readouterr().err
+    assert xplus("train", workplace / "recipe.yaml", "stages.0.steps=2", "--restart") == 0
+    assert len(losses(run)) == 8
+
+
+def test_kill_at_any_moment_and_go_on(workplace):
+    """Five kills, some while a checkpoint is being written: the run ends as an undisturbed one."""
+    command = [sys.executable, "-m", "xplus_fast.cli", "train", str(workplace / "recipe.yaml")]
+    options = ["data.heldout=0", "data.retention=[]", "stages.0.steps=12", "stages.1.steps=12"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
+
+    def start(output):
+        return subprocess.Popen(
+            [*command, *options, f"output={output}"], env=environment, cwd=workplace,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    whole, broken = workplace / "whole", workplace / "broken"
+    process = start(whole)
+    assert process.wait(240) == 0, process.stderr.read()
+
+    rng, writing = random.Random(0), 0
+    for kill in range(5):
+        process = start(broken)
+        had = broken.joinpath("metrics.jsonl")
+        size = had.stat().st_size if had.exists() else 0
+        while process.poll() is None and not (had.exists() and had.stat().st_size > size):
+            time.sleep(0.002)  # until it makes a step
+        deadline = time.monotonic() + (5 if kill % 2 else rng.uniform(0, 0.4))
+        while process.poll() is None and time.monotonic() < deadline:
+            if kill % 2 and any(broken.glob("*/.checkpoint-*")):
+                writing += 1
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    assert writing >= 1
+    process = start(broken)
+    assert process.wait(240) == 0, process.stderr.read()
+    assert losses(broken) == losses(whole)
+    for stage in ("low", "high"):
+        a, b = (load_file(run / stage / "final" / "trained.safetensors") for run in (whole, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+        assert not list((broken / stage).glob(".*"))
+    for run in (whole, broken):
+        assert xplus("export", run, run / "out") == 0
+    for file in (whole / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (broken / "out" / file.name).read_bytes()
+
+
+def test_dry_run_trains_nothing(workplace, capsys):
+    assert xplus("train", workplace / "recipe.yaml", "--dry-run") == 0
+    assert "first example" in capsys.readouterr().out
+    assert not (workplace / "run").exists()
+
+
+def test_stages_may_have_data_of_their_own_and_never_see_the_held_out(workplace, capsys):
+    other = workplace / "other.jsonl"
+    # the same pairs and more: what the first corpus holds out must stay out here, too
+    extra = [(f"a dog {i} runs", f"mbwa {i} anakimbia") for i in range(20)]
+    other.write_text(
+        "".join(json.dumps({"en": e, "sw": s}) + "\n" for e, s in [*PAIRS, *extra])
+    )
+    source = f"stages.1.sources=[{{path: {other}}}]"
+    assert xplus("train", workplace / "recipe.yaml", source) == 0
+    assert "112 sequences" in capsys.readouterr().out  # (60 - 4) pairs both ways
+    about = json.loads((workplace / "run" / "run.json").read_text())
+    assert about["stages"][1]["data"]["sequences"] == 2 * (60 - 4 + 20)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=nowhere/at/all"], "nowhere/at/all: no such model folder"),
+        (["stages.0.layers=bottom:7"], "bottom:7: the model has 6 layers"),
+        (["stages.0.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["stages.0.learning_rate=fast"], "stages.0.learning_rate: a number is wanted"),
+        (["stages.5.steps=1"], "the list has items 0 to 1"),
+        (["data.pack_tokens=12"], "pairs.jsonl:1: "),
+        (["data.sources.0.format=alpaca"], "pairs.jsonl"),
+        (["data.sources.0.path=gone.jsonl"], "gone.jsonl"),
+        (["device=warp"], "'warp' is no device"),
+        (["data.prompt=no place for it"], "{text} is wanted"),
+        (["nonsense"], "an override reads key=value"),
+    ],
+)
+def test_bad_recipes_are_one_line_and_exit_code_2(overrides, message, workplace, capsys):
+    assert xplus("train", workplace / "recipe.yaml", *overrides) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("xplus-fast: ") and message in error
+    assert not (workplace / "run" / "low").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"en": "a", "sw": "b"}\n{"en": \n', "data.jsonl:2: "),
+        (b"", "empty"),
+        (b'{"en": "caf\xe9", "sw": "b"}\n', "UTF-8"),
+        (b'{"en": "a", "sw": ""}\n', "data.jsonl:1: "),
+        (b'{"up": "a", "down": "b"}\n', "data.jsonl"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_2(content, message, workplace, capsys):
+    (workplace / "data.jsonl").write_bytes(content)
+    override = f"data.sources.0.path={workplace / 'data.jsonl'}"
+    assert xplus("train", workplace / "recipe.yaml", override) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and message in error
+
+
+def test_bad_records_are_skipped_and_counted_when_asked(workplace, capsys):
+    lines = (workplace / "pairs.jsonl").read_text().splitlines()
+    lines[4], lines[9] = '{"translation": ', '{"translation": {"en": "x", "sw": ""}}'
+    (workplace / "pairs.jsonl").write_text("\n".join(lines))
+    assert xplus("train", workplace / "recipe.yaml", "data.on_error=skip", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "pairs.jsonl:5" in said and "pairs.jsonl:10" in said
+
+
+@pytest.mark.parametrize("damage", ["config", "header", "missing tensor", "no weights", "shape"])
+def test_a_broken_model_folder_is_one_line_and_exit_code_2(damage, workplace, tiny_model_dir, capsys):
+    model = workplace / "model"
+    shutil.copytree(tiny_model_dir, model)
+    weights = model / "model.safetensors"
+    if damage == "config":
+        (model / "config.json").write_text("{")
+    elif damage == "header":
+        data = bytearray(weights.read_bytes())
+        at = data.index(b'"data_offsets":[') + 16
+        data[at : at + 1] = b"9"
+        weights.write_bytes(data)
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        tensors = load_file(weights)
+        name = "model.layers.3.mlp.up_proj.weight"
+        tensors[name] = tensors[name][1:].clone()
+        if damage == "missing tensor":
+            del tensors[name]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    assert xplus("train", workplace / "recipe.yaml", f"model={model}") == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and str(model) in error
+    assert not (workplace / "run").exists()
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(workplace, monkeypatch, capsys):
+    write, calls = checkpoints.write_file, []
+
+    def full(file, pieces):
+        calls.append(file)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        return write(file, pieces)
+
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    assert xplus("train", workplace / "recipe.yaml") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left" in error or "full" in error
+    left = checkpoints.latest_checkpoint(workplace / "run" / "low")
+    assert left is not None and not list((workplace / "run" / "low").glob(".*"))
+    monkeypatch.undo()
+    assert xplus("train", workplace / "recipe.yaml") == 0
+    assert len(losses(workplace / "run")) == 12
+
+
+def test_unfinished_or_absent_runs_cannot_be_exported(workplace, tmp_path, capsys):
+    assert xplus("export", tmp_path / "none", tmp_path / "out") == 2
+    assert "no run is here" in capsys.readouterr().err
+
+
+def test_help_answers_without_loading_torch():
+    code = "import sys; from xplus_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+    )  # fmt: skip

@@ -1,0 +1,309 @@
+"""Sources -> a tokenized, packed corpus on disk, made once and found again by its content."""
+
+import contextlib
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from xplus_fast.config import DataConfig, Source
+from xplus_fast.data.chat import Encoded, encode, has_template
+from xplus_fast.data.packed import (
+    ITEMS,
+    PACKS,
+    STARTS,
+    SUPERVISED,
+    TOKENS,
+    PackCollator,
+    PackedDataset,
+    pack_examples,
+    pack_texts,
+)
+from xplus_fast.data.packing import pack
+from xplus_fast.data.readers import Example, Reading, read_examples, source_files
+from xplus_fast.errors import UserError
+
+__all__ = [
+    "Corpus", "PackCollator", "PackedDataset", "describe", "load_corpus", "pack_examples",
+    "pack_texts",
+]  # fmt: skip
+
+_VERSION = (
+    1  # of everything between the sources' bytes and the files below; raise it when it changes
+)
+_BATCH = 1000  # examples tokenized together
+_HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to train on, what was kept out of it, and the figures for the user."""
+
+    train: PackedDataset
+    heldout: dict[str, list[Example]]  # tag -> examples
+    summary: dict[str, Any]  # JSON; see `describe`
+
+
+def load_corpus(
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    seed: int,
+    show: bool,
+    keep_out: Iterable[Example] = (),
+) -> Corpus:
+    """Read, tokenize, hold out and pack the sources, or find that done in the cache.
+
+    seed: of the packing. show: a progress bar, on a terminal. keep_out: what another corpus holds
+    out, with its duplicates not to be trained on here either.
+
+    Raises `UserError` for what is wrong with the sources, for sources that leave nothing to train
+    on, and for a cache that cannot be written.
+    """
+    cache = Path(data.cache).expanduser()
+    others = list(keep_out)
+    folder = cache / _key(sources, data, tokenizer, seed, others)
+    found = folder.exists()
+    if not found:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Killed before the rename, this run leaves a folder that no key names.
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+        except OSError as e:
+            raise UserError(f"{cache}: the cache cannot be written ({e.strerror})") from None
+        try:
+            _build(building, sources, data, tokenizer, seed, show, others)
+            with contextlib.suppress(FileExistsError):
+                _publish(building, folder)
+        except OSError as e:
+            raise UserError(f"{building}: the cache cannot be written ({e.strerror})") from None
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return _open(folder, found)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The figures of a corpus in a few lines of text."""
+    tags = ", ".join(f"{tag} {n:,}" for tag, n in summary["tags"].items())
+    lines = [
+        f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
+        f" {summary['supervised']:,} of them supervised",
+        f"packed: {summary['packs']:,} rows of up to {summary['pack_tokens']:,} tokens,"
+        f" {summary['fill']:.1%} full",
+    ]
+    lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
+    for reason, n in summary["skipped"].items():
+        lines.append(f"left out: {n:,} x {reason}: {', '.join(summary['skipped_first'][reason])}")
+        lines[-1] += ", ..." if n > len(summary["skipped_first"][reason]) else ""
+    if summary["cut"]:
+        lines.append(f"cut to {summary['pack_tokens']:,} tokens: {summary['cut']:,} answers")
+    if summary["heldout"]:
+        held = ", ".join(f"{tag} {n:,}" for tag, n in summary["heldout"].items())
+        lines.append(f"held out: {held} ({summary['kept_out']:,} sequences with their duplicates)")
+    if not summary["template"]:
+        lines.append("no chat template: an example is its prompt, a newline, the answer and eos")
+    lines.append(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
+    return "\n".join(lines)
+
+
+# --- the cache ---
+
+
+def _key(
+    sources: Sequence[Source], data: DataConfig, tokenizer: Any, seed: int, others: list[Example]
+) -> str:
+    """Hash of everything that decides what a corpus holds."""
+    options = asdict(data)
+    for name in ("sources", "retention", "cache"):
+        del options[name]
+    digest = hashlib.blake2b(digest_size=16)
+    away = sorted({(e.key, e.mirror) for e in others})
+    asked = [_VERSION, seed, away, options, [asdict(s) for s in sources]]
+    digest.update(json.dumps(asked).encode())
+    about = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
+    digest.update(json.dumps([*about, tokenizer.bos_token]).encode())
+    for path in (p for source in sources for p in source_files(source)):
+        try:
+            with open(path, "rb") as f:
+                content = hashlib.file_digest(f, "blake2b").digest()
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        digest.update(f"{path}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _publish(building: Path, folder: Path) -> None:
+    """Move a whole corpus to its place; `FileExistsError` if another process was first."""
+    for path in building.iterdir():
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+    try:
+        building.rename(folder)
+    except OSError:
+        if folder.exists():  # "not empty" has no exception class of its own
+            raise FileExistsError(folder) from None
+        raise
+
+
+def _open(folder: Path, cached: bool) -> Corpus:
+    try:
+        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        train = PackedDataset(folder)
+        whole = len(train.tokens) == len(train.supervised) == train.starts[-1]
+        lines = (folder / _HELDOUT).read_text(encoding="utf-8").split("\n")
+        heldout: dict[str, list[Example]] = {}
+        for line in lines[:-1]:
+            fields = json.loads(line)
+            example = Example(tuple(fields.pop("messages")), **fields)
+            heldout.setdefault(example.tag, []).append(example)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{folder}: damaged cache; delete this folder ({e})") from None
+    if not whole:
+        raise UserError(f"{folder}: damaged cache; delete this folder (files of unequal length)")
+    return Corpus(train, heldout, {**summary, "cached": cached, "folder": str(folder)})
+
+
+# --- building ---
+
+
+class _Heldout:
+    """The `n` pairs of each group whose keys hash lowest, found in one pass.
+
+    A hash decides, not the position, so that duplicates and both directions of a pair fall on the
+    same side, and adding data elsewhere does not reshuffle what is held out.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.groups: dict[
+            str, dict[int, dict[str, Example]]
+        ] = {}  # group -> hash -> tag -> example
+        self.heaps: dict[
+            str, list[int]
+        ] = {}  # group -> negated hashes: the highest comes out first
+
+    def offer(self, key: int, example: Example) -> None:
+        chosen = self.groups.setdefault(example.group, {})
+        heap = self.heaps.setdefault(example.group, [])
+        if key not in chosen:
+            if len(heap) < self.n:
+                heapq.heappush(heap, -key)
+            elif self.n and key < -heap[0]:
+                del chosen[-heapq.heapreplace(heap, -key)]
+            else:
+                return
+            chosen[key] = {}
+        chosen[key].setdefault(example.tag, example)
+
+    def examples(self) -> Iterator[Example]:
+        for group in sorted(self.groups):
+            for key in sorted(self.groups[group]):
+                yield from self.groups[group][key].values()
+
+
+def _build(
+    folder: Path,
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    show: bool,
+    others: list[Example],
+) -> None:
+    """Write a corpus into an empty folder. Raises `UserError`, and `OSError` for a full disk."""
+    reading, heldout = Reading(), _Heldout(data.heldout)
+    # By sequence, 28 bytes: all that stays in memory.
+    lengths, supervised, tags = array("i"), array("i"), array("i")
+    keys, mirrors = array("Q"), array("Q")
+    tag_ids: dict[str, int] = {}
+    groups: list[str] = []  # by tag
+    read = cut = 0
+    bar = tqdm(unit=" examples", disable=not (show and sys.stderr.isatty()), leave=False)
+    with open(folder / TOKENS, "wb") as tokens, open(folder / SUPERVISED, "wb") as mask, bar:
+        stream = (e for source in sources for e in read_examples(source, data, reading))
+        while batch := list(islice(stream, _BATCH)):
+            encoded = encode(batch, tokenizer, data.think, data.pack_tokens)
+            for example, e in zip(batch, encoded, strict=True):
+                if not isinstance(e, Encoded):
+                    reading.skip(e, data)
+                    continue
+                tokens.write(e.input_ids.tobytes())
+                mask.write(e.supervised.tobytes())
+                keys.append(_hash(example.key))
+                mirrors.append(_hash(example.mirror))
+                heldout.offer(keys[-1], example)
+                if example.tag not in tag_ids:
+                    tag_ids[example.tag] = len(groups)
+                    groups.append(example.group)
+                tags.append(tag_ids[example.tag])
+                lengths.append(len(e.input_ids))
+                supervised.append(int(e.supervised.sum()))
+                cut += e.cut
+            read += len(batch)
+            bar.update(len(batch))
+    if not lengths:
+        left_out = "; ".join(f"{n} x {reason}" for reason, n in reading.skipped.items())
+        raise UserError(
+            f"{_names(sources)}: empty data, no example in it ({left_out or 'none read'})"
+        )
+
+    n, tag = np.asarray(lengths, np.int64), np.asarray(tags)
+    held = list(heldout.examples())
+    # Neither side of a held-out pair may be trained on, not even with another translation.
+    away = [*held, *others]
+    out = np.isin(keys, np.array([_hash(e.key) for e in away], np.uint64))
+    out |= np.isin(mirrors, np.array([_hash(e.mirror) for e in away if e.mirror], np.uint64))
+    train = np.flatnonzero(~out)
+    by_tag = np.bincount(tag[train], minlength=len(groups)).tolist()
+    for group in dict.fromkeys(groups):
+        if not sum(c for c, g in zip(by_tag, groups, strict=True) if g == group):
+            raise UserError(
+                f"data.heldout: without the pairs held out of every language pair, nothing is left"
+                f" to train on of {group}"
+            )
+    items, packs = pack(n[train], data.pack_tokens, seed)
+    np.save(folder / STARTS, np.concatenate([[0], np.cumsum(n)]))
+    np.save(folder / ITEMS, train[items])
+    np.save(folder / PACKS, packs)
+    with open(folder / _HELDOUT, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(asdict(e)) + "\n" for e in held)
+    total, rows = int(n[train].sum()), len(packs) - 1
+    summary = {
+        "read": read,
+        "formats": reading.formats,
+        "skipped": dict(reading.skipped),
+        "skipped_first": reading.first,
+        "cut": cut,
+        "sequences": len(train),
+        "tags": {t: by_tag[i] for t, i in tag_ids.items()},
+        "tokens": total,
+        "supervised": int(np.asarray(supervised)[train].sum()),
+        "packs": rows,
+        "pack_tokens": data.pack_tokens,
+        "fill": total / (rows * data.pack_tokens),
+        "heldout": {t: sum(e.tag == t for e in held) for t in tag_ids} if held else {},
+        "kept_out": len(n) - len(train),
+        "template": has_template(tokenizer),
+    }
+    (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(s.path if isinstance(s.path, str) else " + ".join(s.path) for s in sources)

@@ -1,0 +1,62 @@
+"""Language codes -> the English names that prompts use ("sw" -> "Swahili")."""
+
+import functools
+from collections.abc import Sequence
+
+from xplus_fast.errors import UserError
+
+# Where the usual name in translation work is not CLDR's.
+_NAMES = {"bn": "Bengali"}
+
+
+@functools.cache
+def language_name(code: str) -> str:
+    """Name the language of a code such as "sw", "zh_Hans", "pt_BR" or "arb_Arab".
+
+    A bare "zh" is Simplified Chinese. A script is named only where it is not the language's usual
+    one: "sr" and "sr_Cyrl" are Serbian, "sr_Latn" is Serbian (Latin). Raises `UserError` for an
+    unknown code.
+    """
+    from langcodes import Language
+    from langcodes.tag_parser import LanguageTagError
+
+    try:
+        language = Language.get(code).prefer_macrolanguage()
+    except LanguageTagError:
+        language = None
+    if language is None or not language.language or not language.is_valid():
+        raise UserError(
+            f"'{code}': unknown language code; known are ISO codes such as en, sw, zh_Hans or pt_BR"
+        )
+    if language.language == "zh":
+        traditional = language.maximize().script == "Hant"
+        return "Traditional Chinese" if traditional else "Simplified Chinese"
+    usual = Language.make(language=language.language).maximize().script
+    script = language.script if language.script != usual else None
+    if not script and not language.territory and language.language in _NAMES:
+        return _NAMES[language.language]
+    return Language.make(
+        language=language.language, script=script, territory=language.territory
+    ).display_name()
+
+
+@functools.cache
+def is_language(code: str) -> bool:
+    """Whether `language_name` knows the code."""
+    try:
+        language_name(code)
+    except UserError:
+        return False
+    return True
+
+
+def two_languages(codes: Sequence[str], where: str) -> tuple[str, str]:
+    """The codes as a pair; `UserError` unless they are two, known and different."""
+    if len(codes) != 2 or codes[0] == codes[1]:
+        raise UserError(f"{where}: two different languages are wanted, found {', '.join(codes)}")
+    for code in codes:
+        try:
+            language_name(code)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+    return codes[0], codes[1]

@@ -1,0 +1,317 @@
+"""Sources -> examples: one conversation each, in the forms that people keep their data in.
+
+| format | what a record is |
+|---|---|
+| messages | {"messages": [{"role": ..., "content": ...}, ...]} |
+| prompt | {"prompt": ..., "completion": ...}: two strings or two lists of messages |
+| alpaca | {"instruction": ..., "input": ..., "output": ...}, `input` and `system` optional |
+| translation | {"translation": {"en": ..., "sw": ...}} or {"en": ..., "sw": ...} |
+| lines | line i of one file and line i of another |
+| gettext | an entry of a .po catalog |
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from xplus_fast.config import DataConfig, Source
+from xplus_fast.data.files import (
+    RECORDS,
+    Rejected,
+    data_files,
+    kind,
+    read_lines,
+    read_records,
+    require,
+    saved_dataset,
+    stem,
+)
+from xplus_fast.data.languages import is_language, language_name, two_languages
+from xplus_fast.data.records import CONVERSATIONS, ODD_KEYS, Unfit, detect, say, translation
+from xplus_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation to learn from."""
+
+    messages: tuple[dict[str, str], ...]  # {"role", "content"}; ends with the assistant's answer
+    where: str  # "file:line", for messages to the user
+    tag: str  # translation direction "en-fr", else the source's file stem
+    key: str  # "group\0content", equal for both directions and duplicates of a pair
+    mirror: str = ""  # of a pair: the same with the other side's text
+
+    @property
+    def group(self) -> str:
+        """The language pair, whatever the direction; else the tag."""
+        return self.key.partition("\0")[0]
+
+
+@dataclass
+class Reading:
+    """What reading did that the user should hear of."""
+
+    formats: dict[str, str] = field(default_factory=dict)  # path -> the format it was read as
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> records left out
+    first: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few of them
+
+    def skip(self, rejected: Rejected, data: DataConfig) -> None:
+        """Count a record that cannot be used; with `data.on_error: stop`, raise `UserError`."""
+        if data.on_error == "stop":
+            raise UserError(f"{rejected}; data.on_error: skip leaves such records out")
+        self.skipped[rejected.reason] += 1
+        first = self.first.setdefault(rejected.reason, [])
+        if len(first) < 3:
+            first.append(rejected.where)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    where: str
+    languages: tuple[str, str]
+    texts: tuple[str, str]
+
+
+def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterator[Example]:
+    """Stream a source's examples; what was chosen and left out goes into `reading`.
+
+    A translation pair gives one example per direction of `source.directions`. Raises `UserError`
+    for a missing or unreadable source, a format that does not fit, and, with `data.on_error: stop`,
+    for the first bad record.
+    """
+    name, chosen = _name(source), file_format(source)
+    items: Iterator[_Pair | Example | Rejected]
+    if chosen == "text":
+        raise UserError(f"{name}: raw text has no answers to learn; it serves in data.retention")
+    if chosen == "lines":
+        items = _line_pairs(source)
+    elif chosen == "gettext":
+        items = _catalog_pairs(source)
+    else:
+        items = _from_records(source, chosen, reading)
+    if chosen != "auto":
+        reading.formats[name] = chosen
+    for item in islice(items, source.limit):
+        if isinstance(item, Rejected):
+            reading.skip(item, data)
+            continue
+        for example in _directed(item, source, data) if isinstance(item, _Pair) else [item]:
+            if isinstance(bad := _check(example), Rejected):
+                reading.skip(bad, data)
+                break
+            yield example
+
+
+def read_text(sources: Sequence[Source]) -> list[str]:
+    """Read raw text: the paragraphs, which blank lines separate.
+
+    Raises `UserError` for another format, a missing or empty file, or a line that is not UTF-8.
+    """
+    paragraphs: list[str] = []
+    for source in sources:
+        if source.format not in ("auto", "text"):
+            raise UserError(f"{_name(source)}: raw text is wanted here, not '{source.format}'")
+        of_source: list[str] = []
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            lines: list[str] = []
+            for _, line in read_lines(require(path)):
+                if isinstance(line, Rejected):
+                    raise UserError(str(line))
+                lines.append(line if line.strip() else "")
+            of_source += [p.strip("\n") for p in "\n".join(lines).split("\n\n") if p.strip()]
+        if not of_source:
+            raise UserError(f"{_name(source)}: no text in it")
+        paragraphs += of_source[: source.limit]
+    return paragraphs
+
+
+def file_format(source: Source) -> str:
+    """The format that is pinned or that the files' names tell; "auto": the records' keys will.
+
+    Raises `UserError` where the path is missing or cannot be of the pinned format.
+    """
+    pinned = source.format
+    if not isinstance(source.path, str):
+        if pinned not in ("auto", "lines") or len(source.path) != 2:
+            raise UserError(
+                f"{_name(source)}: a list of paths is the two files of a pair (format lines),"
+                f" found {len(source.path)} and format {pinned}"
+            )
+        for each in source.path:
+            require(each)
+        return "lines"
+    path = require(source.path)
+    if pinned == "lines":
+        raise UserError(f"{path}: format 'lines' wants a list of two files, found one path")
+    if path.is_dir():
+        catalogs = not saved_dataset(path) and any(path.glob("**/LC_MESSAGES/*.po"))
+        found = "gettext" if catalogs else "records"
+    else:
+        found = {".po": "gettext", **dict.fromkeys(RECORDS, "records")}.get(kind(path), "text")
+    if pinned == "auto" and found == "text":
+        raise UserError(
+            f"{path}: its name does not tell the format; {', '.join(RECORDS)}, .po, a folder of"
+            " them, or a list of two line-aligned files are known"
+        )
+    if pinned == "auto":
+        return "auto" if found == "records" else found
+    wanted = pinned if pinned in ("gettext", "text") else "records"
+    if wanted != found:
+        says = {"gettext": ".po catalogs", "records": f"{', '.join(RECORDS)}", "text": "plain text"}
+        raise UserError(f"{path}: format '{pinned}' wants {says[wanted]}, found {says[found]}")
+    return pinned
+
+
+def source_files(source: Source) -> list[Path]:
+    """Every file that reading the source reads."""
+    chosen = file_format(source)
+    if not isinstance(source.path, str):
+        return [Path(p).expanduser() for p in source.path]
+    path = Path(source.path).expanduser()
+    return [p for p, _ in _catalogs(path, source)] if chosen == "gettext" else data_files(path)
+
+
+def _name(source: Source) -> str:
+    return source.path if isinstance(source.path, str) else " + ".join(source.path)
+
+
+# --- translation pairs ---
+
+
+def _line_pairs(source: Source) -> Iterator[_Pair | Rejected]:
+    a, b = (Path(p).expanduser() for p in source.path)
+    codes = source.languages or [_suffix_language(p) for p in (a, b)]
+    languages = two_languages(codes, _name(source))
+    # Counted before any work: a pair of files that slipped must not train for an hour first.
+    counts = [sum(1 for _ in read_lines(p)) for p in (a, b)]
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"{a} has {counts[0]} lines and {b} has {counts[1]}: equally many are wanted, as line i"
+            " of one translates line i of the other"
+        )
+    for (where, x), (_, y) in zip(read_lines(a), read_lines(b), strict=True):
+        if isinstance(x, Rejected):
+            yield x
+        elif isinstance(y, Rejected):
+            yield y
+        else:
+            yield _Pair(where, languages, (x, y))
+
+
+def _suffix_language(path: Path) -> str:
+    code = path.name.removesuffix(".gz").removesuffix(".txt").rpartition(".")[2]
+    if not is_language(code):
+        raise UserError(
+            f"{path}: its name does not end in a language code; give the two files' languages,"
+            " such as languages: [en, sw]"
+        )
+    return code
+
+
+def _catalogs(path: Path, source: Source) -> list[tuple[Path, str]]:
+    """The (.po file, language) pairs to read."""
+    origin = source.languages[0] if source.languages else "en"
+    wanted = set(source.languages[1:])
+    if path.is_dir():
+        found = [(p, p.parent.parent.name) for p in sorted(path.glob("**/LC_MESSAGES/*.po"))]
+    elif path.parent.name == "LC_MESSAGES":
+        found = [(path, path.parent.parent.name)]
+    elif len(wanted) == 1:
+        found = [(path, next(iter(wanted)))]
+    else:
+        raise UserError(
+            f"{path}: its folder does not tell its language; give languages: [{origin}, ...]"
+        )
+    if missing := wanted - {language for _, language in found}:
+        raise UserError(
+            f"{path}: no catalog in {', '.join(sorted(missing))};"
+            f" found {', '.join(sorted({language for _, language in found}))}"
+        )
+    return [(p, lang) for p, lang in found if (lang in wanted if wanted else lang != origin)]
+
+
+def _catalog_pairs(source: Source) -> Iterator[_Pair | Rejected]:
+    import polib
+
+    assert isinstance(source.path, str)
+    origin = source.languages[0] if source.languages else "en"
+    for path, language in _catalogs(Path(source.path).expanduser(), source):
+        languages = two_languages([origin, language], str(path))
+        try:
+            entries = polib.pofile(str(path), encoding="utf-8")
+        except UnicodeDecodeError:
+            bad = next((x for _, x in read_lines(path) if isinstance(x, Rejected)), path)
+            raise UserError(f"{bad}: a catalog in UTF-8 is wanted") from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: not a gettext catalog ({' '.join(str(e).split())})") from None
+        for entry in entries:
+            if entry.obsolete or entry.fuzzy or entry.msgid_plural or not entry.msgstr.strip():
+                continue
+            where = f"{path}:{entry.linenum} ({language})"
+            yield _Pair(where, languages, (entry.msgid, entry.msgstr))
+
+
+def _directed(pair: _Pair, source: Source, data: DataConfig) -> Iterator[Example]:
+    """One pair -> its examples, in the directions that the source asks for."""
+    sides = [
+        (code.replace("-", "_"), language_name(code), text.strip())
+        for code, text in zip(pair.languages, pair.texts, strict=True)
+    ]
+    # The key does not depend on the order in which the source names its languages.
+    (a, _, text), (b, _, other) = sorted(sides)
+    key, mirror = f"{a}-{b}\0{text}", f"{b}-{a}\0{other}"
+    both = [(sides[0], sides[1]), (sides[1], sides[0])]
+    chosen = {"both": both, "forward": both[:1], "backward": both[1:]}[source.directions]
+    for (x, src, question), (y, tgt, answer) in chosen:
+        prompt = data.prompt.format(src=src, tgt=tgt, text=question) if question else ""
+        messages = [say("user", prompt), say("assistant", answer)]
+        if data.system:
+            messages.insert(0, say("system", data.system))
+        yield Example(tuple(messages), pair.where, f"{x}-{y}", key, mirror)
+
+
+# --- records ---
+
+
+def _from_records(
+    source: Source, chosen: str, reading: Reading
+) -> Iterator[_Pair | Example | Rejected]:
+    assert isinstance(source.path, str)
+    path = Path(source.path).expanduser()
+    pinned, tag, seen = chosen != "auto", stem(path), False
+    for where, record in read_records(path):
+        if isinstance(record, Rejected):
+            yield record
+            continue
+        if not seen and not pinned:
+            chosen = detect(record, where)
+            reading.formats[str(source.path)] = chosen
+        try:
+            if chosen == "translation":
+                yield _Pair(where, *translation(record, source.languages, where))
+            else:
+                messages = CONVERSATIONS[chosen](record)
+                asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
+                yield Example(messages, where, tag, f"{tag}\0{asked}")
+        except Unfit as e:
+            reason, detail = e.args
+            if not seen and pinned and reason == ODD_KEYS:
+                raise UserError(f"{where}: not of the format '{chosen}': {detail}") from None
+            yield Rejected(where, reason, detail)
+        seen = True
+
+
+def _check(example: Example) -> Example | Rejected:
+    """What holds for an example of any format."""
+    for message in example.messages:
+        role, content = message["role"], message["content"]
+        if role != "system" and not content.strip():
+            what = "the answer" if role == "assistant" else "the text to answer"
+            return Rejected(example.where, f"{what} is empty")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as e:
+            return Rejected(example.where, "a lone surrogate", f"character {e.start + 1} of a text")
+    return example

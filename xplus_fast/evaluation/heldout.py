@@ -1,0 +1,198 @@
+"""Before and after: loss and chrF++ on held-out pairs, loss on text that should not move.
+
+Everything is deterministic (no sampling, no random state touched), so that two figures differ
+only by what was trained in between.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from string import Formatter
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from xplus_fast.config import DataConfig, EvaluationConfig
+from xplus_fast.data.chat import prompt_text
+from xplus_fast.data.corpus import PackCollator, pack_examples, pack_texts
+from xplus_fast.data.readers import Example
+from xplus_fast.errors import UserError
+
+# "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
+_DIRECTION = re.compile(r"[a-z]{2,3}([-_][A-Z]\w+)?-[a-z]{2,3}([-_][A-Z]\w+)?")
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: dict[str, list[Example]],
+    retention: Sequence[str],
+    *,
+    data: DataConfig,
+    config: EvaluationConfig,
+    show: bool,
+) -> dict[str, Any]:
+    """Measure held-out loss, chrF++ and retention; the model comes back as it went in.
+
+    heldout: tag -> examples; tags that name a translation direction ("en-fr") are also translated
+    (the first `config.translate` sentences, greedily). retention: plain texts. Returns, ready for
+    JSON: `loss` {tag: nats per supervised token}, `chrf` {tag: chrF++, 0 to 100}, `samples`
+    {tag: [{source, reference, output}]}, `signature` of sacrebleu or None, `retention`
+    {loss, tokens} or None, `off_length` {tag: {empty, truncated}} counts of translated sentences.
+    show: a progress bar, on a terminal.
+
+    Raises `UserError` where a tag or the retention texts hold nothing supervised.
+    """
+    tags = sorted(tag for tag, examples in heldout.items() if examples)
+    rows = {tag: pack_examples(heldout[tag], tokenizer, data) for tag in tags}
+    texts = pack_texts(retention, tokenizer, data.pack_tokens) if retention else []
+    directions = [tag for tag in tags if config.translate and _DIRECTION.fullmatch(tag)]
+    chosen = {tag: heldout[tag][: config.translate] for tag in directions}
+    work = sum(map(len, rows.values())) + len(texts) + sum(map(len, chosen.values()))
+    result: dict[str, Any] = {
+        "loss": {},
+        "chrf": {},
+        "samples": {},
+        "signature": None,
+        "retention": None,
+        "off_length": {},
+    }
+    # disable=None: no bar where standard error is no terminal
+    quiet = None if show else True
+    bar = tqdm(total=work, disable=quiet, ascii=True, leave=False, dynamic_ncols=True)
+    with _evaluating(model, tokenizer, config), bar:
+        for tag in tags:
+            result["loss"][tag], _ = _loss(model, rows[tag], bar, f"held-out {tag}")
+        if retention:
+            loss, tokens = _loss(model, texts, bar, "retention")
+            result["retention"] = {"loss": loss, "tokens": tokens}
+        for tag, examples in chosen.items():
+            # Thinking is off whatever data.think says: a base Qwen3 would think through its budget
+            # of tokens, score near zero, and every gain over it would be an artefact.
+            prompts = [prompt_text(e, tokenizer, "masked") for e in examples]
+            outputs, truncated = _translate(
+                model, tokenizer, prompts, config.batch_size, bar, f"translating {tag}"
+            )
+            references = [e.messages[-1]["content"].strip() for e in examples]
+            result["chrf"][tag], result["signature"] = _chrf(outputs, references)
+            result["off_length"][tag] = {"empty": outputs.count(""), "truncated": truncated}
+            shown = list(zip(examples, references, outputs, strict=True))[: config.samples]
+            result["samples"][tag] = [
+                {"source": _sentence(e, data.prompt), "reference": r, "output": o}
+                for e, r, o in shown
+            ]
+    return result
+
+
+@contextmanager
+def _evaluating(model: Any, tokenizer: Any, config: EvaluationConfig) -> Iterator[None]:
+    """Evaluation mode, greedy generation, no gradients; all put back at the end.
+
+    The model's own generation config is set aside rather than overridden: a sampling temperature
+    left in it warns, and a repetition penalty would change what greedy means.
+    """
+    training, use_cache = model.training, model.config.use_cache
+    generation, pad = model.generation_config, tokenizer.pad_token_id
+    ends = getattr(generation, "eos_token_id", None)
+    both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ends = sorted(end for end in both if end is not None)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if pad is None and ends else pad,
+        use_cache=True,
+    )
+    model.eval()
+    try:
+        with torch.no_grad():  # inference_mode would leave tensors that training cannot use
+            yield
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+        model.generation_config = generation
+
+
+def _loss(model: Any, rows: list[dict[str, Any]], bar: Any, what: str) -> tuple[float, int]:
+    """Mean loss over all supervised tokens of some packed rows, in nats; and their number."""
+    bar.set_description_str(what)
+    # With a cache Hugging Face's models no longer see where one packed sequence ends
+    model.config.use_cache = False
+    collate = PackCollator()
+    total, count = 0.0, 0
+    for row in rows:
+        batch = {
+            k: v.to(model.device) if isinstance(v, torch.Tensor) else v
+            for k, v in collate([row]).items()
+        }
+        n = int((batch["labels"][:, 1:] != -100).sum())  # position t predicts label t+1
+        if n:  # a mean over nothing is NaN
+            total += float(model(**batch).loss) * n
+            count += n
+        bar.update()
+    if not count:
+        raise UserError(f"{what}: no token is supervised; nothing can be measured on it")
+    return total / count, count
+
+
+def _translate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    batch_size: int,
+    bar: Any,
+    what: str,
+) -> tuple[list[str], int]:
+    """Greedy answers in the order of the prompts; and how many stopped only at the token limit."""
+    bar.set_description_str(what)
+    model.config.use_cache = True
+    generation = model.generation_config
+    tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    outputs, truncated = [""] * len(prompts), 0
+    # Longest first: a batch too large for the memory fails at once, not in the last minute
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
+    for at in range(0, len(order), batch_size):
+        ids = order[at : at + batch_size]
+        width = len(tokens[ids[0]])
+        # [B, width], padded on the left, so that every row's next token is the last column's
+        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
+        mask = torch.zeros_like(input_ids)
+        for b, i in enumerate(ids):
+            input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])
+            mask[b, width - len(tokens[i]) :] = 1
+        answers = model.generate(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)
+        )
+        for i, answer in zip(ids, answers[:, width:].tolist(), strict=True):
+            ends = generation.eos_token_id or []
+            end = next((n for n, token in enumerate(answer) if token in ends), None)
+            truncated += end is None
+            outputs[i] = tokenizer.decode(answer[:end], skip_special_tokens=True).strip()
+        bar.update(len(ids))
+    return outputs, truncated
+
+
+def _chrf(outputs: list[str], references: list[str]) -> tuple[float, str]:
+    """Corpus chrF++ (0 to 100) and sacrebleu's signature, which says what was computed."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF(word_order=2)
+    return metric.corpus_score(outputs, [references]).score, str(metric.get_signature())
+
+
+def _sentence(example: Example, prompt: str) -> str:
+    """The source sentence: the last user message, without the words of `data.prompt` around it."""
+    asked = [m["content"] for m in example.messages if m["role"] == "user"]
+    content = asked[-1] if asked else ""
+    pattern, seen = "", False
+    for literal, name, _, _ in Formatter().parse(prompt):
+        pattern += re.escape(literal)
+        if name == "text":
+            pattern += "(?P=text)" if seen else "(?P<text>.*)"
+            seen = True
+        elif name is not None:
+            pattern += ".*?"
+    match = re.fullmatch(pattern, content, re.DOTALL)
+    return (match["text"] if match else content).strip()

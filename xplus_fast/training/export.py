@@ -1,0 +1,275 @@
+"""Export a trained model as a Hugging Face folder, and verify that nothing else changed.
+
+`export` copies the base folder and replaces the bytes of the changed tensors only, so that every
+other byte of every shard is the base's. `verify` compares two folders tensor by tensor on their
+stored bytes (NaNs and the sign of zero count), in bounded memory.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xplus_fast.errors import UserError
+from xplus_fast.model.checkpoint_files import (
+    DTYPE_CODES,
+    CheckpointFiles,
+    read_json,
+    read_range,
+)
+from xplus_fast.training.checkpoints import new_folder, sync_folder, tensor_bytes, write_file
+
+RECORD = "xplus_fast.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# what from_pretrained, tokenizers and servers read beside the weights; never code, never pickles
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, next to chat_template.jinja
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found, by tensor name in the base's order.
+
+    missing: in the base only. extra: in the result only. reshaped: in both, with another shape or
+    dtype. changed: other bytes; outside: those of them that were not to change.
+    """
+
+    base: Path
+    result: Path
+    changed: list[str]
+    outside: list[str]
+    missing: list[str]
+    extra: list[str]
+    reshaped: list[str]
+    changed_parameters: int
+    identical: int  # tensors
+    identical_bytes: int
+    notes: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not (self.outside or self.missing or self.extra or self.reshaped)
+
+
+def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, Any]) -> None:
+    """Write the base model with `changed` in place of its own tensors to the new folder `out`.
+
+    changed: Hugging Face name -> tensor of the base's shape, any dtype and device; it is rounded
+    to the dtype in which the base stores it. record: JSON-able (resolved layers, base, version);
+    it goes to xplus_fast.json with the changed names under "tensors".
+    Raises `UserError` if `out` holds anything, for names, shapes or dtypes that the base does not
+    have, for values that are not finite, for a damaged base, and for a full disk; `out` does not
+    come into being then.
+    """
+    files = CheckpointFiles.open(base)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; export writes to a new or empty folder")
+    if _tied(files) and EMBEDDING in changed and HEAD in files.entries:
+        # some tied checkpoints store both; a head left as it was would no longer be tied
+        changed = {HEAD: changed[EMBEDDING], **changed}
+    for name, tensor in changed.items():
+        _check(files, name, tensor)
+
+    shards = sorted({entry.file for entry in files.entries.values()})
+    rewritten = {files.entries[name].file for name in changed}
+    copied = _companions(base)
+    needed = sum(file.stat().st_size for file in [*shards, *copied])
+    with new_folder(out, needed) as temp:
+        for file in copied:
+            target = temp / file.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            write_file(target, _copy(file))
+        for shard in shards:
+            replaced = changed if shard in rewritten else {}
+            write_file(temp / shard.name, _shard(files, shard, replaced))
+        text = json.dumps({**record, "tensors": sorted(changed)}, indent=2)
+        write_file(temp / RECORD, [text.encode()])
+        if (temp / TEMPLATES).is_dir():
+            sync_folder(temp / TEMPLATES)
+
+
+def verify(base: Path, result: Path, allowed: set[int] | None = None) -> Verification:
+    """Compare every tensor of two model folders byte for byte.
+
+    allowed: ids of the decoder layers that may differ; None: the tensors that the result's
+    xplus_fast.json names. A head that one side leaves out because it is tied is that side's
+    embedding. Raises `UserError` if neither is given, or if a folder cannot be read.
+    """
+    a, b = CheckpointFiles.open(base), CheckpointFiles.open(result)
+    may_change = _recorded(result) if allowed is None else set()
+    changed, outside, missing, extra, reshaped = [], [], [], [], []
+    parameters = identical = identical_bytes = 0
+    for name in [*a.entries, *(n for n in b.entries if n not in a.entries)]:
+        x, y = _stored(a, name), _stored(b, name)
+        if x is None:
+            extra.append(name)
+        elif y is None:
+            missing.append(name)
+        elif (a.shape(x), a.dtype(x)) != (b.shape(y), b.dtype(y)):
+            reshaped.append(f"{name} ({_kind(a, x)} in the base, {_kind(b, y)} in the result)")
+        elif _same(a.raw(x), b.raw(y)):
+            identical += 1
+            identical_bytes += a.entries[x].end - a.entries[x].start
+        else:
+            changed.append(name)
+            parameters += a.entries[x].numel
+            if allowed is None:
+                permitted = bool(may_change & {x, y})
+            else:
+                permitted = layer_of(name) in allowed
+            if not permitted:
+                outside.append(name)
+
+    notes = []
+    if still := sorted(may_change.difference(changed)):
+        notes.append(f"trained, but unchanged: {_count(len(still))}, first {still[0]}")
+    ignored = {"transformers_version", "_name_or_path"}
+    keys = (a.config.keys() | b.config.keys()) - ignored
+    if differ := sorted(key for key in keys if a.config.get(key) != b.config.get(key)):
+        notes.append(f"config.json differs in {', '.join(differ)}")
+    return Verification(
+        base=base,
+        result=result,
+        changed=changed,
+        outside=outside,
+        missing=missing,
+        extra=extra,
+        reshaped=reshaped,
+        changed_parameters=parameters,
+        identical=identical,
+        identical_bytes=identical_bytes,
+        notes=notes,
+    )
+
+
+def describe(verification: Verification) -> str:
+    """A verification as a few lines for the terminal."""
+    v = verification
+    lines = []
+    if v.changed:
+        ids = sorted({i for name in v.changed if (i := layer_of(name)) is not None})
+        places = [f"layer{'s' if len(ids) > 1 else ''} {_ranges(ids)}"] if ids else []
+        places += [name for name in v.changed if layer_of(name) is None]
+        lines.append(
+            f"changed: {_count(len(v.changed))} ({v.changed_parameters:,} parameters)"
+            f" in {', '.join(places)}"
+        )
+    else:
+        lines.append("changed: no tensor")
+    others = "all others bit-identical" if v.ok else "bit-identical"
+    lines.append(f"{others}: {_count(v.identical)} ({v.identical_bytes / 1e9:.3f} GB)")
+    for what, names in (
+        ("changed, though frozen", v.outside),
+        ("missing in the result", v.missing),
+        ("in the result only", v.extra),
+        ("of another shape or dtype", v.reshaped),
+    ):
+        if names:
+            lines.append(f"{what}: {_count(len(names))}")
+            lines += [f"  {name}" for name in names[:20]]
+            lines += [f"  and {len(names) - 20} more"] if len(names) > 20 else []
+    lines += [f"note: {note}" for note in v.notes]
+    lines.append(f"{'OK' if v.ok else 'NOT OK'}: {v.result} against {v.base}")
+    return "\n".join(lines)
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor's Hugging Face name; None for embedding, final norm, head."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _check(files: CheckpointFiles, name: str, tensor: Tensor) -> None:
+    if name not in files.entries:
+        raise UserError(f"{files.folder}: no tensor {name!r} to replace")
+    if files.shape(name) != tuple(tensor.shape):
+        raise UserError(
+            f"{files.folder}: {name!r} has shape {list(files.shape(name))},"
+            f" the trained one {list(tensor.shape)}"
+        )
+    dtype = files.dtype(name)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise UserError(
+            f"{files.folder}: {name!r} is stored as {DTYPE_CODES[dtype]}, a quantized format;"
+            " a trained tensor can replace F64, F32, F16 or BF16"
+        )
+    if not torch.isfinite(tensor.detach().to(dtype)).all():
+        raise UserError(f"{name!r}: the trained tensor is not finite in {DTYPE_CODES[dtype]}")
+
+
+def _shard(
+    files: CheckpointFiles, shard: Path, changed: dict[str, Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard, those of the changed tensors replaced: header and layout stay."""
+    at = 0
+    for name, entry in files.entries.items():  # in the order of the data
+        if entry.file != shard or name not in changed:
+            continue
+        yield from read_range(shard, at, entry.start)
+        yield from tensor_bytes(changed[name].detach().to(entry.dtype))
+        at = entry.end
+    yield from read_range(shard, at, shard.stat().st_size)
+
+
+def _companions(base: Path) -> list[Path]:
+    """The base's files beside the weights that a user of the result needs."""
+    found = {p for pattern in COMPANIONS for p in base.glob(pattern) if p.is_file()}
+    found |= set((base / TEMPLATES).glob("*.jinja"))
+    return sorted(p for p in found if p.name != RECORD and not p.name.startswith("pytorch_model"))
+
+
+def _copy(file: Path) -> Iterator[bytes]:
+    return read_range(file, 0, file.stat().st_size)
+
+
+def _tied(files: CheckpointFiles) -> bool:
+    return bool(files.config.get("tie_word_embeddings"))
+
+
+def _stored(files: CheckpointFiles, name: str) -> str | None:
+    """The name under which a folder stores a tensor; None if it does not."""
+    if name not in files.entries and name == HEAD and _tied(files):
+        name = EMBEDDING
+    return name if name in files.entries else None
+
+
+def _recorded(result: Path) -> set[str]:
+    """The tensors that the result's own record says were trained."""
+    file = result / RECORD
+    if not file.is_file():
+        raise UserError(
+            f"{result}: no {RECORD} says which layers were trained; name them with --layers"
+        )
+    names = read_json(file).get("tensors")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: 'tensors' is not a list of tensor names")
+    return set(names)
+
+
+def _same(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
+    """Equal, piece by piece: both sides are of one size and cut alike."""
+    return all(x == y for x, y in zip(a, b, strict=True))
+
+
+def _kind(files: CheckpointFiles, name: str) -> str:
+    return f"{DTYPE_CODES[files.dtype(name)]} {list(files.shape(name))}"
+
+
+def _count(tensors: int) -> str:
+    return f"{tensors:,} tensor{'' if tensors == 1 else 's'}"
+
+
+def _ranges(ids: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

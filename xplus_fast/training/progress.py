@@ -1,0 +1,113 @@
+"""The live line: where a stage stands, rewritten in place on a terminal, a plain line elsewhere."""
+
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TextIO
+
+_PLAIN_EVERY = 10.0  # seconds between lines where nothing can be rewritten: a file, a pipe
+_RECENT = 20  # steps that speed and ETA are averaged over
+
+
+class LiveLine:
+    """Shows the lines of metrics.jsonl as they are made; one object a stage.
+
+    stage: its name. steps: how many it has. stream: written to, flushed at once. clock: seconds,
+    monotonic; speed and ETA are by this clock, so time spent saving checkpoints counts.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage, self.steps, self.clock = stage, steps, clock
+        self.stream = stream if stream is not None else sys.stderr  # the one of now, not of import
+        self.tty = self.stream.isatty()
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds of a step
+        self.seen_at: float | None = None  # when the last update came
+        self.written_at = float("-inf")  # when the last plain line was written
+        self.drawn = 0  # characters standing on the terminal's line
+        self.unwritten = ""  # a plain line held back, for it came too soon
+
+    def update(self, line: dict[str, Any]) -> None:
+        """Show one optimizer step, given as its line of metrics.jsonl."""
+        now = self.clock()
+        elapsed = line["seconds"] if self.seen_at is None else now - self.seen_at
+        self.seen_at = now
+        self.recent.append((line["tokens"], elapsed))
+        fields = self._fields(line)
+        if self.tty:
+            # One column stays free: writing the last one wraps on some terminals
+            text = _fit(fields, shutil.get_terminal_size().columns - 1)
+            self.stream.write("\r" + text.ljust(self.drawn))
+            self.stream.flush()
+            self.drawn = len(text)
+        else:
+            self.unwritten = "  ".join(fields)
+            if line["step"] >= self.steps or now - self.written_at >= _PLAIN_EVERY:
+                self._write_plain(now)
+
+    def close(self) -> None:
+        """End the line, so that what is printed next starts on its own."""
+        if self.drawn:
+            self.stream.write("\n")
+            self.stream.flush()
+            self.drawn = 0
+        if self.unwritten:  # stopped between two lines: show how far it came
+            self._write_plain(self.clock())
+
+    def _write_plain(self, now: float) -> None:
+        self.stream.write(self.unwritten + "\n")
+        self.stream.flush()
+        self.written_at, self.unwritten = now, ""
+
+    def _fields(self, line: dict[str, Any]) -> list[str]:
+        """What is shown, the most wanted first: a narrow terminal loses the last ones."""
+        tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
+        speed = tokens / seconds if seconds > 0 else line["tokens_per_second"]
+        eta = (self.steps - line["step"]) * seconds / len(self.recent)
+        fields = [
+            f"{self.stage} {line['step']}/{self.steps}",
+            f"loss {line['loss']:.3f}",
+            f"{si(speed)} tok/s",
+            f"{si(line['tokens_seen'])} tokens",
+            f"eta {duration(eta)}",
+        ]
+        if line["memory_bytes"] is not None:
+            fields.append(f"mem {line['memory_bytes'] / 1e9:.1f} GB")
+        if line["mfu"] is not None:
+            fields.append(f"mfu {100 * line['mfu']:.0f} %")
+        return [*fields, f"|g| {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.1e}"]
+
+
+def si(number: float) -> str:
+    """Three digits and a letter: 570, 12.3k, 1.50M, 814M, 2.00G."""
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5 or unit == "G":
+            break
+        number /= 1000
+    # As many decimals as make three digits, and none on plain counts
+    decimals = 0 if unit == "" or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{decimals}f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+
+
+def _fit(fields: list[str], width: int) -> str:
+    """As many whole fields as the width holds; the first one is cut if even that is too long."""
+    text = fields[0][:width]
+    for field in fields[1:]:
+        if len(text) + 2 + len(field) > width:
+            break
+        text += "  " + field
+    return text

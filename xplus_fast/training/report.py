@@ -1,0 +1,405 @@
+"""A finished run's report: report.md, loss.png and quality.png, from the files in its folder.
+
+Reads recipe.yaml, run.json, metrics.jsonl and evaluation/*.json, nothing else, so that a report
+can be written again at any time.
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from xplus_fast.errors import UserError
+from xplus_fast.training.progress import duration, si
+
+_RETENTION = "retention text"  # its row's name, among those of the directions
+_SUMMARY_ROWS = 8  # directions that the terminal shows one by one
+_BEFORE, _AFTER = "#9a9a9a", "#0072b2"
+_STAGES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]  # told apart by colour-blind readers too
+
+Steps = dict[str, list[dict[str, Any]]]  # stage name -> its lines of metrics.jsonl
+Measured = dict[str, dict[str, Any]]  # "before", "after bottom", ... -> what was measured
+Row = tuple[str, list[float | None], list[float | None]]  # name, loss and chrF++ at each of those
+
+
+def write_report(run: Path) -> str:
+    """Write report.md, loss.png and, where there is something to compare, quality.png.
+
+    Returns the few lines that the command line prints in the end. Raises `UserError` for a folder
+    that is no finished run, or a file in it that cannot be read.
+    """
+    steps = _read_steps(run / "metrics.jsonl")
+    about = _read_json(run / "run.json")
+    recipe = _read(run / "recipe.yaml")
+    measured = {}
+    for label in ["before", *(f"after {stage['name']}" for stage in about["stages"])]:
+        path = run / "evaluation" / f"{label.replace(' ', '-', 1)}.json"
+        if path.exists():
+            measured[label] = _read_json(path)
+    rows = _rows(measured)
+
+    _draw_loss(steps, run / "loss.png")
+    pictures = ["loss.png"]
+    if compared := bool(rows) and len(measured) > 1:
+        _draw_quality(rows, list(measured), run / "quality.png")
+        pictures.append("quality.png")
+    parts = [
+        "# What this run did",
+        _before_after(rows, measured),
+        "![held-out loss and chrF++ before and after](quality.png)" if compared else "",
+        "## What changed",
+        _changed(about),
+        "## Training",
+        "![training loss and learning rate](loss.png)",
+        _training(steps, about),
+        "## Data",
+        _table(["", ""], _flat(about["data"])),
+        _samples(measured),
+        "## How to run it again",
+        "`xplus-fast train recipe.yaml`, with this recipe:",
+        _fenced(recipe, "yaml"),
+        _table(["software", "version"], _flat(about["versions"])),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (run / "report.md").write_text(text, encoding="utf-8")
+    where = ", ".join(str(run / name) for name in pictures)
+    return "\n".join([*_summary(rows), f"report    {run / 'report.md'}", f"pictures  {where}"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a report needs the folder of a finished run") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from None
+
+
+def _read_steps(path: Path) -> Steps:
+    steps: Steps = {}
+    for number, text in enumerate(_read(path).split("\n"), 1):
+        if not text:  # after the last line
+            continue
+        try:
+            line = json.loads(text)
+            steps.setdefault(line["stage"], []).append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a line of metrics: {text[:60]!r}") from None
+    if not steps:
+        raise UserError(f"{path}: empty; a report needs at least one step")
+    return steps
+
+
+def _rows(measured: Measured) -> list[Row]:
+    """One row a direction, then their mean if there are several, then retention."""
+    values = measured.values()
+    rows: list[Row] = [
+        (tag, [v["loss"].get(tag) for v in values], [v["chrf"].get(tag) for v in values])
+        for tag in sorted({tag for v in values for tag in v["loss"]})
+    ]
+    if len(rows) > 1:
+        rows.append(
+            (f"mean of {len(rows)}", _mean([r[1] for r in rows]), _mean([r[2] for r in rows]))
+        )
+    if any(v["retention"] for v in values):
+        retained = [(v["retention"] or {}).get("loss") for v in values]
+        rows.append((_RETENTION, retained, [None] * len(retained)))
+    return rows
+
+
+def _mean(table: list[list[float | None]]) -> list[float | None]:
+    """Column means over the rows without gaps: figures to be compared are of the same rows."""
+    whole = [[x for x in row if x is not None] for row in table if None not in row]
+    return [fmean(column) for column in zip(*whole, strict=True)] or [None] * len(table[0])
+
+
+def _before_after(rows: list[Row], measured: Measured) -> str:
+    if not rows:
+        return "Nothing was held out: `data.heldout` and `data.retention` were not set."
+    with_chrf = any(x is not None for _, _, chrf in rows for x in chrf)
+    header = ["", *(f"loss {label}" for label in measured), "change"]
+    header += [*(f"chrF++ {label}" for label in measured), "change"] if with_chrf else []
+    table = []
+    for name, loss, chrf in rows:
+        cells = [name, *(_number(x, 3) for x in loss), _percent(loss)]
+        cells += [*(_number(x, 1) for x in chrf), _points(chrf)] if with_chrf else []
+        table.append(cells)
+    notes = [
+        "Loss: nats per supervised token of held-out examples, lower is better. chrF++: 0 to 100,"
+        f" higher is better. {_RETENTION.capitalize()}: its loss should not move."
+    ]
+    if len(measured) == 1:
+        notes.append(f"Measured {', '.join(map(_escape, measured))} only: nothing to compare with.")
+    for label, value in measured.items():
+        off = [
+            f"{tag} {n['empty']} empty, {n['truncated']} cut at the token limit"
+            for tag, n in value["off_length"].items()
+            if n["empty"] or n["truncated"]
+        ]
+        notes += [_escape(f"Translations {label}: {'; '.join(off)}.")] if off else []
+    for signature in sorted({v["signature"] for v in measured.values() if v["signature"]}):
+        notes.append(f"sacrebleu: {_escape(signature)}")
+    return "\n\n".join([_table(header, table), *notes])
+
+
+def _changed(about: dict[str, Any]) -> str:
+    table, names = [], []
+    for stage in about["stages"]:
+        trained, total = stage["trained_parameters"], stage["total_parameters"]
+        table.append(
+            [
+                stage["name"],
+                _ranges(stage["layers"]) or "none",
+                ", ".join(stage["also"]) or "nothing",
+                f"{si(trained)} of {si(total)}",
+                f"{100 * trained / total:.1f} %",
+                str(len(stage["tensors"])),
+            ]
+        )
+        counts: dict[str, int] = {}  # tensors of one kind, over the layers
+        for name in stage["tensors"]:
+            kind = re.sub(r"\.\d+\.", ".*.", name)
+            counts[kind] = counts.get(kind, 0) + 1
+        names.append(stage["name"] + ":")
+        names += [f"  {kind}" + (f"  x {n}" if n > 1 else "") for kind, n in counts.items()]
+    header = ["stage", "layers", "beside them", "parameters trained", "share", "tensors"]
+    return (
+        f"{_table(header, table)}\n\nEvery other tensor was frozen.\n\n"
+        "<details><summary>Names of the trained tensors</summary>\n\n"
+        f"{_fenced(chr(10).join(names), 'text')}\n\n</details>"
+    )
+
+
+def _training(steps: Steps, about: dict[str, Any]) -> str:
+    header, columns = [""], []
+    for stage, lines in steps.items():
+
+        def of(key: str, lines: list[dict[str, Any]] = lines) -> list[float]:
+            return [line[key] for line in lines if line[key] is not None]
+
+        loss, mfu, memory = of("loss"), of("mfu"), of("memory_bytes")
+        end = max(1, len(lines) // 20)  # the loss of one step says little
+        header.append(stage)
+        columns.append(
+            [
+                str(len(lines)),
+                f"{fmean(loss[:end]):.3f} -> {fmean(loss[-end:]):.3f}",
+                f"{si(sum(of('tokens')))}, {si(sum(of('supervised')))} of them supervised",
+                si(median(of("tokens_per_second"))),
+                f"{100 * median(mfu):.1f} %" if mfu else "unknown",
+                f"{max(memory) / 1e9:.2f} GB" if memory else "unknown",
+                duration(sum(of("seconds"))),
+            ]
+        )
+    names = [
+        "steps",
+        "training loss, first -> last 5 % of the steps",
+        "tokens",
+        "tokens/s, median",
+        "MFU, median",
+        "peak memory",
+        "time in steps",
+    ]
+    table = [list(row) for row in zip(names, *columns, strict=True)]
+    where = f"{_escape(about['device'])}, {_escape(about['dtype'])}"
+    return f"{_table(header, table)}\n\n{where}; {duration(about['seconds'])} in all."
+
+
+def _samples(measured: Measured) -> str:
+    """Every sample once, with what each measurement's model made of it."""
+    outputs: dict[tuple[str, str, str], dict[str, str]] = {}
+    for label, value in measured.items():
+        for tag, samples in value["samples"].items():
+            for s in samples:
+                outputs.setdefault((tag, s["source"], s["reference"]), {})[label] = s["output"]
+    parts, last = [], ""
+    for (tag, source, reference), by_label in outputs.items():
+        parts += [f"### {_escape(tag)}"] if tag != last else []
+        last = tag
+        rows = [["reference", reference], *([k, v or "(empty)"] for k, v in by_label.items())]
+        parts.append(_table(["source", source], rows))
+    return "\n\n".join(["## Translations", *parts]) if parts else ""
+
+
+def _summary(rows: list[Row]) -> list[str]:
+    """Before -> after for the terminal; of many directions the mean only."""
+    if not rows:
+        return ["nothing was held out: data.heldout and data.retention were not set"]
+    if len(rows) > _SUMMARY_ROWS + 2:  # the mean and retention come last
+        rows = rows[-2:] if rows[-1][0] == _RETENTION else rows[-1:]
+    width = max(len(name) for name, _, _ in rows)
+    lines = []
+    for name, loss, chrf in rows:
+        line = f"{name:{width}}  loss {_arrow(loss, 3, _percent(loss))}"
+        if any(x is not None for x in chrf):
+            line += f"  chrF++ {_arrow(chrf, 1, _points(chrf))}"
+        lines.append(line)
+    return lines
+
+
+def _arrow(values: list[float | None], decimals: int, change: str) -> str:
+    """Such as 2.75 -> 1.80 (-34.5 %); where there is nothing to compare, the last figure."""
+    known = [_number(x, decimals) for x in values if x is not None]
+    return f"{known[0]} -> {known[-1]} ({change})" if change else known[-1]
+
+
+def _number(x: float | None, decimals: int) -> str:
+    return "" if x is None else f"{x:.{decimals}f}"
+
+
+def _percent(values: list[float | None]) -> str:
+    a, b = values[0], values[-1]
+    return "" if a is None or b is None or len(values) < 2 else f"{100 * (b - a) / a:+.1f} %"
+
+
+def _points(values: list[float | None]) -> str:
+    a, b = values[0], values[-1]
+    return "" if a is None or b is None or len(values) < 2 else f"{b - a:+.1f}"
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 3, 30] -> "0-3, 30"."""
+    runs: list[list[int]] = []
+    for i in sorted(layers):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> list[list[str]]:
+    """A nested mapping as rows: ["per tag.en-fr", "40"]."""
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{above}{key}.")
+        else:
+            values = value if isinstance(value, list) else [value]
+            texts = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
+            rows.append([f"{above}{key}", ", ".join(texts)])
+    return rows
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, inside a table cell too."""
+    text = text.strip().replace("&", "&amp;").replace("<", "&lt;")
+    return "<br>".join(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text).splitlines())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, *rows]
+    text = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in lines]
+    return "\n".join([text[0], "|" + "---|" * len(header), *text[1:]])
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _draw_loss(steps: Steps, path: Path) -> None:
+    """All stages' training loss one after the other, the learning rate below."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    start = 0
+    for i, (stage, lines) in enumerate(steps.items()):
+        colour, n = _STAGES[i % len(_STAGES)], len(lines)
+        x = np.arange(start + 1, start + n + 1)
+        loss = np.array([line["loss"] for line in lines], dtype=float)
+        size = 4 if n <= 400 else 2
+        top.plot(x, loss, "o", ms=size, mew=0, color=colour, alpha=0.35 if n <= 400 else 0.15)
+        top.plot(x, _smooth(loss), color=colour, lw=2, label=stage)
+        low.plot(x, [line["learning_rate"] for line in lines], color=colour, lw=1.2)
+        if start:
+            for axes in (top, low):
+                axes.axvline(start + 0.5, color="#444444", lw=1, ls="--")
+        start += n
+    top.set_ylabel("training loss (nats per token)")
+    low.set_ylabel("learning rate")
+    low.set_xlabel("optimizer step")
+    low.xaxis.get_major_locator().set_params(integer=True)
+    low.set_ylim(bottom=0)
+    low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    # Above the axes: inside, it would cover points
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
+    for axes in (top, low):
+        axes.grid(color="#e6e6e6")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Centred moving average under a Hann window of a tenth of the steps; shorter at the ends."""
+    width = min(len(y), max(9, len(y) // 10 | 1))  # odd: an even window would lag
+    window = np.hanning(width + 2)[1:-1]
+    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+
+
+def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
+    """A dumbbell a row: loss on the left, chrF++ on the right, the change beside it."""
+    from matplotlib.figure import Figure
+
+    with_chrf = [row for row in rows if None not in (row[2][0], row[2][-1])]
+    panels = [("held-out loss, lower is better", 1, 3, _percent)]
+    if with_chrf:
+        panels.append(("chrF++, higher is better", 2, 1, _points))
+    height = 1.4 + 0.36 * len(rows)
+    figure = Figure(figsize=(5.2 * len(panels), height), dpi=120, layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, column, decimals, change) in zip(grid, panels, strict=True):
+        for y, row in enumerate(rows):
+            values: Any = row[column]
+            a, b = values[0], values[-1]
+            if a is None or b is None:
+                continue
+            axes.plot([a, b], [y, y], color=_BEFORE, lw=2, zorder=1)
+            axes.scatter([a], [y], s=42, color=_BEFORE, zorder=2)
+            axes.scatter([b], [y], s=42, color=_AFTER, zorder=3)
+            # The smaller value's number stands left of it, the larger one's right: no overlap
+            for x, colour, right in ((a, "#666666", a > b), (b, _AFTER, b >= a)):
+                axes.annotate(
+                    _number(x, decimals),
+                    (x, y),
+                    xytext=(7 if right else -7, 0),
+                    textcoords="offset points",
+                    ha="left" if right else "right",
+                    va="center",
+                    color=colour,
+                    fontsize=9,
+                )
+            axes.annotate(
+                change(values),
+                (1.01, y),
+                xycoords=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=9,
+            )
+        axes.set_title(title, fontsize=11)
+        axes.margins(x=0.28)
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+        axes.grid(axis="x", color="#e6e6e6")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if rows[-1][0] == _RETENTION and len(rows) > 1:
+            axes.axhline(len(rows) - 1.5, color="#444444", lw=0.8, ls="--")
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.tick_params(left=axes is grid[0])
+    for label, colour in ((labels[0], _BEFORE), (labels[-1], _AFTER)):
+        grid[0].scatter([], [], s=42, color=colour, label=label)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    figure.savefig(path)
