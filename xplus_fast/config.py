@@ -17,10 +17,11 @@ import yaml
 
 from xplus_fast.errors import UserError
 
-PROMPT = "Translate the following text from {src} to {tgt}.\n\n{src} source: {text}\n\n{tgt} translation:"
-Format = Literal[
-    "auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"
-]
+PROMPT = (
+    "Translate the following text from {src} to {tgt}.\n\n"
+    "{src} source: {text}\n\n{tgt} translation:"
+)
+Format = Literal["auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """Name the first option in which two trees of `to_dict` differ: "stages.0.steps: 40, here 50"."""
+    """Where two trees of `to_dict` first differ: "stages.0.steps: 40 there, 50 here"."""
     if isinstance(a, dict) and isinstance(b, dict):
         pairs: Any = [(k, a.get(k), b.get(k)) for k in [*a, *(k for k in b if k not in a)]]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -208,7 +209,9 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     if origin is Literal:
         if value in get_args(hint) and not isinstance(value, bool):
             return value
-        raise UserError(f"{at}: one of {', '.join(map(str, get_args(hint)))} is wanted, found {value!r}")
+        raise UserError(
+            f"{at}: one of {', '.join(map(str, get_args(hint)))} is wanted, found {value!r}"
+        )
     if origin is list:
         (member,) = get_args(hint)
         if not isinstance(value, list):
@@ -262,6 +265,11 @@ def _check(recipe: Recipe) -> None:
     for at, value, least in (
         ("data.pack_tokens", recipe.data.pack_tokens, 2),
         ("data.heldout", recipe.data.heldout, 0),
+        *(
+            (f"data.sources.{i}.limit", source.limit, 1)
+            for i, source in enumerate(recipe.data.sources)
+            if source.limit is not None
+        ),
         ("training.tokens_per_step", recipe.training.tokens_per_step, 1),
         ("training.save_steps", recipe.training.save_steps, 1),
         ("training.save_total_limit", recipe.training.save_total_limit, 1),

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message is one clear line, the command line prints it and exits with code 2."""
+    """Bad input. The message is one clear line; the command line prints it and exits with 2."""

@@ -1,9 +1,9 @@
 """Linear head and cross-entropy without ever holding all logits.
 
-Rows go in chunks: logits = x @ W.T, softmax statistics in fp32, the chunk turns into its own gradient
-in place, and that is multiplied straight back to dX (and dW where the head is trained). The idea of
-making the gradient in the forward is Liger-Kernel's FusedLinearCrossEntropy (arXiv 2410.10989).
-Kept for the backward: nothing but dX.
+Rows go in chunks: logits = x @ W.T, softmax statistics in fp32, the chunk turns into its own
+gradient in place, and that is multiplied straight back to dX (and dW where the head is trained).
+The idea of making the gradient in the forward is Liger-Kernel's FusedLinearCrossEntropy (arXiv
+2410.10989). Kept for the backward: nothing but dX.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """Causal attention over packed sequences with grouped heads, exposing out and lse.
 
-Each sequence attends to itself alone. Query rows go in blocks that see the keys up to their own end,
-so a long sequence costs little more than the causal half of its square. The query heads of a group
-are stacked along the rows of one product: k and v are never repeated.
-Kept for the backward: q, k, v, out, lse; the probabilities are computed again from lse
-(Dao et al. 2022, arXiv 2205.14135, section 3.1).
+Each sequence attends to itself alone. Query rows go in blocks that see the keys up to their own
+end, so a long sequence costs little more than the causal half of its square. The query heads of a
+group are stacked along the rows of one product: k and v are never repeated. Kept for the backward:
+q, k, v, out, lse; the probabilities are computed again from lse (Dao et al. 2022, arXiv 2205.14135,
+section 3.1).
 """
 
 from collections.abc import Iterator

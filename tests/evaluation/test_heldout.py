@@ -163,9 +163,15 @@ def test_model_comes_back_as_it_went_in(model, tokenizer, capfd):
     tokenizer.padding_side = "right"
     rng = torch.get_rng_state()
     model.train()
+    modes = set()
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda *_: modes.add((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    )
     capfd.readouterr()
     assert run(model, tokenizer, heldout, ["Some text."])["samples"] == plain["samples"]
     assert capfd.readouterr().err == ""  # no bar, no warning
+    assert modes == {(False, False)}
+    hook.remove()
     assert model.config.use_cache is False
     model.config.use_cache = True
     with pytest.raises(UserError, match="^retention: no token is supervised"):
@@ -184,12 +190,15 @@ def test_only_directions_are_translated(tokenizer):
         "chats": pairs("en-fr"), "pt_BR-en": pairs("en-fr"), "my-notes": pairs("en-fr"),
         "eng_Latn-zho_Hans": pairs("en-fr"), "fr-en": [],
     }  # fmt: skip
-    config = EvaluationConfig(samples=1, translate=2, max_new_tokens=2)
+    config = EvaluationConfig(samples=1, translate=3, max_new_tokens=2)
     result = run(tiny_model(), tokenizer, heldout, config=config)
     assert sorted(result["loss"]) == ["chats", "eng_Latn-zho_Hans", "my-notes", "pt_BR-en"]
     for part in ("chrf", "samples", "off_length"):
         assert sorted(result[part]) == ["eng_Latn-zho_Hans", "pt_BR-en"]
-    assert [s["source"] for s in result["samples"]["pt_BR-en"]] == ["open"]
+    assert [s["source"] for s in result["samples"]["pt_BR-en"]] == SENTENCES[:1]
+    config = EvaluationConfig(samples=99, translate=3, max_new_tokens=2)
+    first = run(tiny_model(), tokenizer, {"en-fr": pairs("en-fr")}, config=config)
+    assert [s["source"] for s in first["samples"]["en-fr"]] == SENTENCES[:3]
     none = run(tiny_model(), tokenizer, heldout, config=EvaluationConfig(translate=0))
     assert none["loss"] == result["loss"]
     assert none["chrf"] == none["samples"] == {} and none["signature"] is None

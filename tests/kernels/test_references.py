@@ -21,7 +21,8 @@ EPS = 1e-6
 # the modules: in the package their names are the functions
 ATTENTION = sys.modules["xplus_kernels.varlen_attention"]
 HEAD = sys.modules["xplus_kernels.linear_cross_entropy"]
-# Against fp64, a result may err 1.1 times as much as Hugging Face's in its dtype, or by one rounding.
+# Against fp64, a result may err 1.1 times as much as Hugging Face's in its dtype, or by one
+# rounding.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -98,7 +99,9 @@ def test_qk_norm_rope_gradcheck(normed):
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (40, 8)])
 def test_qk_norm_rope_equals_hugging_face(heads):
     (n, k), d, t = heads, 16, 13
-    config = Qwen3Config(head_dim=d, num_attention_heads=n, num_key_value_heads=k, hidden_size=n * d)
+    config = Qwen3Config(
+        head_dim=d, num_attention_heads=n, num_key_value_heads=k, hidden_size=n * d
+    )
     rotary = Qwen3RotaryEmbedding(config)
     positions = torch.cat((torch.arange(8), torch.arange(5)))
     qkv = randn(t, (n + 2 * k) * d).float()
@@ -106,9 +109,7 @@ def test_qk_norm_rope_equals_hugging_face(heads):
     with torch.no_grad():
         qn.weight.copy_(randn(d, seed=1)), kn.weight.copy_(randn(d, seed=2))
     cos, sin = ops.rope_tables(positions, rotary.inv_freq)
-    q, key, v = ops.qk_norm_rope(
-        qkv, qn.weight, kn.weight, cos, sin, heads=n, kv_heads=k, eps=EPS
-    )
+    q, key, v = ops.qk_norm_rope(qkv, qn.weight, kn.weight, cos, sin, heads=n, kv_heads=k, eps=EPS)
     hq, hk, hv = qkv.view(t, -1, d).split((n, k, k), 1)
     hq, hk = (norm(x).transpose(0, 1)[None] for norm, x in ((qn, hq), (kn, hk)))
     hq, hk = apply_rotary_pos_emb(hq, hk, *rotary(qkv, positions[None]))
@@ -148,7 +149,9 @@ def test_varlen_attention_gradcheck(heads, monkeypatch):
         out, lse = ops.varlen_attention(q, k, v, cu, **options)
         return ops.varlen_attention_backward(dout, q, k, v, out, lse, cu, **options)
 
-    gradcheck_pair(lambda q, k, v: ops.varlen_attention(q, k, v, cu, **options)[0], backward, (q, k, v))
+    gradcheck_pair(
+        lambda q, k, v: ops.varlen_attention(q, k, v, cu, **options)[0], backward, (q, k, v)
+    )
 
 
 @pytest.mark.parametrize("block", [3, 16, 256])

@@ -56,9 +56,7 @@ def test_each_gradient_alone_equals_that_of_all_together(asked):
             n: None if t is None else t.clone().requires_grad_(n in flags)
             for n, t in inputs.items()
         }
-        y = BlockFunction.apply(
-            leaves["x"], BlockSpec(shape), pack, *(leaves[n] for n in WEIGHTS)
-        )
+        y = BlockFunction.apply(leaves["x"], BlockSpec(shape), pack, *(leaves[n] for n in WEIGHTS))
         y.backward(dy)
         return {n: t.grad for n, t in leaves.items() if t is not None}
 

@@ -64,7 +64,9 @@ def test_loss_and_gradients_equal_stock(kind, selection):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied"])
-@pytest.mark.parametrize("also", [("embedding",), ("final_norm",), ("head",), ("embedding", "head")])
+@pytest.mark.parametrize(
+    "also", [("embedding",), ("final_norm",), ("head",), ("embedding", "head")]
+)
 @pytest.mark.parametrize("layers", [[4, 5], []])
 def test_training_beside_the_blocks_equals_stock(kind, also, layers):
     names = {
@@ -171,7 +173,9 @@ def test_flags_are_read_per_weight():
 def test_flags_that_split_a_packed_weight_are_refused():
     stock = select(tiny_model(), [2])
     stock.model.layers[2].self_attn.k_proj.weight.requires_grad_(False)
-    with pytest.raises(UserError, match=r"layer 2: .*q_proj.weight trains.*k_proj.weight is frozen"):
+    with pytest.raises(
+        UserError, match=r"layer 2: .*q_proj.weight trains.*k_proj.weight is frozen"
+    ):
         prepare_model(stock)
 
 
@@ -267,6 +271,8 @@ def test_trained_tensors_are_views_and_load_back():
         ours.model.layers[1].qkv.zero_()
     assert tensors["model.layers.1.self_attn.k_proj.weight"].abs().max() == 0
     load_tensors(ours, saved)
-    assert torch.equal(ours.model.layers[1].qkv[:192], saved["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(
+        ours.model.layers[1].qkv[:192], saved["model.layers.1.self_attn.q_proj.weight"]
+    )
     with pytest.raises(UserError, match="no such tensor"):
         load_tensors(ours, {"model.layers.9.x": torch.zeros(1)})

@@ -66,7 +66,9 @@ def test_the_total_is_within_one_percent_where_attention_is_blocked():
     assert sum(counted.values()) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("also", [("embedding",), ("final_norm",), ("head",), ("embedding", "head")])
+@pytest.mark.parametrize(
+    "also", [("embedding",), ("final_norm",), ("head",), ("embedding", "head")]
+)
 @pytest.mark.parametrize("layers", [[3], []])
 def test_what_trains_beside_the_blocks_is_counted(also, layers):
     model = prepare_model(tiny_model(), layers, also=also)

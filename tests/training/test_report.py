@@ -9,7 +9,15 @@ import pytest
 from matplotlib.image import imread
 
 from xplus_fast.errors import UserError
-from xplus_fast.training.report import _escape, _fenced, _ranges, _smooth, _table, write_report
+from xplus_fast.training.report import (
+    _escape,
+    _fenced,
+    _mean,
+    _ranges,
+    _smooth,
+    _table,
+    write_report,
+)
 
 NASTY = "Enter a | `value`\nor **nothing** <b>%(name)s</b> [x](y) _z_ $5 & ~~w~~"
 SHOWN = (
@@ -60,7 +68,8 @@ def run(tmp_path):
         )
     ]  # fmt: skip
     about = {
-        "stages": stages, "data": {"sequences": 900, "tags": {"en-fr": 450}, "list": ["a", "b"], "fill": 0.98765},
+        "stages": stages,
+        "data": {"sequences": 900, "tags": {"en-fr": 450}, "list": ["a", "b"], "fill": 0.98765},
         "device": "CPU, 2 threads", "dtype": "float32", "versions": {"torch": "2.13.0"},
         "seconds": 400.0,
     }  # fmt: skip
@@ -254,6 +263,9 @@ def test_small_pieces():
     assert _ranges([3, 0, 1, 2, 30]) == "0-3, 30" and _ranges([]) == ""
     assert _escape(" a\r\nb\u2028c ") == "a<br>b<br>c"
     assert _fenced("no ticks\n\n", "x") == "```x\nno ticks\n```"
+    # a row with a gap would make the columns' means those of different rows
+    assert _mean([[1.0, 3.0], [5.0, None], [2.0, 5.0]]) == [1.5, 4.0]
+    assert _mean([[None, 1.0], [1.0, None]]) == [None, None]
     y = np.array([1.0, 5.0])
     assert _smooth(np.ones(1)).tolist() == [1.0] and _smooth(y).shape == (2,)
     flat = _smooth(np.full(100, 3.0))

@@ -160,9 +160,7 @@ def test_stages_may_have_data_of_their_own_and_never_see_the_held_out(workplace,
     other = workplace / "other.jsonl"
     # the same pairs and more: what the first corpus holds out must stay out here, too
     extra = [(f"a dog {i} runs", f"mbwa {i} anakimbia") for i in range(20)]
-    other.write_text(
-        "".join(json.dumps({"en": e, "sw": s}) + "\n" for e, s in [*PAIRS, *extra])
-    )
+    other.write_text("".join(json.dumps({"en": e, "sw": s}) + "\n" for e, s in [*PAIRS, *extra]))
     source = f"stages.1.sources=[{{path: {other}}}]"
     assert xplus("train", workplace / "recipe.yaml", source) == 0
     assert "112 sequences" in capsys.readouterr().out  # (60 - 4) pairs both ways
@@ -221,7 +219,9 @@ def test_bad_records_are_skipped_and_counted_when_asked(workplace, capsys):
 
 
 @pytest.mark.parametrize("damage", ["config", "header", "missing tensor", "no weights", "shape"])
-def test_a_broken_model_folder_is_one_line_and_exit_code_2(damage, workplace, tiny_model_dir, capsys):
+def test_a_broken_model_folder_is_one_line_and_exit_code_2(
+    damage, workplace, tiny_model_dir, capsys
+):
     model = workplace / "model"
     shutil.copytree(tiny_model_dir, model)
     weights = model / "model.safetensors"
@@ -273,7 +273,11 @@ def test_unfinished_or_absent_runs_cannot_be_exported(workplace, tmp_path, capsy
 
 
 def test_help_answers_without_loading_torch():
-    code = "import sys; from xplus_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; from xplus_fast.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},

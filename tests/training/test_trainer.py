@@ -1,6 +1,7 @@
-"""XPlusTrainer as a drop-in: the same curve as Trainer's, exact resume, steps that stop with a reason."""
+"""XPlusTrainer as a drop-in: Trainer's curve, exact resume, steps that stop with a reason."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,9 @@ def train(cls, model, folder, *, resume=None, collator=pad, rows=None, callbacks
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied", "llama", "qwen2"])
-@pytest.mark.parametrize("collator", [pad, DataCollatorWithFlattening(return_flash_attn_kwargs=True)])
+@pytest.mark.parametrize(
+    "collator", [pad, DataCollatorWithFlattening(return_flash_attn_kwargs=True)]
+)
 def test_twenty_steps_give_the_curve_of_hugging_face(kind, collator, tmp_path):
     """The flags select, as in a script written for Trainer; only the class differs."""
     stock = train(Trainer, select(tiny_model(kind), [1, 2]), tmp_path)
@@ -112,7 +115,15 @@ def test_resuming_is_exact(dtype, tmp_path):
 
 
 def test_resuming_another_selection_is_refused(tmp_path):
-    train(XPlusTrainer, tiny_model(), tmp_path, layers="1-2", max_steps=2, save_strategy="steps", save_steps=2)
+    train(
+        XPlusTrainer,
+        tiny_model(),
+        tmp_path,
+        layers="1-2",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
     with pytest.raises(UserError, match="holds layers 1-2, and this run trains 3"):
         train(XPlusTrainer, tiny_model(), tmp_path, layers="3", resume=True)
     with pytest.raises(UserError, match="no whole checkpoint"):
@@ -148,7 +159,15 @@ def test_trainer_settings_cannot_change_the_flops(setting, tmp_path):
             self.counter.__exit__(None, None, None)
             Count.total = self.counter.get_total_flops()
 
-    train(XPlusTrainer, tiny_model(), tmp_path, layers="top:2", max_steps=1, callbacks=[Count()], **setting)
+    train(
+        XPlusTrainer,
+        tiny_model(),
+        tmp_path,
+        layers="top:2",
+        max_steps=1,
+        callbacks=[Count()],
+        **setting,
+    )
     first = Count.total
     train(XPlusTrainer, tiny_model(), tmp_path, layers="top:2", max_steps=1, callbacks=[Count()])
     assert first == Count.total > 0
@@ -264,7 +283,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
                 str(2 // processes),
             ],
             cwd=root, capture_output=True, text=True, timeout=240,
-            env={**__import__("os").environ, "PYTHONPATH": f"{root}:{root}/kernels", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": f"{root}:{root}/kernels", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         curves.append(json.loads((folder / "losses.json").read_text()))
@@ -288,7 +307,8 @@ def test_trl_sft_trainer_takes_the_prepared_model(tmp_path):
         config = trl.SFTConfig(
             str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=2e-3,
             logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
-            dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=prepare, bf16=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=prepare,
+            bf16=False,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
             model, config, train_dataset=Dataset.from_list(rows), data_collator=pad,

@@ -3,9 +3,9 @@
     x - rms_norm - Wqkv - qk_norm+rope - attention - Wo - +x = h
     h - rms_norm - Wgate_up - swiglu - Wdown - +h = y
 
-Every linear is y = x @ W.T, so dx = dy @ W needs no saved input and dW = dy.T @ x does. The same code
-serves trained and frozen layers: a weight's gradient is computed where autograd asks for it, and
-nothing is saved or computed for the others.
+Every linear is y = x @ W.T, so dx = dy @ W needs no saved input and dW = dy.T @ x does. The same
+code serves trained and frozen layers: a weight's gradient is computed where autograd asks for it,
+and nothing is saved or computed for the others.
 
 Legend: T packed tokens, H hidden, N query heads, K key/value heads, D head_dim, F ffn.
 """

@@ -8,7 +8,8 @@ from typing import Any
 
 from xplus_fast.errors import UserError
 
-# Packed weight of a block -> the Hugging Face tensors of a layer that make it, stacked along axis 0.
+# Packed weight of a block -> the Hugging Face tensors of a layer that make it, stacked along axis
+# 0.
 PACKED = {
     "input_norm": ("input_layernorm.weight",),
     "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -113,7 +114,9 @@ def shape_of(config: Any) -> Shape:
         "mlp_bias": getattr(config, "mlp_bias", False),
         "attention_dropout": getattr(config, "attention_dropout", 0.0),
         "hidden_act": "" if config.hidden_act == "silu" else config.hidden_act,
-        "layer_types": any(t != "full_attention" for t in getattr(config, "layer_types", None) or ()),
+        "layer_types": any(
+            t != "full_attention" for t in getattr(config, "layer_types", None) or ()
+        ),
     }
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     refused["rope_type"] = rope if rope in ("dynamic", "longrope") else ""

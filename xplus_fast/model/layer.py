@@ -1,4 +1,4 @@
-"""The decoder layer that stands in a Hugging Face model: packed weights inside, their names outside."""
+"""The decoder layer that stands in a Hugging Face model: packed inside, its names outside."""
 
 from typing import Any
 
@@ -25,6 +25,9 @@ class Block(nn.Module):
     """
 
     qkv: nn.Parameter
+    qkv_bias: nn.Parameter | None
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
     o: nn.Parameter
     gate_up: nn.Parameter
     down: nn.Parameter
@@ -70,14 +73,14 @@ class Block(nn.Module):
         """x [T, H] -> y [T, H]."""
         weights = [getattr(self, name) for name in WEIGHTS]
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # mixed precision: compute in its dtype, as autocast does
+        if torch.is_autocast_enabled(
+            kind
+        ):  # mixed precision: compute in its dtype, as autocast does
             dtype = torch.get_autocast_dtype(kind)
             weights = [w if w is None else w.to(dtype) for w in weights]
             x = x.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return BlockFunction.apply(
-                x, BlockSpec(self.shape, self.activations), pack, *weights
-            )
+            return BlockFunction.apply(x, BlockSpec(self.shape, self.activations), pack, *weights)
 
     def forward(
         self,
@@ -89,13 +92,13 @@ class Block(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hugging Face's call: any mask, a key/value cache, [B, S, H] -> [B, S, H]; for `generate()`."""
+        """Hugging Face's call, for `generate()`: any mask, a cache; [B, S, H] -> [B, S, H]."""
         assert position_embeddings is not None
         linear, s = nn.functional.linear, self.shape
         n = ops.rms_norm(hidden_states, self.input_norm, eps=s.eps)
         heads = linear(n, self.qkv, self.qkv_bias).unflatten(-1, (-1, s.head_dim))
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 2)  # [B, S, heads, D]
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q = ops.rms_norm(q, self.q_norm, eps=s.eps)
             k = ops.rms_norm(k, self.k_norm, eps=s.eps)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]

@@ -1,8 +1,8 @@
 """Any batch a Hugging Face model accepts -> one row of T packed tokens.
 
-Packed and padded input mean the same: padding is taken out before the first layer and put back after
-the last. Sequences are told apart by, in this order: `cu_seq_lens_q`, the attention mask, positions
-that do not go on by one.
+Packed and padded input mean the same: padding is taken out before the first layer and put back
+after the last. Sequences are told apart by, in this order: `cu_seq_lens_q`, the attention mask,
+positions that do not go on by one.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """A stock Hugging Face causal language model -> the same object, run by the engine.
 
-`prepare_model` replaces the decoder layers and the `forward` of this one instance: a call with labels
-goes the engine's way from embedding to loss, a call without a cache goes it to the last hidden state,
-and all else (`generate()`, `save_pretrained()`) goes the library's own way over the same weights.
+`prepare_model` replaces the decoder layers and the `forward` of this one instance: a call with
+labels goes the engine's way from embedding to loss, a call without a cache goes it to the last
+hidden state, and all else (`generate()`, `save_pretrained()`) goes the library's own way over the
+same weights.
 """
 
 import functools
@@ -251,6 +252,6 @@ def _base_forward(
             y = y.new_zeros(b * s, y.shape[1]).index_copy(0, pack.at, y)
         return y.view(b, s, -1)
 
-    last = unpacked(self.norm(x))
-    hidden = None if states is None else (*map(unpacked, states), last)
+    last: Any = unpacked(self.norm(x))
+    hidden: Any = None if states is None else (*map(unpacked, states), last)
     return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=hidden)

@@ -2,9 +2,9 @@
 
 A frozen layer below the lowest trained one costs its forward; one above it costs forward and dX; a
 trained one forward, dX and dW. The head sees supervised rows only. Attention counts the causal half
-of each sequence's square: two products forward; in the backward four, and the scores once more, since
-no attention worth using stores the probabilities (FlashAttention, arXiv 2205.14135, counts the same).
-Elementwise work is not counted. A multiply-add is 2 FLOPs.
+of each sequence's square: two products forward; in the backward four, and the scores once more,
+since no attention worth using stores the probabilities (FlashAttention, arXiv 2205.14135, counts
+the same). Elementwise work is not counted. A multiply-add is 2 FLOPs.
 """
 
 import math

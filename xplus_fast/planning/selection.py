@@ -1,4 +1,4 @@
-"""Which layers train: `"bottom:4"`, `"top:15"`, `"0-3,30-35"`, `"-15:"`, `[0, 1, 2]` -> layer ids."""
+"""Which layers train: "bottom:4", "top:15", "0-3,30-35", "-15:", [0, 1, 2] -> layer ids."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ FORMS = "bottom:4, top:15, all, 0-3,30-35 (both ends included), -15: (a Python s
 
 
 def resolve_layers(spec: str | Sequence[int], layers: int) -> list[int]:
-    """Layer ids, ascending, from a selection over `layers` decoder layers (0 is next to the embedding).
+    """Layer ids, ascending, of a selection from `layers` layers; 0 is next to the embedding.
 
     Comma-separated parts are joined: "bottom:4,top:8".
 
     Raises:
-        UserError: a form that is not known, an id out of range, a layer named twice, or none at all.
+        UserError: a form that is not known, an id out of range, a layer named twice, or none at
+        all.
     """
     ids: list[int] = []
     if isinstance(spec, str):
@@ -53,7 +54,9 @@ def _part(part: str, layers: int, spec: str) -> list[int]:
     if m := re.fullmatch(r"(bottom|top):(\d+)", part):
         n = int(m[2])
         if not 1 <= n <= layers:
-            raise UserError(f"layers: {part}: the model has {layers} layers, 1 to {layers} are wanted")
+            raise UserError(
+                f"layers: {part}: the model has {layers} layers, 1 to {layers} are wanted"
+            )
         return list(range(n)) if m[1] == "bottom" else list(range(layers - n, layers))
     if m := re.fullmatch(r"(\d+)-(\d+)", part):
         if int(m[1]) > int(m[2]):

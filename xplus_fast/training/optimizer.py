@@ -1,7 +1,8 @@
 """AdamW whose arithmetic is fp32 whatever the weights are.
 
-A bf16 weight of 2e-2 has neighbours 1e-4 away, so a step of 1e-5 rounds to nothing: bf16 parameters get
-an fp32 master copy that takes the updates, and are its rounding. fp32 parameters are their own master.
+A bf16 weight of 2e-2 has neighbours 1e-4 away, so a step of 1e-5 rounds to nothing: bf16 parameters
+get an fp32 master copy that takes the updates, and are its rounding. fp32 parameters are their own
+master.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +16,8 @@ from torch.optim.adamw import adamw
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), torch's fused update.
 
-    State per parameter: `step` [] fp32, `exp_avg` and `exp_avg_sq` fp32, and `master` fp32 where the
-    parameter is narrower.
+    State per parameter: `step` [] fp32, `exp_avg` and `exp_avg_sq` fp32, and `master` fp32 where
+    the parameter is narrower.
     """
 
     def __init__(

@@ -29,11 +29,11 @@ from transformers.trainer_callback import PrinterCallback
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
+    dump_recipe,
     first_difference,
     load_recipe,
     stage_name,
     to_dict,
-    dump_recipe,
 )
 from xplus_fast.data.chat import Encoded, preview
 from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
@@ -41,7 +41,7 @@ from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
 from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, resolve_model
-from xplus_fast.model.families import Shape, shape_of
+from xplus_fast.model.families import shape_of
 from xplus_fast.model.prepare import load_tensors, prepare_model, trained_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
@@ -94,7 +94,10 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     files = CheckpointFiles.open(base)
     check_against(files, shape.tensor_shapes())
-    say(f"{recipe.model}: {shape.family}, {shape.layers} layers, {total_parameters(shape):,} parameters")
+    say(
+        f"{recipe.model}: {shape.family}, {shape.layers} layers,"
+        f" {total_parameters(shape):,} parameters"
+    )
     for i, (stage, ids) in enumerate(zip(recipe.stages, selections, strict=True)):
         count = trained_parameters(shape, ids, stage.also)
         say(
@@ -112,7 +115,8 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         return "dry run: nothing was trained"
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=place.dtype).to(place.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=place.dtype)
+    model.to(place.device)
     prepare_model(model)
     heldout = corpora[0].heldout
 
@@ -184,7 +188,8 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
         folder = run / stage_name(recipe, i) / FINAL
         if not folder.exists():
             raise UserError(
-                f"{run}: stage {stage_name(recipe, i)} is not finished; start its recipe again first"
+                f"{run}: stage {stage_name(recipe, i)} is not finished;"
+                " start its recipe again first"
             )
         tensors |= read_checkpoint(folder).tensors["trained"]
         layers |= set(resolve_layers(stage.layers, shape.layers))
@@ -298,15 +303,21 @@ def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> lis
     for i, stage in enumerate(recipe.stages):
         sources = recipe.data.sources if stage.sources is None else stage.sources
         if not sources:
-            raise UserError(f"stages.{i}: no data: neither data.sources nor its own sources are given")
+            raise UserError(
+                f"stages.{i}: no data: neither data.sources nor its own sources are given"
+            )
         key = repr(sources)
         if key not in loaded:
             first = next(iter(loaded.values()), None)
             held = [] if first is None else [e for part in first.heldout.values() for e in part]
             data = recipe.data if first is None else replace(recipe.data, heldout=0)
+            if not place.first:
+                _barrier(place)  # the first process makes the corpus, the others find it
             loaded[key] = load_corpus(
                 sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held
             )
+            if place.first:
+                _barrier(place)
             say(describe(loaded[key].summary))
         corpora.append(loaded[key])
     return corpora

@@ -1,10 +1,10 @@
 """`XPlusTrainer`: transformers' Trainer whose model is run by the engine.
 
-A script that says `from xplus_fast import XPlusTrainer as Trainer` needs no other change. What differs
-from the library's class: the model is prepared (`layers=` selects, else the parameters' own
-`requires_grad`); AdamW computes in fp32 whatever the weights are; a checkpoint holds what trains and
-nothing else, in safetensors and JSON, and resuming from it is exact; a step that cannot be right stops
-the run with its reason.
+A script that says `from xplus_fast import XPlusTrainer as Trainer` needs no other change. What
+differs from the library's class: the model is prepared (`layers=` selects, else the parameters' own
+`requires_grad`); AdamW computes in fp32 whatever the weights are; a checkpoint holds what trains
+and nothing else, in safetensors and JSON, and resuming from it is exact; a step that cannot be
+right stops the run with its reason.
 """
 
 import dataclasses
@@ -20,7 +20,13 @@ from transformers.trainer_callback import ExportableState
 
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
-from xplus_fast.model.prepare import is_prepared, layer_ids, load_tensors, prepare_model, trained_tensors
+from xplus_fast.model.prepare import (
+    is_prepared,
+    layer_ids,
+    load_tensors,
+    prepare_model,
+    trained_tensors,
+)
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
 from xplus_fast.training.checkpoints import (
@@ -68,11 +74,14 @@ class XPlusTrainer(Trainer):
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)
-        if self.optimizer_cls_and_kwargs is None and str(self.args.optim.value) in OUR_ADAMW:
-            self.optimizer_cls_and_kwargs = AdamW, dict(
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
+        if self.optimizer_cls_and_kwargs is None and self.args.optim in OUR_ADAMW:
+            self.optimizer_cls_and_kwargs = (
+                AdamW,
+                dict(
+                    lr=self.args.learning_rate,
+                    betas=(self.args.adam_beta1, self.args.adam_beta2),
+                    eps=self.args.adam_epsilon,
+                ),
             )
         self._resumed: Checkpoint | None = None
         self._count()
@@ -97,13 +106,28 @@ class XPlusTrainer(Trainer):
             also.append("head")
         self.meter = Meter(shape_of(model.config), layer_ids(model), also)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        narrow = {p.dtype for p in trained} & {torch.bfloat16, torch.float16}
+        if narrow and not isinstance(_bare(optimizer), AdamW) and self.is_world_process_zero():
+            print(
+                f"warning: {type(_bare(optimizer)).__name__} updates {narrow.pop()} weights in"
+                " place: steps smaller than their spacing are lost; optim=adamw_torch keeps an"
+                " fp32 master copy"
+            )
+        return optimizer
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir))
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = latest_checkpoint(Path(folder))
             if resume_from_checkpoint is None:
-                raise UserError(f"{self.args.output_dir}: no whole checkpoint to resume from")
+                raise UserError(f"{folder}: no whole checkpoint to resume from")
         if self.args.gradient_checkpointing and self.is_world_process_zero():
-            print("gradient_checkpointing: not needed, the engine keeps what each layer's policy says")
+            print(
+                "gradient_checkpointing: not needed, the engine keeps what each layer's policy says"
+            )
         if self.is_world_process_zero():
             print(describe_selection(self.model))
         path = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
@@ -121,7 +145,9 @@ class XPlusTrainer(Trainer):
             )
         return samples, items
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.meter.add(inputs)
         return loss
@@ -135,19 +161,23 @@ class XPlusTrainer(Trainer):
                 " learning rate too high; the weights are as they were before this step"
             )
         if norm == 0 and step == 1:
-            raise UserError(
-                "step 1: every gradient is zero: nothing that trains reaches the loss"
-            )
+            raise UserError("step 1: every gradient is zero: nothing that trains reaches the loss")
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+            model: Any = self.model
+            dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
             logs = {**logs, **self.meter.read(self.args.device, dtype)}
         super().log(logs, start_time)
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if not prediction_loss_only:  # compute_metrics wants logits, which the engine never makes
             inputs = {**inputs, "return_logits": True}
@@ -178,6 +208,7 @@ class XPlusTrainer(Trainer):
             "selection": {"layers": layer_ids(model), "base": model.config._name_or_path},
         }
         if not self.args.save_only_model:
+            assert self.lr_scheduler is not None
             tensors["optimizer"], scalars, groups = self._optimizer_state()
             documents["training"] = {
                 "optimizer": {"scalars": scalars, "groups": groups},
@@ -185,9 +216,10 @@ class XPlusTrainer(Trainer):
                 "rng": rng_states,
                 "tokens_seen": self.meter.seen,
             }
+        callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                callbacks[type(callback).__name__] = callback.state()
         documents["trainer_state"] = dataclasses.asdict(self.state)
         write_checkpoint(folder, tensors, documents)
 
@@ -220,7 +252,7 @@ class XPlusTrainer(Trainer):
         load_tensors(model, trained)
 
     def _load_best_model(self) -> None:
-        best = read_checkpoint(Path(self.state.best_model_checkpoint))
+        best = read_checkpoint(Path(str(self.state.best_model_checkpoint)))
         load_tensors(self.accelerator.unwrap_model(self.model), best.tensors["trained"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -233,17 +265,22 @@ class XPlusTrainer(Trainer):
         optimizer = _bare(self.optimizer)
         values = {**self._resumed.tensors["optimizer"], **training["optimizer"]["scalars"]}
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        for group, saved in zip(optimizer.param_groups, training["optimizer"]["groups"], strict=True):
+        for group, saved in zip(
+            optimizer.param_groups, training["optimizer"]["groups"], strict=True
+        ):
             group.update({k: v for k, v in saved.items() if k != "params"})
             for name in saved["params"]:
                 p = parameters[name]
-                state = {k.rpartition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
+                state = {
+                    k.rpartition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")
+                }
                 for key, value in state.items():
                     beside = key != "step" or group.get("fused") or group.get("capturable")
                     if torch.is_tensor(value) and beside:
                         state[key] = value.to(p.device)
                 if state:
                     optimizer.state[p] = state
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(training["scheduler"])
         self.meter.seen = training["tokens_seen"]
 
