@@ -96,7 +96,7 @@ def load_corpus(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The figures of a corpus in a few lines of text."""
+    """The figures of a corpus in a few lines of text: all but where it lies."""
     tags = ", ".join(f"{tag} {n:,}" for tag, n in summary["tags"].items())
     lines = [
         f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
@@ -115,7 +115,6 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"held out: {held} ({summary['kept_out']:,} sequences with their duplicates)")
     if not summary["template"]:
         lines.append("no chat template: an example is its prompt, a newline, the answer and eos")
-    lines.append(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from xplus_fast.data.corpus import describe
 from xplus_fast.errors import UserError
 from xplus_fast.training.progress import duration, si
 
@@ -56,12 +57,12 @@ def write_report(run: Path) -> str:
         "![training loss and learning rate](loss.png)",
         _training(steps, about),
         "## Data",
-        _table(["", ""], _flat(about["data"])),
+        *_data(about["stages"]),
         _samples(measured),
         "## How to run it again",
         "`xplus-fast train recipe.yaml`, with this recipe:",
         _fenced(recipe, "yaml"),
-        _table(["software", "version"], _flat(about["versions"])),
+        _table(["software", "version"], [list(pair) for pair in about["versions"].items()]),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (run / "report.md").write_text(text, encoding="utf-8")
@@ -278,17 +279,15 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
 
 
-def _flat(tree: dict[str, Any], above: str = "") -> list[list[str]]:
-    """A nested mapping as rows: ["per tag.en-fr", "40"]."""
-    rows = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{above}{key}.")
-        else:
-            values = value if isinstance(value, list) else [value]
-            texts = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
-            rows.append([f"{above}{key}", ", ".join(texts)])
-    return rows
+def _data(stages: list[dict[str, Any]]) -> list[str]:
+    """What each corpus came to, in the words of the terminal, and which stages trained on it."""
+    told: dict[str, list[str]] = {}
+    for stage in stages:
+        told.setdefault(describe(stage["data"]), []).append(stage["name"])
+    return [
+        (f"{', '.join(names)}:\n\n" if len(told) > 1 else "") + _fenced(text, "text")
+        for text, names in told.items()
+    ]
 
 
 def _escape(text: str) -> str:

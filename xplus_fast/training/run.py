@@ -158,7 +158,6 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         return ""
     about = {
         "stages": stages,
-        "data": corpora[0].summary,
         "device": _device_name(place),
         "dtype": str(place.dtype).removeprefix("torch."),
         "versions": {
@@ -318,7 +317,9 @@ def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> lis
             )
             if place.first:
                 _barrier(place)
-            say(describe(loaded[key].summary))
+            summary = loaded[key].summary
+            say(describe(summary))
+            say(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
         corpora.append(loaded[key])
     return corpora
 
