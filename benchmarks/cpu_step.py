@@ -46,16 +46,31 @@ def main() -> int:
     for stage in recipe.stages:
         found = _compare(recipe.model, stage.layers, sentences, options.steps)
         result["selections"][str(stage.layers)] = found
-        print(
-            f"{stage.layers}: stock {found['stock_seconds']:.2f} s,"
-            f" ours {found['ours_seconds']:.2f} s a step of"
-            f" {found['tokens']:.0f} real tokens: {found['ratio']:.2f}x"
-            f" (steps: {found['ratio_least']:.2f} to {found['ratio_most']:.2f})"
-        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {options.out}")
+    print(f"{table(result)}\n\nwritten to {options.out}")
     return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as they stand in README.md."""
+    lines = [
+        "| layers | real tokens a step | stock Trainer | xplus-fast | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for spec, s in result["selections"].items():
+        lines.append(
+            f"| {spec} | {s['tokens']:.0f} ({s['padded_tokens']:.0f} padded)"
+            f" | {s['stock_seconds']:.2f} s | {s['ours_seconds']:.2f} s | {s['ratio']:.2f}x |"
+        )
+    device = result["device"]
+    lines += [
+        "",
+        f"{device['name']}, {device['threads']} threads, fp32, medians of"
+        f" {s['steps']} steps; torch {result['versions']['torch']},"
+        f" transformers {result['versions']['transformers']}.",
+    ]
+    return "\n".join(lines)
 
 
 def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[s
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1
     times: dict[str, list[float]] = {"stock": [], "ours": []}
-    tokens, collate = [], PackCollator()
+    tokens, padded, collate = [], [], PackCollator()
     for step in range(steps + 1):
         rows = sentences[step * SENTENCES : (step + 1) * SENTENCES]
         batches = {"stock": _pad(rows), "ours": collate(rows)}
@@ -88,11 +103,13 @@ def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[s
                 raise SystemExit(f"step {step}: stock and ours disagree: {seen}")
         if step:
             tokens.append(sum(r["lengths"][0] for r in rows))
+            padded.append(batches["stock"]["input_ids"].numel())
     ratios = [a / b for a, b in zip(times["stock"], times["ours"], strict=True)]
     return {
         "layers": describe_layers(layers),
         "steps": steps,
         "tokens": statistics.mean(tokens),
+        "padded_tokens": statistics.mean(padded),
         "stock_seconds": statistics.median(times["stock"]),
         "ours_seconds": statistics.median(times["ours"]),
         "ratio": statistics.median(ratios),

@@ -1,5 +1,6 @@
 """What the project's own files promise each other: recipes, pins, Makefile, README."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from benchmarks import cpu_step
 from xplus_fast.config import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +121,14 @@ def test_console_script_and_packages_exist() -> None:
     for package in ("xplus_fast", "kernels/xplus_kernels"):
         assert (ROOT / package / "__init__.py").is_file()
     assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` is another project's name
+
+
+# --- figures
+
+
+def test_readme_shows_the_figures_of_the_results_file() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu_step.json").read_text())
+    assert cpu_step.table(results) in (ROOT / "README.md").read_text()
 
 
 # --- make
