@@ -1,0 +1,30 @@
+"""Which code an op runs: Triton on CUDA, its PyTorch reference on a CPU.
+
+Under `TRITON_INTERPRET=1` (set before the first import) the Triton code runs on the CPU, through
+Triton's interpreter: slow, and what the tests use where there is no GPU.
+"""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU machine needs no Triton
+    triton = tl = None  # type: ignore[assignment]
+
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Any) -> Any:
+    """`triton.jit` where Triton is installed; else the plain function, which nothing launches."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on x launches its Triton kernels."""
+    if x.is_cuda and triton is None:
+        raise RuntimeError("the tensors are on a GPU and Triton is not installed: pip install triton")
+    return x.is_cuda or INTERPRET
