@@ -71,7 +71,9 @@ def write_model(out: Path) -> str:
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
     )
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     read = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
     backend = Tokenizer.from_str(read.backend_tokenizer.to_str())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

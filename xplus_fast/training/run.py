@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         UserError: whatever the user can put right; what was computed so far is kept.
     """
     place = _place(recipe)
-    say = print if place.first else (lambda *_: None)
+    # flushed, so that a log file has our lines and the live line in their order
+    say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
     config = _load_config(base)
     shape = shape_of(config)
@@ -197,7 +199,6 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
         "base": recipe.model,
         "layers": sorted(layers),
         "also": sorted(also),
-        "trained": sorted(tensors),
         "stages": [
             {"name": stage_name(recipe, i), "layers": resolve_layers(s.layers, shape.layers)}
             for i, s in enumerate(recipe.stages)
@@ -278,7 +279,7 @@ def _train_stage(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if resume and place.first:
-        print(f"stage {name}: going on from {resume}")
+        print(f"stage {name}: going on from {resume}", flush=True)
     try:
         trainer.train(resume)
     finally:

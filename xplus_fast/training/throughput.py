@@ -1,7 +1,8 @@
 """How fast a step was, against the work that its selection made necessary."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ class Meter:
         self._supervised: Tensor | int = 0
         self._pairs: Tensor | int = 0
         self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what is not training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def add(self, inputs: dict[str, Any]) -> None:
         """Count one batch, packed or padded."""

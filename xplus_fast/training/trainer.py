@@ -126,10 +126,11 @@ class XPlusTrainer(Trainer):
                 raise UserError(f"{folder}: no whole checkpoint to resume from")
         if self.args.gradient_checkpointing and self.is_world_process_zero():
             print(
-                "gradient_checkpointing: not needed, the engine keeps what each layer's policy says"
+                "gradient_checkpointing: not needed, the engine keeps what each layer's policy says",
+                flush=True,
             )
         if self.is_world_process_zero():
-            print(describe_selection(self.model))
+            print(describe_selection(self.model), flush=True)
         path = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self.meter.start()
         return super().train(path, *args, **kwargs)
@@ -185,7 +186,15 @@ class XPlusTrainer(Trainer):
 
     # Checkpoints
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.paused():
+            return super().evaluation_loop(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.meter.paused():
+            self._save_and_rotate(trial)
+
+    def _save_and_rotate(self, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self.store_flos()
         if self.state.best_global_step:
