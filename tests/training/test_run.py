@@ -150,6 +150,24 @@ def test_kill_at_any_moment_and_go_on(workplace):
         assert file.read_bytes() == (broken / "out" / file.name).read_bytes()
 
 
+def test_torchrun_gives_the_losses_of_one_process(workplace):
+    """Two processes, one pack each a step, against one process that accumulates two."""
+    recipe, two = workplace / "recipe.yaml", workplace / "two"
+    assert xplus("train", recipe, "training.report_to=[tensorboard]") == 0
+    assert len(list((workplace / "run").glob("*/runs/*/events*"))) == 2  # a stage, one
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "xplus_fast.cli", "train", recipe, f"output={two}"],
+        env=environment, cwd=workplace, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = [x for _, _, x in losses(workplace / "run")]
+    assert [x for _, _, x in losses(two)] == pytest.approx(one, rel=1e-5)
+    assert (two / "report.md").exists()
+    assert xplus("export", two, workplace / "out") == 0
+
+
 def test_dry_run_trains_nothing(workplace, capsys):
     assert xplus("train", workplace / "recipe.yaml", "--dry-run") == 0
     assert "first example" in capsys.readouterr().out

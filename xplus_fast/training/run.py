@@ -211,10 +211,9 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
 class _RunLog(TrainerCallback):
     """Writes metrics.jsonl and the live line."""
 
-    def __init__(self, run: Path, stage: str, step: int) -> None:
+    def __init__(self, run: Path, stage: str) -> None:
         self.file, self.stage = run / "metrics.jsonl", stage
         self.live: LiveLine | None = None
-        _cut_metrics(run, stage, step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or "loss" not in logs:
@@ -272,7 +271,9 @@ def _train_stage(
         use_cpu=place.device.type == "cpu",
     )
     resume = latest_checkpoint(folder)
-    log = _RunLog(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
+    if place.first:
+        _cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
+    log = _RunLog(run, name)
     trainer = XPlusTrainer(
         model, arguments,
         train_dataset=corpus.train, data_collator=PackCollator(), callbacks=[log],

@@ -126,7 +126,7 @@ class XPlusTrainer(Trainer):
                 raise UserError(f"{folder}: no whole checkpoint to resume from")
         if self.args.gradient_checkpointing and self.is_world_process_zero():
             print(
-                "gradient_checkpointing: not needed, the engine keeps what each layer's policy says",
+                "gradient_checkpointing: not needed, blocks keep what `activations` says",
                 flush=True,
             )
         if self.is_world_process_zero():
