@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xplus_fast.model.prepare import prepare_model
+    from xplus_fast.training.optimizer import AdamW
     from xplus_fast.training.trainer import XPlusTrainer
 
-__all__ = ["XPlusTrainer", "prepare_model"]
+__all__ = ["AdamW", "XPlusTrainer", "prepare_model"]
 __version__ = "0.1.0"
 
 
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from xplus_fast.training.trainer import XPlusTrainer
 
         return XPlusTrainer
+    if name == "AdamW":
+        from xplus_fast.training.optimizer import AdamW
+
+        return AdamW
     if name == "prepare_model":
         from xplus_fast.model.prepare import prepare_model
 

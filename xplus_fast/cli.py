@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("base", metavar="BASE", help="the base model: a folder or hub id")
     verify.add_argument("result", type=Path, metavar="OUT", help="the exported folder")
     verify.add_argument("--layers", help="what may have changed, if the folder does not say")
+    verify.add_argument(
+        "--also", default="", help="with --layers: embedding,final_norm,head may have changed, too"
+    )
     verify.set_defaults(run=_verify)
     return parser
 
@@ -73,27 +76,36 @@ def _train(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _quiet()
+    from xplus_fast.model.checkpoint_files import CheckpointFiles
     from xplus_fast.training.export import export
     from xplus_fast.training.run import changed_tensors
 
     base, tensors, record = changed_tensors(options.run_folder)
     export(base, tensors, options.out, record)
     print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
+    files = CheckpointFiles.open(base)
+    for dtype in {files.dtype(n) for n in tensors} - {t.dtype for t in tensors.values()}:
+        print(f"the trained tensors are rounded to {dtype}, in which the base stores them")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     _quiet()
     from xplus_fast.model.checkpoint_files import CheckpointFiles, resolve_model
+    from xplus_fast.model.families import BESIDE
     from xplus_fast.planning.selection import resolve_layers
     from xplus_fast.training.export import describe, verify
 
     base = resolve_model(options.base)
-    allowed = None
+    allowed, also = None, [kind for kind in options.also.split(",") if kind]
+    if unknown := set(also) - set(BESIDE):
+        raise UserError(f"--also: {unknown.pop()!r} is not one of {', '.join(BESIDE)}")
+    if also and options.layers is None:
+        raise UserError("--also goes with --layers; without it the folder's own record counts")
     if options.layers is not None:
         config = CheckpointFiles.open(base).config
         allowed = set(resolve_layers(options.layers, config["num_hidden_layers"]))
-    result = verify(base, options.result, allowed)
+    result = verify(base, options.result, allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1
 

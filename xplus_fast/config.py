@@ -7,6 +7,7 @@ whole path and, where a key is misspelt, the nearest right one.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class DataConfig:
 class Stage:
     """One round of training: which layers, how fast, how long, on what."""
 
-    layers: str | list[int]
+    layers: str | int | list[int]
     name: str = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
     learning_rate: float = 1e-5
@@ -106,7 +107,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -120,6 +121,25 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     recipe = _build(Recipe, tree, "")
     _check(recipe)
     return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, with the numbers of YAML 1.2: 10:20 is text, 1e-5 a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in found if not tag.endswith((":int", ":float"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -149,7 +169,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not eq or not key:
         raise UserError(f"'{override}': an override reads key=value, such as stages.0.steps=10")
     try:
-        value = yaml.safe_load(text)
+        # "-15:" is a selection of layers, not a mapping
+        value = text if text.endswith(":") else yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"'{override}': the value is not valid YAML") from None
     node: Any = tree
@@ -219,11 +240,8 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         return [_convert(member, v, f"{at}.{i}") for i, v in enumerate(value)]
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, at)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-5 as a string
-            value = float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise UserError(f"{at}: {_describe(hint)} is wanted, found {value!r}")
@@ -282,6 +300,16 @@ def _check(recipe: Recipe) -> None:
     ):
         if not least <= value < float("inf"):
             raise UserError(f"{at}: at least {least} is wanted, found {value}")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(recipe.training, key) < 1:
+            raise UserError(f"training.{key}: a number from 0 to below 1 is wanted")
+    if recipe.training.adam_epsilon <= 0:
+        raise UserError("training.adam_epsilon: a number above 0 is wanted")
+    if recipe.training.tokens_per_step < recipe.data.pack_tokens:
+        raise UserError(
+            f"training.tokens_per_step: {recipe.training.tokens_per_step} is less than one row of"
+            f" data.pack_tokens, {recipe.data.pack_tokens}"
+        )
     try:
         recipe.data.prompt.format(src="", tgt="", text="")
     except (KeyError, IndexError, ValueError) as e:

@@ -301,3 +301,15 @@ def test_real_sentences(data: DataConfig, small_tokenizer: Any) -> None:
     for part in corpus.heldout.values():
         for e in part:
             assert e.messages[0]["content"] + "<|im_end|>" not in trained
+
+
+def test_a_record_in_two_files_is_held_out_of_both(tmp_path: Path, small_tokenizer: Any) -> None:
+    records = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    sources = [Source(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
+    data = DataConfig(heldout=5, pack_tokens=128, cache=str(tmp_path / "cache"))
+    corpus = load_corpus(sources, data, small_tokenizer, seed=0, show=False)
+    held = {e.messages[0]["content"] for part in corpus.heldout.values() for e in part}
+    trained = "".join(small_tokenizer.decode(row["input_ids"]) for row in corpus.train)
+    assert len(held) == 5 and not any(f"{question}<" in trained for question in held)

@@ -193,6 +193,16 @@ def test_a_step_in_mixed_precision_comes_near_fp32():
         assert 1e-6 < difference(g, exact[name]) < 0.05, name
 
 
+def test_logits_in_mixed_precision_come_near_fp32():
+    ours = prepare_model(tiny_model()).eval()
+    ids = packed_batch([20])["input_ids"]
+    with torch.no_grad():
+        exact = ours(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for cache in (True, False):
+                assert difference(ours(ids, use_cache=cache).logits.float(), exact) < 0.03
+
+
 def test_a_graph_never_reaches_below_the_lowest_trained_layer():
     ours = prepare_model(tiny_model(), [3])
     ours.enable_input_require_grads()  # what Trainer does with gradient checkpointing

@@ -20,6 +20,7 @@ from xplus_fast.planning.selection import describe_layers, resolve_layers
         (" 3 , 1 ", [1, 3]),
         ("all", list(range(36))),
         ([5, 0, -1], [0, 5, 35]),
+        (7, [7]),
     ],
 )
 def test_resolves(spec, expected):

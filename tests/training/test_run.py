@@ -101,8 +101,10 @@ def test_train_export_verify(workplace, tiny_model_dir, capsys):
     assert xplus("train", workplace / "recipe.yaml", "training.save_steps=3") == 0
     assert xplus("train", workplace / "recipe.yaml", "stages.1.learning_rate=2e-3") == 2
     assert "stages.1.learning_rate: 0.001 there, 0.002 here" in capsys.readouterr().err
+    (run / "mine.txt").write_text("a note")
     assert xplus("train", workplace / "recipe.yaml", "stages.0.steps=2", "--restart") == 0
     assert len(losses(run)) == 8
+    assert (run / "mine.txt").read_text() == "a note"
 
 
 def test_kill_at_any_moment_and_go_on(workplace):
@@ -168,6 +170,41 @@ def test_torchrun_gives_the_losses_of_one_process(workplace):
     assert xplus("export", two, workplace / "out") == 0
 
 
+def test_a_folder_that_is_no_run_is_never_touched(workplace, capsys):
+    """The recipe's own folder as output: nothing in it is a run's."""
+    before = {p.name for p in workplace.iterdir()}
+    text = (workplace / "recipe.yaml").read_text()
+    for options in ([], ["--restart"]):
+        assert xplus("train", workplace / "recipe.yaml", f"output={workplace}", *options) == 2
+        assert "is not empty and no run of ours" in capsys.readouterr().err
+    assert {p.name for p in workplace.iterdir()} == before
+    assert (workplace / "recipe.yaml").read_text() == text
+
+
+def test_a_failed_start_leaves_the_output_free(workplace, capsys):
+    bad = ["data.retention.0.path=gone.txt"]
+    assert xplus("train", workplace / "recipe.yaml", *bad) == 2
+    assert xplus("train", workplace / "recipe.yaml", *bad, "--dry-run") == 2
+    assert "gone.txt" in capsys.readouterr().err
+    assert not (workplace / "run").exists()
+
+
+def test_going_on_with_other_data_or_another_model_is_refused(workplace, tiny_model_dir, capsys):
+    model = workplace / "model"
+    shutil.copytree(tiny_model_dir, model)
+    command = ["train", workplace / "recipe.yaml", f"model={model}"]
+    assert xplus(*command) == 0
+    pairs = (workplace / "pairs.jsonl").read_text()
+    (workplace / "pairs.jsonl").write_text(pairs.replace("cat", "dog"))
+    assert xplus(*command) == 2
+    assert "its data is no longer what the run began with" in capsys.readouterr().err
+    (workplace / "pairs.jsonl").write_text(pairs)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert xplus(*command) == 2
+    assert "its model is no longer what the run began with" in capsys.readouterr().err
+
+
 def test_dry_run_trains_nothing(workplace, capsys):
     assert xplus("train", workplace / "recipe.yaml", "--dry-run") == 0
     assert "first example" in capsys.readouterr().out
@@ -199,6 +236,8 @@ def test_stages_may_have_data_of_their_own_and_never_see_the_held_out(workplace,
         (["data.sources.0.path=gone.jsonl"], "gone.jsonl"),
         (["device=warp"], "'warp' is no device"),
         (["data.prompt=no place for it"], "{text} is wanted"),
+        (["training.tokens_per_step=64"], "less than one row"),
+        (["training.adam_beta1=1.5"], "training.adam_beta1"),
         (["nonsense"], "an override reads key=value"),
     ],
 )
@@ -236,7 +275,16 @@ def test_bad_records_are_skipped_and_counted_when_asked(workplace, capsys):
     assert "pairs.jsonl:5" in said and "pairs.jsonl:10" in said
 
 
-@pytest.mark.parametrize("damage", ["config", "header", "missing tensor", "no weights", "shape"])
+@pytest.mark.parametrize("slice", ["-2:", "4:6", "4-5"])
+def test_every_form_of_selection_goes_on_the_command_line(slice, workplace, capsys):
+    option = f"stages.1.layers={slice}"
+    assert xplus("train", workplace / "recipe.yaml", option, "--dry-run") == 0
+    assert "stage high: layers 4-5: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage", ["config", "size", "template", "header", "missing tensor", "no weights", "shape"]
+)
 def test_a_broken_model_folder_is_one_line_and_exit_code_2(
     damage, workplace, tiny_model_dir, capsys
 ):
@@ -245,6 +293,11 @@ def test_a_broken_model_folder_is_one_line_and_exit_code_2(
     weights = model / "model.safetensors"
     if damage == "config":
         (model / "config.json").write_text("{")
+    elif damage == "size":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    elif damage == "template":
+        (model / "chat_template.jinja").write_text("{% for m in messages %}")
     elif damage == "header":
         data = bytearray(weights.read_bytes())
         at = data.index(b'"data_offsets":[') + 16

@@ -247,6 +247,25 @@ def test_gradients_that_are_all_zero_stop_at_step_one(tmp_path):
         train(XPlusTrainer, model, tmp_path, layers="1")
 
 
+def test_false_resumes_nothing(tmp_path):
+    train(XPlusTrainer, tiny_model(), tmp_path, layers="1", max_steps=1, resume=None)
+    trainer = XPlusTrainer(
+        tiny_model(), arguments(tmp_path, max_steps=1), layers="1",
+        train_dataset=sentences(), data_collator=pad,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=False)
+    assert trainer.state.global_step == 1
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    model = tiny_model()
+    stale = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(UserError, match="not the prepared model's"):
+        XPlusTrainer(model, arguments(tmp_path), optimizers=(stale, None))
+    fresh = torch.optim.SGD(model.parameters(), lr=1.0)  # prepared by now
+    XPlusTrainer(model, arguments(tmp_path), optimizers=(fresh, None))
+
+
 def test_what_cannot_be_honoured_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing trains"):
         XPlusTrainer(tiny_model().requires_grad_(False), arguments(tmp_path))
@@ -302,6 +321,7 @@ def test_trl_sft_trainer_takes_the_prepared_model(tmp_path):
     curves = []
     for prepare in (False, True):
         model = select(tiny_model(), [1, 2])
+        ours = {"optimizer_cls_and_kwargs": (AdamW, {"lr": 2e-3})} if prepare else {}
         if prepare:
             prepare_model(model)
         config = trl.SFTConfig(
@@ -312,7 +332,7 @@ def test_trl_sft_trainer_takes_the_prepared_model(tmp_path):
         )  # fmt: skip
         trainer = trl.SFTTrainer(
             model, config, train_dataset=Dataset.from_list(rows), data_collator=pad,
-            processing_class=_Tokenizer(),
+            processing_class=_Tokenizer(), **ours,
         )  # fmt: skip
         trainer.train()
         curves.append(losses(trainer))

@@ -16,6 +16,7 @@ import numpy as np
 
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.readers import Example
+from xplus_fast.errors import UserError
 
 _Segments = list[tuple[str, bool]]  # (text, supervised), alternating, ends with an answer
 
@@ -92,9 +93,16 @@ class _Chat:
         self.tokenizer = tokenizer
         self.block = ""
         if has_template(tokenizer):
+            from jinja2 import TemplateError
+
             probe = [{"role": "user", "content": "?"}]
-            plain = self._render(probe, True)
-            without = self._render(probe, True, enable_thinking=False)
+            try:
+                plain = self._render(probe, True)
+                without = self._render(probe, True, enable_thinking=False)
+            except TemplateError as e:
+                raise UserError(
+                    f"{tokenizer.name_or_path}: its chat template cannot be rendered: {e}"
+                ) from None
             self.block = without.removeprefix(plain) if without.startswith(plain) else ""
         # Base checkpoints end turns with a token that is not their eos.
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]

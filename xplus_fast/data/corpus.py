@@ -40,9 +40,8 @@ __all__ = [
     "pack_texts",
 ]  # fmt: skip
 
-_VERSION = (
-    1  # of everything between the sources' bytes and the files below; raise it when it changes
-)
+# Of everything between the sources' bytes and the files below; raise it when it changes.
+_VERSION = 2
 _BATCH = 1000  # examples tokenized together
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
 
@@ -187,12 +186,10 @@ class _Heldout:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.groups: dict[
-            str, dict[int, dict[str, Example]]
-        ] = {}  # group -> hash -> tag -> example
-        self.heaps: dict[
-            str, list[int]
-        ] = {}  # group -> negated hashes: the highest comes out first
+        # group -> hash -> tag -> example
+        self.groups: dict[str, dict[int, dict[str, Example]]] = {}
+        # group -> negated hashes: the highest comes out first
+        self.heaps: dict[str, list[int]] = {}
 
     def offer(self, key: int, example: Example) -> None:
         chosen = self.groups.setdefault(example.group, {})

@@ -40,13 +40,13 @@ class Example:
     messages: tuple[dict[str, str], ...]  # {"role", "content"}; ends with the assistant's answer
     where: str  # "file:line", for messages to the user
     tag: str  # translation direction "en-fr", else the source's file stem
-    key: str  # "group\0content", equal for both directions and duplicates of a pair
+    key: str  # "language pair\0content", equal for both directions and duplicates
     mirror: str = ""  # of a pair: the same with the other side's text
 
     @property
     def group(self) -> str:
         """The language pair, whatever the direction; else the tag."""
-        return self.key.partition("\0")[0]
+        return self.key.partition("\0")[0] or self.tag
 
 
 @dataclass
@@ -294,7 +294,7 @@ def _from_records(
             else:
                 messages = CONVERSATIONS[chosen](record)
                 asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
-                yield Example(messages, where, tag, f"{tag}\0{asked}")
+                yield Example(messages, where, tag, f"\0{asked}")
         except Unfit as e:
             reason, detail = e.args
             if not seen and pinned and reason == ODD_KEYS:

@@ -70,12 +70,10 @@ class Block(nn.Module):
         self.register_load_state_dict_pre_hook(_pack_hook)
 
     def run(self, x: Tensor, pack: Pack) -> Tensor:
-        """x [T, H] -> y [T, H]."""
+        """x [T, H] -> y [T, H]; under autocast in its dtype, the residual stream too."""
         weights = [getattr(self, name) for name in WEIGHTS]
         kind = x.device.type
-        if torch.is_autocast_enabled(
-            kind
-        ):  # mixed precision: compute in its dtype, as autocast does
+        if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             weights = [w if w is None else w.to(dtype) for w in weights]
             x = x.to(dtype)
@@ -95,12 +93,15 @@ class Block(nn.Module):
         """Hugging Face's call, for `generate()`: any mask, a cache; [B, S, H] -> [B, S, H]."""
         assert position_embeddings is not None
         linear, s = nn.functional.linear, self.shape
-        n = ops.rms_norm(hidden_states, self.input_norm, eps=s.eps)
+
+        def norm(x: Tensor, weight: Tensor) -> Tensor:
+            return ops.rms_norm(x, weight.to(x.dtype), eps=s.eps)  # they differ under autocast
+
+        n = norm(hidden_states, self.input_norm)
         heads = linear(n, self.qkv, self.qkv_bias).unflatten(-1, (-1, s.head_dim))
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 2)  # [B, S, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
-            q = ops.rms_norm(q, self.q_norm, eps=s.eps)
-            k = ops.rms_norm(k, self.k_norm, eps=s.eps)
+            q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
@@ -113,7 +114,7 @@ class Block(nn.Module):
             sliding_window=None, **kwargs,
         )  # fmt: skip
         h = hidden_states + linear(out.flatten(2), self.o)
-        n = ops.rms_norm(h, self.post_norm, eps=s.eps)
+        n = norm(h, self.post_norm)
         return h + linear(ops.swiglu(linear(n, self.gate_up)), self.down)
 
     def extra_repr(self) -> str:

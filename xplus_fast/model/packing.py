@@ -75,7 +75,9 @@ def make_pack(
         cu_seqlens = torch.cat((edge[0], new.nonzero()[:, 0] + 1, edge[1])).int()
     if max_length is None:
         max_length = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if positions.numel() else 0
-    cos, sin = ops.rope_tables(positions, inv_freq, scaling=scaling)
+    # model.to(bfloat16) narrows this buffer, too; the angles are computed in fp32 all the same
+    wide = inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()
+    cos, sin = ops.rope_tables(positions, wide, scaling=scaling)
     return Pack(positions, cu_seqlens, int(max_length), cos, sin, at)
 
 

@@ -202,7 +202,10 @@ def _causal_lm_forward(
         hidden = torch.ones_like(flat, dtype=torch.bool)
         hidden[pack.at] = False
         if (flat[hidden] != -100).any():
-            raise ValueError("labels: a padded position carries a label; -100 is wanted there")
+            raise UserError(
+                "labels: a padded position carries a label, -100 is wanted there;"
+                " DataCollatorForSeq2Seq pads labels so"
+            )
         flat = flat[pack.at]
     targets = next_tokens(flat, pack.cu_seqlens) if shifted is None else flat
     rows = kwargs.get("supervised_rows")

@@ -8,7 +8,7 @@ from xplus_fast.errors import UserError
 FORMS = "bottom:4, top:15, all, 0-3,30-35 (both ends included), -15: (a Python slice), [0, 1, 2]"
 
 
-def resolve_layers(spec: str | Sequence[int], layers: int) -> list[int]:
+def resolve_layers(spec: str | int | Sequence[int], layers: int) -> list[int]:
     """Layer ids, ascending, of a selection from `layers` layers; 0 is next to the embedding.
 
     Comma-separated parts are joined: "bottom:4,top:8".
@@ -18,6 +18,7 @@ def resolve_layers(spec: str | Sequence[int], layers: int) -> list[int]:
         all.
     """
     ids: list[int] = []
+    spec = [spec] if isinstance(spec, int) else spec
     if isinstance(spec, str):
         for part in spec.split(","):
             ids += _part(part.strip(), layers, spec)

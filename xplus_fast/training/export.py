@@ -7,7 +7,7 @@ stored bytes (NaNs and the sign of zero count), in bounded memory.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,16 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
             sync_folder(temp / TEMPLATES)
 
 
-def verify(base: Path, result: Path, allowed: set[int] | None = None) -> Verification:
+def verify(
+    base: Path, result: Path, allowed: set[int] | None = None, also: Collection[str] = ()
+) -> Verification:
     """Compare every tensor of two model folders byte for byte.
 
     allowed: ids of the decoder layers that may differ; None: the tensors that the result's
-    xplus_fast.json names. A head that one side leaves out because it is tied is that side's
-    embedding. Raises `UserError` if neither is given, or if a folder cannot be read.
+    xplus_fast.json names. also: names of tensors that may differ beside those layers. A head that
+    one side leaves out because it is tied is that side's embedding.
+
+    Raises `UserError` if neither is given, or if a folder cannot be read.
     """
     a, b = CheckpointFiles.open(base), CheckpointFiles.open(result)
     may_change = _recorded(result) if allowed is None else set()
@@ -121,7 +125,7 @@ def verify(base: Path, result: Path, allowed: set[int] | None = None) -> Verific
             if allowed is None:
                 permitted = bool(may_change & {x, y})
             else:
-                permitted = layer_of(name) in allowed
+                permitted = layer_of(name) in allowed or bool({x, y}.intersection(also))
             if not permitted:
                 outside.append(name)
 

@@ -5,6 +5,7 @@ The run's folder holds everything: `recipe.yaml`, `metrics.jsonl` (one line an o
 recipe again goes on where the run was cut off.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
@@ -60,6 +63,8 @@ from xplus_fast.training.trainer import XPlusTrainer
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
 FINAL = "final"
+MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
+FILES = ("recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png")
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,9 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
-    config = _load_config(base)
-    shape = shape_of(config)
-    selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     files = CheckpointFiles.open(base)
+    shape = shape_of(_load_config(base))
+    selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
     say(
         f"{recipe.model}: {shape.family}, {shape.layers} layers,"
@@ -109,17 +113,24 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         )
     run = Path(recipe.output)
     if not dry_run:
-        _open_run(run, recipe, restart, place)
+        if restart and place.first:
+            _throw_away(run)
+        _barrier(place)
+        _look_at(run, recipe)
     tokenizer = _load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, say, place)
     _show_first(corpora[0], tokenizer, say)
+    texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
         return "dry run: nothing was trained"
-    texts = read_text(recipe.data.retention) if recipe.data.retention else []
+    _claim(run, recipe, base, corpora, place)
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=place.dtype)
     model.to(place.device)
     prepare_model(model)
+    if place.device.type == "cuda":
+        q = torch.empty(1, shape.heads, shape.head_dim, dtype=place.dtype, device=place.device)
+        say(f"attention: {ops.attention_backend(q)}")
     heldout = corpora[0].heldout
 
     def evaluate(point: str) -> None:
@@ -242,11 +253,19 @@ def _train_stage(
         folder.mkdir(parents=True, exist_ok=True)
         clean_leftovers(folder)
     _barrier(place)
-    rows = options.tokens_per_step / (recipe.data.pack_tokens * place.processes)
+    row = corpus.summary["tokens"] / corpus.summary["packs"]  # real tokens, on average
+    rows = max(1, int(options.tokens_per_step / (row * place.processes) + 0.5))  # of a process
+    if place.first:
+        print(
+            f"stage {name}: {rows * place.processes} rows of about {row:,.0f} tokens a step"
+            f" (asked for: {options.tokens_per_step:,} tokens)",
+            flush=True,
+        )
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, round(rows)),
+        gradient_accumulation_steps=rows,
+        ddp_find_unused_parameters=False,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": stage.min_learning_rate},
@@ -335,29 +354,62 @@ def _show_first(corpus: Corpus, tokenizer: Any, say: Any) -> None:
     say(preview(first, tokenizer, sys.stdout.isatty()))
 
 
-def _open_run(run: Path, recipe: Recipe, restart: bool, place: Place) -> None:
-    """Make the run's folder, or see that the one that is there belongs to this recipe."""
-    if not place.first:
-        _barrier(place)
-        return
-    file = run / "recipe.yaml"
-    if restart and file.exists():
-        shutil.rmtree(run)
-    if file.exists():
+def _look_at(run: Path, recipe: Recipe) -> None:
+    """See that the output is free, or holds a run of this recipe."""
+    if _made_of(run):
         there, here = (_comparable(r) for r in (_read_recipe(run), recipe))
         if difference := first_difference(there, here):
             raise UserError(
                 f"{run} holds a run of another recipe ({difference});"
                 " choose another output, or --restart to throw that run away"
             )
-    elif run.exists() and any(run.iterdir()):
+    elif _made_of(run) is None and run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: is not empty and no run of ours; choose another output")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        _write_text(file, dump_recipe(recipe))
-    except OSError as e:
-        raise UserError(f"{run}: cannot be written ({e.strerror})") from None
+
+
+def _throw_away(run: Path) -> None:
+    """Remove an earlier run: what we wrote, and nothing else that may lie in its folder."""
+    if not _made_of(run):
+        return  # no run of ours: _look_at says what is in the way
+    recipe = _read_recipe(run)
+    for folder in ("evaluation", *(stage_name(recipe, i) for i in range(len(recipe.stages)))):
+        shutil.rmtree(run / folder, ignore_errors=True)
+    for file in FILES:
+        (run / file).unlink(missing_ok=True)
+    _write_json(run / MARK, {})
+
+
+def _claim(run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], place: Place) -> None:
+    """Make the run's folder ours, or see that model and data are those it began with."""
+    if place.first:
+        config = (base / "config.json").read_bytes()
+        shapes = {n: [str(e.dtype), e.shape] for n, e in CheckpointFiles.open(base).entries.items()}
+        made_of = {
+            "model": hashlib.sha256(config + json.dumps(shapes).encode()).hexdigest(),
+            "data": [Path(c.summary["folder"]).name for c in corpora],
+        }
+        there = _made_of(run)
+        if not there:
+            _write_json(run / MARK, {})  # ours from here on, begun once it says of what
+            _write_text(run / "recipe.yaml", dump_recipe(recipe))
+            _write_json(run / MARK, made_of)
+        for what, was in (there or {}).items():
+            if was != made_of[what]:
+                raise UserError(
+                    f"{run}: its {what} is no longer what the run began with;"
+                    " put it back, choose another output, or --restart"
+                )
     _barrier(place)
+
+
+def _made_of(run: Path) -> dict[str, Any] | None:
+    """What a run was begun with; empty if it is not begun, None if the folder is not ours."""
+    try:
+        return json.loads((run / MARK).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except json.JSONDecodeError:
+        raise UserError(f"{run / MARK}: damaged; remove the folder or choose another") from None
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -369,15 +421,15 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_recipe(run: Path) -> Recipe:
-    if not (run / "recipe.yaml").exists():
-        raise UserError(f"{run}: no run is here (no recipe.yaml)")
+    if not _made_of(run):
+        raise UserError(f"{run}: no run is here")
     return load_recipe(run / "recipe.yaml")
 
 
 def _load_config(base: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
         raise UserError(f"{base}/config.json: not a model configuration: {_line(e)}") from None
 
 

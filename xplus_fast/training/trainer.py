@@ -85,6 +85,14 @@ class XPlusTrainer(Trainer):
             )
         self._resumed: Checkpoint | None = None
         self._count()
+        if self.optimizer is not None:
+            mine = {id(p) for p in self.model.parameters()}  # type: ignore[union-attr]
+            groups = _bare(self.optimizer).param_groups
+            if any(id(p) not in mine for group in groups for p in group["params"]):
+                raise UserError(
+                    "optimizers: made from parameters that are not the prepared model's; call"
+                    " prepare_model(model) before making it, or use optimizer_cls_and_kwargs"
+                )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -119,6 +127,8 @@ class XPlusTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is False:
+            resume_from_checkpoint = None
         if resume_from_checkpoint is True:
             folder = str(self.args.output_dir)
             resume_from_checkpoint = latest_checkpoint(Path(folder))
@@ -156,7 +166,7 @@ class XPlusTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = float(super()._get_grad_norm(model, grad_norm))
         step = self.state.global_step + 1
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
             raise UserError(
                 f"step {step}: the gradient norm is {norm}: the loss is not finite, or the"
                 " learning rate too high; the weights are as they were before this step"
