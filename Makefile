@@ -22,9 +22,13 @@ demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages
 	$(BIN)/xplus-fast export runs/demo build/demo/exported
 	$(BIN)/xplus-fast verify build/demo/model build/demo/exported
 
-# One thread: the tests' tensors are too small to share.
+# One thread: the tests' tensors are too small to share. Triton decides at import whether it
+# interprets, so those tests are a run of their own.
 test: $(VENV)/dev.stamp  ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/gpu
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest tests/kernels/interpreter
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/kernels/interpreter
 
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check .

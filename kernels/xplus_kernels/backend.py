@@ -26,5 +26,5 @@ def jit(kernel: Any) -> Any:
 def use_triton(x: Tensor) -> bool:
     """Whether an op on x launches its Triton kernels."""
     if x.is_cuda and triton is None:
-        raise RuntimeError("the tensors are on a GPU and Triton is not installed: pip install triton")
+        raise RuntimeError("the tensors are on a GPU, and Triton is missing: pip install triton")
     return x.is_cuda or INTERPRET

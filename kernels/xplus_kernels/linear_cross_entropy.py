@@ -1,20 +1,192 @@
 """Linear head and cross-entropy without ever holding all logits.
 
-Rows go in chunks: logits = x @ W.T, softmax statistics in fp32, the chunk turns into its own
-gradient in place, and that is multiplied straight back to dX (and dW where the head is trained).
-The idea of making the gradient in the forward is Liger-Kernel's FusedLinearCrossEntropy (arXiv
-2410.10989). Kept for the backward: nothing but dX.
+    logits = x @ W.T                               [R, V], a chunk of rows at a time
+    loss   = sum(lse(logits) - logits[target]) / max(divisor, 1)
+    dx     = (softmax(logits) - onehot) / max(divisor, 1) @ W,    dW = (...).T @ x
+
+The GEMMs are torch.mm. One kernel turns a chunk of logits, in the GEMM's dtype, into its own
+gradient in place. It reads the logits twice (statistics, gradient) and writes them once: 3 elements
+moved where 2 are the minimum, the second reading walking back so that the row's end is still in
+the cache; bf16: 6 bytes a logit, where the two GEMMs do 4 H operations. Softmax is fp32 inside;
+the logits round to the dtype before it and the gradient after it, as in Hugging Face's loss.
+
+Making the gradient in the forward is the idea of Liger-Kernel's FusedLinearCrossEntropy (arXiv
+2410.10989); the online softmax is that of Milakov and Gimelshein (arXiv 1805.02867). Saved for the
+backward: nothing but dx and dw.
 """
+
+# mypy: disallow-incomplete-defs=False
+# (of a kernel's arguments, only the compile-time ones have a type)
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from xplus_kernels.backend import jit, tl, triton, use_triton
 from xplus_kernels.numerics import widen
 
-LOGITS_BYTES = 512 * 2**20  # cap for one chunk of logits in fp32
-LEAST_ROWS = 1024  # a chunk is never skinnier: a small GEMM would waste the hardware
+LOGITS_BYTES = 512 * 2**20  # cap for one chunk of logits, in their own dtype
+LEAST_ROWS = 1024  # a chunk is not cut skinnier: a small GEMM would waste the hardware
+ROW_TILE = 128  # chunks are multiples of a GEMM's tile
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def row_chunks(
+    rows: int, vocabulary: int, element_size: int, logits_bytes: int
+) -> list[tuple[int, int]]:
+    """[start, end) of each chunk: as few as the cap allows, as equal as tiles of 128 rows are."""
+    most = max(LEAST_ROWS, logits_bytes // (element_size * vocabulary))
+    tile = min(ROW_TILE, most)
+    most -= most % tile
+    tiles, count = -(-rows // tile), -(-rows // most)
+    # chunk i gets tiles // count of them, and one more if i < tiles % count
+    ends = [
+        min(rows, tile * (i * (tiles // count) + min(i, tiles % count))) for i in range(count + 1)
+    ] if count else []  # fmt: skip
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def linear_cross_entropy_ref(
+    x: Tensor, weight: Tensor, targets: Tensor, *, divisor: Tensor, need_dx: bool, need_dw: bool,
+    ignore_index: int, logits_bytes: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """`linear_cross_entropy` in PyTorch; divisor [] is at least 1."""
+    loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dw = torch.zeros(weight.shape, dtype=loss.dtype, device=x.device) if need_dw else None
+    for a, b in row_chunks(x.shape[0], weight.shape[0], x.element_size(), logits_bytes):
+        part, target = x[a:b], targets[a:b]
+        counted = target != ignore_index
+        at = target.where(counted, 0)[:, None]
+        # [chunk, V]; .mm never hands back a view, which fp32 would be overwritten through
+        logits = widen(part.mm(weight.T))
+        lse = logits.logsumexp(-1)
+        loss += (lse - logits.gather(1, at)[:, 0]).where(counted, 0).sum()
+        if dx is None and dw is None:
+            continue
+        # d(loss)/d(logits) = softmax - onehot, over the chunk itself
+        grad = logits.sub_(lse[:, None]).exp_()
+        grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1))
+        grad.mul_((counted.to(grad.dtype) / divisor)[:, None])
+        _multiply_back(grad.to(x.dtype), part, weight, dx, dw, a, b)
+    return loss / divisor, dx, None if dw is None else dw.to(weight.dtype)
+
+
+@jit
+def _softmax_gradient_kernel(
+    logits_ptr,  # [rows, V], becomes the gradient
+    targets_ptr,  # [rows] int64
+    losses_ptr,  # [rows] fp32, lse - logits[target], 0 where ignored
+    scale_ptr,  # [] fp32, 1 / divisor
+    vocabulary,
+    stride_row,
+    stride_target,
+    ignore_index,
+    NEED_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program a row. 14 134 rows of 151 936 logits pass 2^31.
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr = logits_ptr + row * stride_row
+    lane = tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row * stride_target)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if NEED_GRAD:
+            zeros = tl.zeros([BLOCK], dtype=logits_ptr.dtype.element_ty)
+            i = 0
+            while i * BLOCK < vocabulary:
+                o_x = i * BLOCK + lane
+                tl.store(x_ptr + o_x, zeros, mask=o_x < vocabulary)
+                i += 1
+    else:
+        # A target out of range makes the loss NaN, as nothing here may wait for the device to ask.
+        inside = (target >= 0) & (target < vocabulary)
+        b_target = tl.load(x_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
+
+        # Each lane keeps its own maximum and sum: no reduction across lanes within the loop.
+        # Of exp(x - new_max) and exp(max - new_max) one is 1, the other exp(-|x - max|).
+        b_max = tl.full([BLOCK], -3.0e38, dtype=tl.float32)  # finite: -inf - -inf is NaN
+        b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+        i = 0  # no range() over run-time bounds: the interpreter fails on it with numpy 2.4
+        while i * BLOCK < vocabulary:
+            o_x = i * BLOCK + lane
+            b_x = tl.load(
+                x_ptr + o_x, mask=o_x < vocabulary, other=-float("inf"),
+                eviction_policy="evict_last",
+            ).to(tl.float32)  # fmt: skip
+            above = b_x - b_max
+            smaller = tl.exp(-tl.abs(above))
+            b_sum = tl.where(above > 0, b_sum * smaller + 1.0, b_sum + smaller)
+            b_max = tl.where(above > 0, b_x, b_max)
+            i += 1
+        row_max = tl.max(b_max, axis=0)
+        lse = row_max + tl.log(tl.sum(b_sum * tl.exp(b_max - row_max), axis=0))
+        tl.store(losses_ptr + row, lse - b_target)
+
+        if NEED_GRAD:
+            scale = tl.load(scale_ptr)
+            while i > 0:
+                i -= 1
+                o_x = i * BLOCK + lane
+                m_x = o_x < vocabulary
+                b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
+                b_grad = tl.exp(b_x.to(tl.float32) - lse)
+                b_grad = tl.where(o_x == target, b_grad - 1.0, b_grad) * scale
+                tl.store(x_ptr + o_x, b_grad.to(logits_ptr.dtype.element_ty), mask=m_x)
+
+
+def _launch_table(vocabulary: int, element_size: int) -> tuple[int, int]:
+    """(BLOCK, num_warps): 32 bytes a thread in flight, 512 threads where a row is that long."""
+    block = min(16384 // element_size, max(128, triton.next_power_of_2(vocabulary)))
+    return block, max(1, min(16, block // 256))
+
+
+def _softmax_gradient(
+    logits: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, ignore_index: int, grad: bool
+) -> None:
+    block, warps = _launch_table(logits.shape[1], logits.element_size())
+    _softmax_gradient_kernel[(logits.shape[0],)](
+        logits, targets, losses, scale, logits.shape[1], logits.stride(0), targets.stride(0),
+        ignore_index, NEED_GRAD=grad, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def _fused(
+    x: Tensor, weight: Tensor, targets: Tensor, *, divisor: Tensor, need_dx: bool, need_dw: bool,
+    ignore_index: int, logits_bytes: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    rows, vocabulary = x.shape[0], weight.shape[0]
+    losses = torch.empty(rows, dtype=torch.float32, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_dw else None
+    chunks = row_chunks(rows, vocabulary, x.element_size(), logits_bytes)
+    # one buffer for all chunks
+    longest = max((b - a for a, b in chunks), default=0)
+    buffer = torch.empty(longest, vocabulary, dtype=x.dtype, device=x.device)
+    scale = divisor.reciprocal()
+    for a, b in chunks:
+        logits = torch.mm(x[a:b], weight.T, out=buffer[: b - a])  # [chunk, H] @ [H, V]
+        _softmax_gradient(
+            logits, targets[a:b], losses[a:b], scale, ignore_index, need_dx or need_dw
+        )
+        _multiply_back(logits, x[a:b], weight, dx, dw, a, b)
+    return losses.sum() / divisor, dx, None if dw is None else dw.to(weight.dtype)
+
+
+def _multiply_back(
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor | None, a: int, b: int
+) -> None:
+    if dx is not None:
+        torch.mm(grad, weight, out=dx[a:b])  # [chunk, V] @ [V, H]
+    if dw is not None:
+        dw += grad.T @ x  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
+
+
+@torch.no_grad()
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -29,38 +201,84 @@ def linear_cross_entropy(
     """Sum of the rows' cross-entropies over max(divisor, 1), and its gradients.
 
     Args:
-        x: [R, H], the rows to predict from.
-        weight: [V, H], the head.
+        x: [R, H], the rows to predict from, in bf16, fp16, fp32 or fp64.
+        weight: [V, H], the head, of x's dtype.
         targets: [R] int64, `ignore_index` where a row is not to be counted.
-        divisor: what the sum is divided by: the supervised tokens of the whole optimizer step.
+        divisor: what the sum is divided by: the supervised tokens of the whole optimizer step. A
+            tensor [] on x's device is not waited for.
         need_dx, need_dw: which gradients to make.
-        logits_bytes: cap for a chunk of fp32 logits, though a chunk has at least 1024 rows.
+        logits_bytes: cap for a chunk of logits, though one of 1024 rows is always allowed
+            (at V = 151 936: 297 MiB in bf16, 594 MiB in fp32).
 
     Returns:
-        loss [] fp32, dx [R, H] like x or None, dw [V, H] like weight or None.
+        loss [] fp32 (fp64 for fp64), dx [R, H] like x or None, dw [V, H] like weight or None.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device does not fit.
     """
-    rows, vocabulary = x.shape[0], weight.shape[0]
-    divisor = torch.as_tensor(divisor, device=x.device).clamp(min=1)
-    loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
-    dx = torch.empty_like(x) if need_dx else None
-    dw = torch.zeros(weight.shape, dtype=loss.dtype, device=x.device) if need_dw else None
-    chunk = max(LEAST_ROWS, logits_bytes // (4 * vocabulary))
-    for a in range(0, rows, chunk):
-        part, target = x[a : a + chunk], targets[a : a + chunk]
-        counted = target != ignore_index
-        at = target.where(counted, 0)[:, None]
-        logits = widen(part @ weight.T)  # [chunk, V]
-        lse = logits.logsumexp(-1)
-        loss += (lse - logits.gather(1, at)[:, 0]).where(counted, 0).sum()
-        if not need_dx and not need_dw:
-            continue
-        # d(loss)/d(logits) = softmax - onehot, over the chunk itself
-        grad = logits.sub_(lse[:, None]).exp_()
-        grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1))
-        grad.mul_((counted.to(grad.dtype) / divisor)[:, None])
-        grad = grad.to(x.dtype)
-        if dx is not None:
-            dx[a : a + chunk] = grad @ weight
-        if dw is not None:
-            dw += grad.T @ part
-    return loss / divisor, dx, None if dw is None else dw.to(weight.dtype)
+    _check(x, weight, targets, divisor, logits_bytes)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(device=x.device, dtype=wide).reshape(())
+    else:  # torch.full is a kernel; torch.tensor would be a copy that waits
+        divisor = torch.full((), float(divisor), dtype=wide, device=x.device)
+    run = _fused if x.dtype != torch.float64 and use_triton(x) else linear_cross_entropy_ref
+    return run(
+        x, weight, targets, divisor=divisor.clamp(min=1), need_dx=need_dx, need_dw=need_dw,
+        ignore_index=ignore_index, logits_bytes=logits_bytes,
+    )  # fmt: skip
+
+
+def _check(
+    x: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor | float, logits_bytes: int
+) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; allowed: bfloat16, float16, float32, float64")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight is {weight.dtype}; it must be of x's dtype, {x.dtype}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets is {targets.dtype}; allowed: int64")
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [R, H]")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.shape[0]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [V, {x.shape[1]}]")
+    if targets.shape != x.shape[:1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; it must be [{x.shape[0]}]")
+    for name, tensor in (("weight", weight), ("targets", targets)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+    if isinstance(divisor, Tensor) and divisor.numel() != 1:
+        raise ValueError(f"divisor has shape {tuple(divisor.shape)}; it must be one number")
+    if logits_bytes < 1:
+        raise ValueError(f"logits_bytes is {logits_bytes}; it must be positive")
+
+
+def aot_cases() -> list[Any]:
+    """What the launch table launches, for the ahead-of-time check."""
+    from xplus_kernels.aot import AotCase
+
+    cases = []
+    # Qwen3's vocabulary is the same in all sizes
+    for dtype, element_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        block, warps = _launch_table(151_936, element_size)
+        for grad in (True, False):
+            cases.append(
+                AotCase(
+                    kernel=_softmax_gradient_kernel,
+                    name=f"linear_cross_entropy {dtype}{'' if grad else ' loss only'}",
+                    signature={
+                        "logits_ptr": f"*{dtype}",
+                        "targets_ptr": "*i64",
+                        "losses_ptr": "*fp32",
+                        "scale_ptr": "*fp32",
+                        "vocabulary": "i32",
+                        "stride_row": "i32",
+                        "stride_target": "i32",
+                        "ignore_index": "i32",
+                    },
+                    constexprs={"NEED_GRAD": grad, "BLOCK": block},
+                    num_warps=warps,
+                    aligned=("logits_ptr", "vocabulary", "stride_row"),
+                )
+            )
+    return cases
