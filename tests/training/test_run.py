@@ -85,6 +85,8 @@ def test_train_export_verify(workplace, tiny_model_dir, capsys):
     assert xplus("verify", tiny_model_dir, out, "--layers", "0-1,4-5") == 0
     assert xplus("verify", tiny_model_dir, out, "--layers", "0-1") == 1
     assert "model.layers.4" in capsys.readouterr().out
+    assert xplus("verify", tiny_model_dir, out, "--layers", "0-1,4-5", "--also", "head") == 0
+    assert xplus("verify", tiny_model_dir, out, "--layers", "0-1", "--also", "norm") == 2
 
     stock, base = (AutoModelForCausalLM.from_pretrained(f) for f in (out, tiny_model_dir))
     changed = {

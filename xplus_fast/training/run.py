@@ -5,11 +5,9 @@ The run's folder holds everything: `recipe.yaml`, `metrics.jsonl` (one line an o
 recipe again goes on where the run was cut off.
 """
 
-import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,11 +31,7 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
-    dump_recipe,
-    first_difference,
-    load_recipe,
     stage_name,
-    to_dict,
 )
 from xplus_fast.data.chat import Encoded, preview
 from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
@@ -53,18 +47,23 @@ from xplus_fast.training.checkpoints import (
     clean_leftovers,
     latest_checkpoint,
     read_checkpoint,
-    sync_folder,
     write_checkpoint,
 )
 from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.report import write_report
+from xplus_fast.training.run_folder import (
+    claim,
+    cut_metrics,
+    last_step,
+    look_at,
+    read_metrics,
+    read_recipe,
+    throw_away,
+    write_json,
+)
 from xplus_fast.training.trainer import XPlusTrainer
 
-# Options that may change between a run and its resumption: they do not change what is computed.
-FREE = ("report_to", "save_steps", "save_total_limit")
 FINAL = "final"
-MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
-FILES = ("recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png")
 
 
 @dataclass(frozen=True)
@@ -114,16 +113,18 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     run = Path(recipe.output)
     if not dry_run:
         if restart and place.first:
-            _throw_away(run)
+            throw_away(run)
         _barrier(place)
-        _look_at(run, recipe)
+        look_at(run, recipe)
     tokenizer = _load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, say, place)
     _show_first(corpora[0], tokenizer, say)
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
         return "dry run: nothing was trained"
-    _claim(run, recipe, base, corpora, place)
+    if place.first:
+        claim(run, recipe, base, corpora)
+    _barrier(place)
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=place.dtype)
     model.to(place.device)
@@ -141,7 +142,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
                 model, tokenizer, heldout, texts,
                 data=recipe.data, config=recipe.evaluation, show=True,
             )  # fmt: skip
-            _write_json(file, result)
+            write_json(file, result)
 
     evaluate("before")
     stages = []
@@ -161,7 +162,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
                 "also": list(stage.also),
                 "trained_parameters": trained_parameters(shape, ids, stage.also),
                 "total_parameters": total_parameters(shape),
-                "steps": _last_step(run, name),
+                "steps": last_step(run, name),
                 "tensors": sorted(trained_tensors(model)),
                 "data": corpora[i].summary,
             }
@@ -179,9 +180,9 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "seconds": sum(line["seconds"] for line in _read_metrics(run)),
+        "seconds": sum(line["seconds"] for line in read_metrics(run)),
     }
-    _write_json(run / "run.json", about)
+    write_json(run / "run.json", about)
     return write_report(run)
 
 
@@ -190,7 +191,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
 
     Raises `UserError` where the run is not there or not finished.
     """
-    recipe = _read_recipe(run)
+    recipe = read_recipe(run)
     tensors: dict[str, torch.Tensor] = {}
     layers: set[int] = set()
     also: set[str] = set()
@@ -291,7 +292,7 @@ def _train_stage(
     )
     resume = latest_checkpoint(folder)
     if place.first:
-        _cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
+        cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
     log = _RunLog(run, name)
     trainer = XPlusTrainer(
         model, arguments,
@@ -354,78 +355,6 @@ def _show_first(corpus: Corpus, tokenizer: Any, say: Any) -> None:
     say(preview(first, tokenizer, sys.stdout.isatty()))
 
 
-def _look_at(run: Path, recipe: Recipe) -> None:
-    """See that the output is free, or holds a run of this recipe."""
-    if _made_of(run):
-        there, here = (_comparable(r) for r in (_read_recipe(run), recipe))
-        if difference := first_difference(there, here):
-            raise UserError(
-                f"{run} holds a run of another recipe ({difference});"
-                " choose another output, or --restart to throw that run away"
-            )
-    elif _made_of(run) is None and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: is not empty and no run of ours; choose another output")
-
-
-def _throw_away(run: Path) -> None:
-    """Remove an earlier run: what we wrote, and nothing else that may lie in its folder."""
-    if not _made_of(run):
-        return  # no run of ours: _look_at says what is in the way
-    recipe = _read_recipe(run)
-    for folder in ("evaluation", *(stage_name(recipe, i) for i in range(len(recipe.stages)))):
-        shutil.rmtree(run / folder, ignore_errors=True)
-    for file in FILES:
-        (run / file).unlink(missing_ok=True)
-    _write_json(run / MARK, {})
-
-
-def _claim(run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], place: Place) -> None:
-    """Make the run's folder ours, or see that model and data are those it began with."""
-    if place.first:
-        config = (base / "config.json").read_bytes()
-        shapes = {n: [str(e.dtype), e.shape] for n, e in CheckpointFiles.open(base).entries.items()}
-        made_of = {
-            "model": hashlib.sha256(config + json.dumps(shapes).encode()).hexdigest(),
-            "data": [Path(c.summary["folder"]).name for c in corpora],
-        }
-        there = _made_of(run)
-        if not there:
-            _write_json(run / MARK, {})  # ours from here on, begun once it says of what
-            _write_text(run / "recipe.yaml", dump_recipe(recipe))
-            _write_json(run / MARK, made_of)
-        for what, was in (there or {}).items():
-            if was != made_of[what]:
-                raise UserError(
-                    f"{run}: its {what} is no longer what the run began with;"
-                    " put it back, choose another output, or --restart"
-                )
-    _barrier(place)
-
-
-def _made_of(run: Path) -> dict[str, Any] | None:
-    """What a run was begun with; empty if it is not begun, None if the folder is not ours."""
-    try:
-        return json.loads((run / MARK).read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except json.JSONDecodeError:
-        raise UserError(f"{run / MARK}: damaged; remove the folder or choose another") from None
-
-
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    tree = to_dict(recipe)
-    for key in FREE:
-        tree["training"].pop(key)
-    tree.pop("output")
-    return tree
-
-
-def _read_recipe(run: Path) -> Recipe:
-    if not _made_of(run):
-        raise UserError(f"{run}: no run is here")
-    return load_recipe(run / "recipe.yaml")
-
-
 def _load_config(base: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(base)
@@ -481,47 +410,3 @@ def _device_name(place: Place) -> str:
     if place.device.type == "cuda":
         return torch.cuda.get_device_name(place.device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the empty end of the file, or a line cut short
-    return lines
-
-
-def _cut_metrics(run: Path, stage: str, step: int) -> None:
-    """Take out what was logged after the step that a stage goes on from."""
-    kept = [m for m in _read_metrics(run) if m["stage"] != stage or m["step"] <= step]
-    _write_text(run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
-
-
-def _last_step(run: Path, stage: str) -> int:
-    return max((m["step"] for m in _read_metrics(run) if m["stage"] == stage), default=0)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    _write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written ({e.strerror})") from None
