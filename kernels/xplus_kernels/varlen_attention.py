@@ -28,7 +28,7 @@ from torch import Tensor
 
 from xplus_kernels.numerics import widen
 
-BLOCK = 128  # query rows of the reference
+BLOCK = 32  # query rows: the fewer, the nearer to the causal half of the square
 REFERENCE, PYTORCH = "reference", "PyTorch flash"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256  # at most, and a multiple of 8

@@ -243,7 +243,9 @@ def test_gradient_of_any_strides_is_read_and_not_written():
 
 def test_nothing_to_update():
     empty = torch.empty(0)
-    A.adamw_update(empty, empty, step=1, **states(empty, eight_bit=True), **OPTIONS)
+    kept = states(empty, eight_bit=True)
+    A.adamw_update(empty, empty, step=1, **kept, **OPTIONS)
+    assert all(t.numel() == 0 for t in (empty, kept["exp_avg"], kept["exp_avg_sq"]))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,21 @@ def test_the_total_is_within_one_percent_where_attention_is_blocked():
     assert sum(counted.values()) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_total_is_within_one_percent_on_translation_pairs(selection):
+    """The demo's layer shape and lengths like its pairs: attention is a small part of a layer."""
+    lengths = [49, 131, 62, 95, 71, 88]
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                 num_key_value_heads=3, head_dim=64)  # fmt: skip
+    model = prepare_model(tiny_model("llama", **sizes), SELECTIONS[selection])
+    packed = packed_batch(lengths)
+    expected = necessary_flops(
+        shape_of(model.config), SELECTIONS[selection], tokens=sum(lengths),
+        supervised=int((packed["labels"] != -100).sum()), pairs=causal_pairs(lengths),
+    ).total  # fmt: skip
+    assert sum(count(model, packed).values()) == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "also", [("embedding",), ("final_norm",), ("head",), ("embedding", "head")]
 )
