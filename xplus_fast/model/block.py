@@ -93,10 +93,9 @@ class BlockFunction(torch.autograd.Function):
         dgu = ops.swiglu_backward(dy @ w["down"], a["gate_up"])
         if need["gate_up"]:
             dw["gate_up"] = dgu.T @ ops.rms_norm(a["h"], w["post_norm"], eps=s.eps)
-        dh, dw["post_norm"] = ops.rms_norm_backward(
-            dgu @ w["gate_up"], a["h"], w["post_norm"], eps=s.eps, need_dw=need["post_norm"]
+        dh, dw["post_norm"] = ops.add_rms_norm_backward(
+            dy, dgu @ w["gate_up"], a["h"], w["post_norm"], eps=s.eps, need_dw=need["post_norm"]
         )
-        dh += dy
 
         # h = x + attention(qk_norm_rope(norm(x) @ qkv.T + bias)) @ o.T
         if need["o"]:
@@ -118,8 +117,8 @@ class BlockFunction(torch.autograd.Function):
             dw["qkv_bias"] = dqkv.sum(0)
         dx = None
         if ctx.needs_input_grad[0] or need["input_norm"]:  # the lowest trained layer feeds no one
-            dx, dw["input_norm"] = ops.rms_norm_backward(
-                dqkv @ w["qkv"], a["x"], w["input_norm"], eps=s.eps, need_dw=need["input_norm"]
+            dx, dw["input_norm"] = ops.add_rms_norm_backward(
+                dh, dqkv @ w["qkv"], a["x"], w["input_norm"], eps=s.eps, need_dw=need["input_norm"]
             )
-            dx = dx.add_(dh) if ctx.needs_input_grad[0] else None
+        dx = dx if ctx.needs_input_grad[0] else None
         return dx, None, None, *dw.values()
