@@ -23,12 +23,13 @@ demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages
 	$(BIN)/xplus-fast verify build/demo/model build/demo/exported
 
 # One thread: the tests' tensors are too small to share. Triton decides at import whether it
-# interprets, so those tests are a run of their own.
+# interprets, so those tests are a run of their own; those for a GPU are rehearsed on the CPU.
 test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest tests/kernels/interpreter
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/kernels/interpreter
+	OMP_NUM_THREADS=1 XPLUS_REHEARSE=cpu $(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check .
@@ -42,8 +43,9 @@ format: $(VENV)/dev.stamp  ## put style right
 test-gpu: $(VENV)/dev.stamp  ## run the tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu
 
-bench: $(VENV)/dev.stamp  ## time the demo's training step against stock Trainer
+bench: $(VENV)/dev.stamp  ## time the demo's training step and, with a GPU, the kernels
 	$(BIN)/python -m benchmarks.cpu_step
+	$(if $(GPU),$(BIN)/python -m benchmarks.kernels)
 
 clean:  ## remove the virtual environment, what was built and the demo's run
 	rm -rf $(VENV) build dist runs/demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,8 @@
-"""`xplus-fast`: train · export · verify."""
+"""`xplus-fast`: plan · train · export · verify · bench."""
 
 import argparse
+import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,10 +11,19 @@ from pathlib import Path
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
 
+BENCHMARKS = ("kernels",)  # modules of benchmarks/ whose main takes arguments
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(r.startswith("-") or "=" not in r for r in rest) or (
+        rest and not hasattr(options, "overrides")
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes key=value only before the first option
+        options.overrides += rest
     try:
         return options.run(options)
     except UserError as e:
@@ -30,6 +41,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xplus-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="what fits where, how fast: before anything is loaded")
+    plan.add_argument("recipe", type=Path, help="YAML file, see recipes/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. memory.frozen=bf16")
+    plan.add_argument("--budget", default="", help="of GPU memory: 24GB (10^9 bytes), 24GiB")
+    plan.add_argument("--card", default="", help="the GPU to plan for, e.g. rtx4090")
+    plan.add_argument("--host-memory", default="", help="to be pinned at most, e.g. 64GB")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
 
     train = commands.add_parser("train", help="carry out a recipe, or go on with its run")
     train.add_argument("recipe", type=Path, help="YAML file, see recipes/")
@@ -57,7 +77,34 @@ def _parser() -> argparse.ArgumentParser:
         "--also", default="", help="with --layers: embedding,final_norm,head may have changed, too"
     )
     verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="time the kernels (in a checkout of the source)")
+    bench.add_argument("what", choices=BENCHMARKS, help="what to time")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help=f"see: xplus-fast bench {BENCHMARKS[0]} --help"
+    )
+    bench.set_defaults(run=_bench)
     return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from xplus_fast.config import load_recipe
+    from xplus_fast.planning.from_recipe import plan_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    shape, where, plans = plan_recipe(
+        recipe, budget=options.budget, card=options.card, host=options.host_memory
+    )
+    if options.json:
+        from xplus_fast.planning.plan import to_dict
+
+        stages = [{"name": name, **to_dict(plan)} for name, plan in plans]
+        print(json.dumps({"model": recipe.model, "stages": stages}, indent=2))
+    else:
+        from xplus_fast.planning.plan_text import describe
+
+        print(describe(recipe.model, shape, where, plans))
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -108,6 +155,15 @@ def _verify(options: argparse.Namespace) -> int:
     result = verify(base, options.result, allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).parents[1]
+    # both: another project's `benchmarks` may lie beside an installed package
+    if not all((root / p).is_file() for p in ("pyproject.toml", f"benchmarks/{options.what}.py")):
+        raise UserError("bench: works in a checkout of the source; benchmarks/ is not installed")
+    sys.path.insert(0, str(root))
+    return importlib.import_module(f"benchmarks.{options.what}").main(options.arguments)
 
 
 def _quiet() -> None:

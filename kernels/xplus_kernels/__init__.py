@@ -5,7 +5,19 @@ V vocabulary, S sequences in a pack, R supervised rows.
 """
 
 from xplus_kernels.adamw import adamw_update
+from xplus_kernels.fp8 import Fp8Rows, dequantize_fp8, quantize_fp8, require_fp8, transpose_fp8
+from xplus_kernels.frozen_linear import (
+    Bf16Weight,
+    Fp8Weight,
+    FrozenWeight,
+    frozen_linear,
+    frozen_linear_dx,
+    multiplies_in_fp8,
+    scratch_bytes,
+)
 from xplus_kernels.linear_cross_entropy import linear_cross_entropy
+from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from xplus_kernels.norm_fp8 import add_rms_norm_fp8, rms_norm_fp8
 from xplus_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, rope_tables
 from xplus_kernels.rms_norm import (
     add_rms_norm,
@@ -14,6 +26,7 @@ from xplus_kernels.rms_norm import (
     rms_norm_backward,
 )
 from xplus_kernels.swiglu import swiglu, swiglu_backward
+from xplus_kernels.swiglu_fp8 import swiglu_backward_fp8, swiglu_fp8
 from xplus_kernels.varlen_attention import (
     attention_backend,
     varlen_attention,
@@ -21,18 +34,37 @@ from xplus_kernels.varlen_attention import (
 )
 
 __all__ = [
+    "Bf16Weight",
+    "Fp8Rows",
+    "Fp8Weight",
+    "FrozenWeight",
+    "Nf4Weight",
     "adamw_update",
-    "attention_backend",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "add_rms_norm_fp8",
+    "attention_backend",
+    "dequantize_fp8",
+    "dequantize_nf4",
+    "frozen_linear",
+    "frozen_linear_dx",
     "linear_cross_entropy",
+    "multiplies_in_fp8",
     "qk_norm_rope",
     "qk_norm_rope_backward",
+    "quantize_fp8",
+    "quantize_nf4",
+    "require_fp8",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_fp8",
     "rope_tables",
+    "scratch_bytes",
     "swiglu",
     "swiglu_backward",
+    "swiglu_backward_fp8",
+    "swiglu_fp8",
+    "transpose_fp8",
     "varlen_attention",
     "varlen_attention_backward",
 ]

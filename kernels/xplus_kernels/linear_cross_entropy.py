@@ -10,6 +10,9 @@ moved where 2 are the minimum, the second reading walking back so that the row's
 the cache; bf16: 6 bytes a logit, where the two GEMMs do 4 H operations. Softmax is fp32 inside;
 the logits round to the dtype before it and the gradient after it, as in Hugging Face's loss.
 
+A frozen head may be FP8 rows: an eighth of it at a time is read back into the dtype of x, once for
+the logits and once for dx of each chunk, so that no card needs FP8 GEMMs for it and x stays exact.
+
 Making the gradient in the forward is the idea of Liger-Kernel's FusedLinearCrossEntropy (arXiv
 2410.10989); the online softmax is that of Milakov and Gimelshein (arXiv 1805.02867). Saved for the
 backward: nothing but dx and dw.
@@ -20,17 +23,20 @@ backward: nothing but dx and dw.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xplus_kernels.backend import jit, tl, triton, use_triton
+from xplus_kernels.fp8 import Fp8Rows, check_fp8_rows, dequantize_fp8
 from xplus_kernels.numerics import widen
 
 LOGITS_BYTES = 512 * 2**20  # cap for one chunk of logits, in their own dtype
 LEAST_ROWS = 1024  # a chunk is not cut skinnier: a small GEMM would waste the hardware
 ROW_TILE = 128  # chunks are multiples of a GEMM's tile
+HEAD_TILES = 8  # pieces in which an FP8 head is read back
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -50,19 +56,20 @@ def row_chunks(
 
 
 def linear_cross_entropy_ref(
-    x: Tensor, weight: Tensor, targets: Tensor, *, divisor: Tensor, need_dx: bool, need_dw: bool,
-    ignore_index: int, logits_bytes: int,
+    x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, *, divisor: Tensor,
+    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`linear_cross_entropy` in PyTorch; divisor [] is at least 1."""
     loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dw = torch.zeros(weight.shape, dtype=loss.dtype, device=x.device) if need_dw else None
-    for a, b in row_chunks(x.shape[0], weight.shape[0], x.element_size(), logits_bytes):
+    vocabulary = head_shape(weight)[0]
+    dw = torch.zeros(head_shape(weight), dtype=loss.dtype, device=x.device) if need_dw else None
+    for a, b in row_chunks(x.shape[0], vocabulary, x.element_size(), logits_bytes):
         part, target = x[a:b], targets[a:b]
         counted = target != ignore_index
         at = target.where(counted, 0)[:, None]
-        # [chunk, V]; .mm never hands back a view, which fp32 would be overwritten through
-        logits = widen(part.mm(weight.T))
+        buffer = torch.empty(b - a, vocabulary, dtype=x.dtype, device=x.device)
+        logits = widen(_multiply(part, weight, buffer))  # [chunk, V]
         lse = logits.logsumexp(-1)
         loss += (lse - logits.gather(1, at)[:, 0]).where(counted, 0).sum()
         if dx is None and dw is None:
@@ -72,7 +79,52 @@ def linear_cross_entropy_ref(
         grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1))
         grad.mul_((counted.to(grad.dtype) / divisor)[:, None])
         _multiply_back(grad.to(x.dtype), part, weight, dx, dw, a, b)
-    return loss / divisor, dx, None if dw is None else dw.to(weight.dtype)
+    return loss / divisor, dx, None if dw is None else dw.to(x.dtype)
+
+
+def head_shape(weight: Tensor | Fp8Rows) -> tuple[int, int]:
+    """V, H."""
+    v, h = (weight.data if isinstance(weight, Fp8Rows) else weight).shape
+    return v, h
+
+
+def _tiles(weight: Fp8Rows, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """Pieces of a head, rows [start, end), read back; each into the place of the one before."""
+    v, h = head_shape(weight)
+    size = -(-v // HEAD_TILES)
+    buffer = torch.empty(size, h, dtype=dtype, device=weight.data.device)
+    for a in range(0, v, size):
+        b = min(v, a + size)
+        yield (
+            a,
+            b,
+            dequantize_fp8(Fp8Rows(weight.data[a:b], weight.scale[a:b]), out=buffer[: b - a]),
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor | Fp8Rows, out: Tensor) -> Tensor:
+    """x [chunk, H] -> logits = x @ W.T in out [chunk, V]."""
+    if isinstance(weight, Tensor):
+        return torch.mm(x, weight.T, out=out)
+    for a, b, tile in _tiles(weight, x.dtype):
+        out[:, a:b] = x @ tile.T
+    return out
+
+
+def _multiply_back(
+    grad: Tensor, x: Tensor, weight: Tensor | Fp8Rows, dx: Tensor | None, dw: Tensor | None,
+    a: int, b: int,
+) -> None:  # fmt: skip
+    """grad [chunk, V] -> dx[a:b] = grad @ W; dw += grad.T @ x."""
+    if dx is not None and isinstance(weight, Tensor):
+        torch.mm(grad, weight, out=dx[a:b])  # [chunk, V] @ [V, H]
+    elif dx is not None:
+        total = torch.zeros(dx[a:b].shape, dtype=torch.float32, device=dx.device)
+        for first, end, tile in _tiles(weight, grad.dtype):  # type: ignore[arg-type]
+            total += grad[:, first:end] @ tile
+        dx[a:b] = total
+    if dw is not None:
+        dw += grad.T @ x  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
 
 
 @jit
@@ -156,40 +208,31 @@ def _softmax_gradient(
 
 
 def _fused(
-    x: Tensor, weight: Tensor, targets: Tensor, *, divisor: Tensor, need_dx: bool, need_dw: bool,
-    ignore_index: int, logits_bytes: int,
+    x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, *, divisor: Tensor,
+    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    rows, vocabulary = x.shape[0], weight.shape[0]
+    rows, vocabulary = x.shape[0], head_shape(weight)[0]
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_dw else None
+    dw = torch.zeros(head_shape(weight), device=x.device) if need_dw else None
     chunks = row_chunks(rows, vocabulary, x.element_size(), logits_bytes)
     # one buffer for all chunks
     longest = max((b - a for a, b in chunks), default=0)
     buffer = torch.empty(longest, vocabulary, dtype=x.dtype, device=x.device)
     scale = divisor.reciprocal()
     for a, b in chunks:
-        logits = torch.mm(x[a:b], weight.T, out=buffer[: b - a])  # [chunk, H] @ [H, V]
+        logits = _multiply(x[a:b], weight, buffer[: b - a])
         _softmax_gradient(
             logits, targets[a:b], losses[a:b], scale, ignore_index, need_dx or need_dw
         )
         _multiply_back(logits, x[a:b], weight, dx, dw, a, b)
-    return losses.sum() / divisor, dx, None if dw is None else dw.to(weight.dtype)
-
-
-def _multiply_back(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor | None, a: int, b: int
-) -> None:
-    if dx is not None:
-        torch.mm(grad, weight, out=dx[a:b])  # [chunk, V] @ [V, H]
-    if dw is not None:
-        dw += grad.T @ x  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
+    return losses.sum() / divisor, dx, None if dw is None else dw.to(x.dtype)
 
 
 @torch.no_grad()
 def linear_cross_entropy(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Rows,
     targets: Tensor,
     *,
     divisor: Tensor | float,
@@ -202,7 +245,7 @@ def linear_cross_entropy(
 
     Args:
         x: [R, H], the rows to predict from, in bf16, fp16, fp32 or fp64.
-        weight: [V, H], the head, of x's dtype.
+        weight: [V, H], the head, of x's dtype; or FP8 rows of it, frozen (x not fp64).
         targets: [R] int64, `ignore_index` where a row is not to be counted.
         divisor: what the sum is divided by: the supervised tokens of the whole optimizer step. A
             tensor [] on x's device is not waited for.
@@ -216,7 +259,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit.
     """
-    _check(x, weight, targets, divisor, logits_bytes)
+    _check(x, weight, targets, divisor, need_dw, logits_bytes)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(divisor, Tensor):
         divisor = divisor.to(device=x.device, dtype=wide).reshape(())
@@ -230,21 +273,27 @@ def linear_cross_entropy(
 
 
 def _check(
-    x: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor | float, logits_bytes: int
-) -> None:
+    x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, divisor: Tensor | float, need_dw: bool,
+    logits_bytes: int,
+) -> None:  # fmt: skip
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; allowed: bfloat16, float16, float32, float64")
-    if weight.dtype != x.dtype:
+    head = weight.data if isinstance(weight, Fp8Rows) else weight
+    if isinstance(weight, Fp8Rows):
+        check_fp8_rows("weight", weight)
+        if x.dtype == torch.float64 or need_dw:
+            raise ValueError(f"weight is FP8: x is {x.dtype}, need_dw {need_dw}; it is frozen")
+    elif weight.dtype != x.dtype:
         raise TypeError(f"weight is {weight.dtype}; it must be of x's dtype, {x.dtype}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets is {targets.dtype}; allowed: int64")
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [R, H]")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.shape[0]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [V, {x.shape[1]}]")
+    if head.dim() != 2 or head.shape[1] != x.shape[1] or not head.shape[0]:
+        raise ValueError(f"weight has shape {tuple(head.shape)}; it must be [V, {x.shape[1]}]")
     if targets.shape != x.shape[:1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; it must be [{x.shape[0]}]")
-    for name, tensor in (("weight", weight), ("targets", targets)):
+    for name, tensor in (("weight", head), ("targets", targets)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
     if isinstance(divisor, Tensor) and divisor.numel() != 1:

@@ -211,3 +211,23 @@ def test_linear_cross_entropy_in_half_precision_errs_no_more_than_pytorch(dtype)
     _, truth, _ = ops.linear_cross_entropy(x.double(), w.double(), targets, divisor=64)
     _, dx, _ = ops.linear_cross_entropy(x, w, targets, divisor=64)
     assert difference(dx, truth) <= 1.1 * difference(leaf.grad, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_with_a_head_in_fp8(dtype, monkeypatch):
+    """The head as FP8 holds it, computed with as any other; V no multiple of the tiles."""
+    monkeypatch.setattr(HEAD, "LEAST_ROWS", 8)
+    x, w = randn(21, 32).to(dtype), randn(101, 32, seed=1)
+    head, targets = ops.quantize_fp8(w), torch.arange(21)
+    targets[::4] = -100
+    dense = head.data.float() * head.scale[:, None]
+    options = dict(divisor=3.0, logits_bytes=1)
+    loss, dx, _ = ops.linear_cross_entropy(x, head, targets, **options)
+    theirs, dx_theirs, _ = ops.linear_cross_entropy(x, dense.to(dtype), targets, **options)
+    true, dx_true, _ = ops.linear_cross_entropy(x.double(), dense.double(), targets, **options)
+    rounding = 4 * torch.finfo(dtype).eps
+    assert difference(loss, true) <= difference(theirs, true) + rounding
+    assert difference(dx, dx_true) <= 1.1 * difference(dx_theirs, dx_true) + rounding
+    assert difference(dense, w) > 0.01  # it was another head
+    with pytest.raises(ValueError, match="it is frozen"):
+        ops.linear_cross_entropy(x, head, targets, need_dw=True, **options)

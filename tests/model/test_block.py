@@ -6,6 +6,7 @@ import torch
 from tests.tiny import gradients, packed_batch, tiny_model
 from xplus_fast.model.block import KEEP, WEIGHTS, BlockFunction, BlockSpec
 from xplus_fast.model.families import FAMILIES, Shape
+from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import make_pack
 from xplus_fast.model.prepare import prepare_model
 
@@ -39,7 +40,8 @@ def test_gradcheck(family, policy):
     def block(x, *present):
         rest = iter(present)
         args = [None if w is None else next(rest) for w in weights]
-        return BlockFunction.apply(x, BlockSpec(shape, policy), pack, *args)
+        spec = BlockSpec(shape, policy, offload=Offload(x.device))
+        return BlockFunction.apply(x, spec, pack, *args)
 
     assert torch.autograd.gradcheck(block, (x.requires_grad_(), *present), fast_mode=False)
 

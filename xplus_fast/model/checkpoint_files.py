@@ -146,6 +146,28 @@ def read_range(file: Path, start: int, end: int) -> Iterator[bytes]:
         raise UserError(f"{file}: cannot be read ({e.strerror})") from None
 
 
+def read_entry(entry: Entry, out: Tensor) -> None:
+    """Read a tensor into `out`, contiguous, of its shape and any dtype, without a map of the file.
+
+    Raises `UserError` if it cannot be read.
+    """
+    assert out.shape == entry.shape and out.is_contiguous() and out.device.type == "cpu"
+    stored = out if out.dtype == entry.dtype else torch.empty(entry.shape, dtype=entry.dtype)
+    view = stored.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with entry.file.open("rb", buffering=0) as handle:
+            handle.seek(entry.start)
+            at = 0
+            while at < len(view):
+                if not (got := handle.readinto(view[at : at + CHUNK])):
+                    raise UserError(f"{entry.file}: ends {len(view) - at} bytes too early")
+                at += got
+    except OSError as e:
+        raise UserError(f"{entry.file}: cannot be read ({e.strerror})") from None
+    if stored is not out:
+        out.copy_(stored)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` if it cannot be read or is anything else."""
     try:

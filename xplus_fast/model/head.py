@@ -11,14 +11,15 @@ import xplus_kernels as ops
 class LossFunction(torch.autograd.Function):
     """The stack's last hidden states -> loss; all gradients are made in the forward.
 
-    x [T, H]; norm [H]; head [V, H]; rows [R] int64, which rows predict something; targets [R]
+    x [T, H]; norm [H]; head [V, H],
+    or FP8 rows of it; rows [R] int64, which rows predict something; targets [R]
     int64, what; divisor, by which the summed cross-entropy is divided. Returns a scalar in fp32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Tensor, head: Tensor, rows: Tensor, targets: Tensor,
-        divisor: Tensor | float, eps: float,
+        ctx: Any, x: Tensor, norm: Tensor, head: Tensor | ops.Fp8Rows, rows: Tensor,
+        targets: Tensor, divisor: Tensor | float, eps: float,
     ) -> Tensor:  # fmt: skip
         need_x, need_norm, need_head = ctx.needs_input_grad[:3]
         picked = x[rows]  # [R, H]

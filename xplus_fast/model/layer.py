@@ -14,6 +14,9 @@ import xplus_kernels as ops
 from xplus_fast.errors import UserError
 from xplus_fast.model.block import WEIGHTS, BlockFunction, BlockSpec
 from xplus_fast.model.families import PACKED, Shape
+from xplus_fast.model.frozen import Store
+from xplus_fast.model.linear import Products
+from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import Pack
 
 
@@ -24,13 +27,13 @@ class Block(nn.Module):
     Face's names, so `save_pretrained()` and everything above see an ordinary layer.
     """
 
-    qkv: nn.Parameter
+    qkv: nn.Parameter | None  # the four matrices: None where `frozen` holds them
     qkv_bias: nn.Parameter | None
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
-    o: nn.Parameter
-    gate_up: nn.Parameter
-    down: nn.Parameter
+    o: nn.Parameter | None
+    gate_up: nn.Parameter | None
+    down: nn.Parameter | None
     input_norm: nn.Parameter
     post_norm: nn.Parameter
 
@@ -42,6 +45,9 @@ class Block(nn.Module):
         super().__init__()
         self.shape, self.layer_idx, self.config = shape, index, config
         self.activations = "keep"
+        self.frozen: Store | None = None
+        self.scratch: Tensor | None = None
+        self.offload: Offload | None = None
         # what Hugging Face's attention functions ask of a module
         self.num_key_value_groups = shape.heads // shape.kv_heads
         self.scaling = shape.head_dim**-0.5
@@ -78,7 +84,10 @@ class Block(nn.Module):
             weights = [w if w is None else w.to(dtype) for w in weights]
             x = x.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return BlockFunction.apply(x, BlockSpec(self.shape, self.activations), pack, *weights)
+            return BlockFunction.apply(x, self._spec(), pack, *weights)
+
+    def _spec(self) -> BlockSpec:
+        return BlockSpec(self.shape, self.activations, self.frozen, self.scratch, self.offload)
 
     def forward(
         self,
@@ -92,13 +101,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """Hugging Face's call, for `generate()`: any mask, a cache; [B, S, H] -> [B, S, H]."""
         assert position_embeddings is not None
-        linear, s = nn.functional.linear, self.shape
+        s, m = self.shape, Products(hidden_states.dtype, self.scratch)
+        w = self._spec().weights(tuple(getattr(self, name) for name in WEIGHTS), backward=False)
 
         def norm(x: Tensor, weight: Tensor) -> Tensor:
             return ops.rms_norm(x, weight.to(x.dtype), eps=s.eps)  # they differ under autocast
 
         n = norm(hidden_states, self.input_norm)
-        heads = linear(n, self.qkv, self.qkv_bias).unflatten(-1, (-1, s.head_dim))
+        heads = m.linear(n, w["qkv"], w["qkv_bias"]).unflatten(-1, (-1, s.head_dim))
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), 2)  # [B, S, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
@@ -113,9 +123,9 @@ class Block(nn.Module):
             self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling,
             sliding_window=None, **kwargs,
         )  # fmt: skip
-        h = hidden_states + linear(out.flatten(2), self.o)
+        h = hidden_states + m.linear(out.flatten(2), w["o"])
         n = norm(h, self.post_norm)
-        return h + linear(ops.swiglu(linear(n, self.gate_up)), self.down)
+        return h + m.linear(ops.swiglu(m.linear(n, w["gate_up"])), w["down"])
 
     def extra_repr(self) -> str:
         trained = [n for n, p in self.named_parameters() if p.requires_grad]
@@ -129,6 +139,11 @@ def unpack(shape: Shape, packed: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _unpack_hook(module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if module.frozen is not None:
+        raise UserError(
+            f"layer {module.layer_idx}: its frozen matrices are not here as they were read; what"
+            " trained is in the checkpoints, and `xplus-fast export` makes a whole model of it"
+        )
     for packed in module.shape.packed_shapes():
         for name, view in unpack(module.shape, packed, state.pop(prefix + packed)).items():
             state[prefix + name] = view

@@ -20,6 +20,7 @@ from xplus_fast.model.block import KEEP
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.head import LossFunction
 from xplus_fast.model.layer import Block, unpack
+from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import Pack, make_pack, next_tokens
 
 
@@ -28,7 +29,7 @@ def prepare_model(
     layers: Sequence[int] | None = None,
     *,
     also: Iterable[str] = (),
-    activations: str = "keep",
+    activations: str | None = None,
 ) -> nn.Module:
     """Let the engine run `model`, in place, and choose what trains.
 
@@ -37,7 +38,8 @@ def prepare_model(
         layers: ids of the decoder layers that train, everything else frozen; None: as the
             parameters' own `requires_grad` says.
         also: what trains beside them: "embedding", "final_norm", "head" (with `layers` only).
-        activations: what blocks keep for the backward: "keep", "recompute_mlp" or "recompute".
+        activations: what blocks keep for the backward: "keep", "recompute_mlp", "recompute" or
+            "offload"; None: as before, "keep" to begin with.
 
     Returns:
         `model` itself.
@@ -47,7 +49,7 @@ def prepare_model(
     """
     if not type(model).__name__.endswith("ForCausalLM"):
         raise UserError(f"{type(model).__name__}: a ...ForCausalLM model is wanted")
-    if activations not in KEEP:
+    if activations is not None and activations not in KEEP:
         raise UserError(f"activations: one of {', '.join(KEEP)} is wanted, found {activations!r}")
     config: Any = model.config
     shape = shape_of(config)
@@ -57,8 +59,11 @@ def prepare_model(
             base.layers[i] = Block(layer, shape, i, config).train(model.training)
         model.forward = MethodType(_wrap(model, _causal_lm_forward), model)  # type: ignore[method-assign]
         base.forward = MethodType(_wrap(base, _base_forward), base)
-    for block in base.layers:
-        block.activations = activations
+    if activations is not None:
+        device = base.embed_tokens.weight.device
+        for block in base.layers:
+            block.activations = activations
+            block.offload = Offload(device) if activations == "offload" else None
     if layers is not None:
         _select(model, set(layers), set(also))
     elif also:
@@ -72,10 +77,28 @@ def is_prepared(model: Any) -> bool:
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What trains, under Hugging Face's names: views into the model's own storage."""
+    return _named_tensors(model, trained_only=True)
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors under Hugging Face's names into a prepared model's storage.
+
+    Raises `UserError` for a name or shape that the model does not have.
+    """
+    state = _named_tensors(model)
+    for name, value in tensors.items():
+        if name not in state or state[name].shape != value.shape:
+            found = tuple(state[name].shape) if name in state else "no such tensor"
+            raise UserError(f"{name}: {tuple(value.shape)} does not fit the model: {found}")
+        state[name].copy_(value)
+
+
+def _named_tensors(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters under Hugging Face's names, as views; frozen formats have none."""
     tensors: dict[str, Tensor] = {}
     blocks = {f"model.layers.{b.layer_idx}.": b for b in model.modules() if isinstance(b, Block)}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
+        if trained_only and not p.requires_grad:
             continue
         prefix, _, packed = name.rpartition(".")
         block = blocks.get(prefix + ".")
@@ -85,19 +108,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
             for part, view in unpack(block.shape, packed, p.detach()).items():
                 tensors[f"{prefix}.{part}"] = view
     return tensors
-
-
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors under Hugging Face's names into a prepared model's storage.
-
-    Raises `UserError` for a name or shape that the model does not have.
-    """
-    state = model.state_dict()  # views into the storage
-    for name, value in tensors.items():
-        if name not in state or state[name].shape != value.shape:
-            found = tuple(state[name].shape) if name in state else "no such tensor"
-            raise UserError(f"{name}: {tuple(value.shape)} does not fit the model: {found}")
-        state[name].copy_(value)
 
 
 def layer_ids(model: nn.Module) -> list[int]:
@@ -148,7 +158,8 @@ def _run_stack(
     flat = given.flatten(0, 1) if pack.at is None else given.flatten(0, 1)[pack.at]
     if inputs_embeds is None:
         x = model.embed_tokens(flat)
-        if not model.embed_tokens.weight.requires_grad:
+        table = model.embed_tokens.weight  # None where it lies on the host
+        if table is None or not table.requires_grad:
             # Trainer's input-require-grads hook would drag a graph through every frozen layer
             x = x.detach()
     else:
@@ -214,12 +225,14 @@ def _causal_lm_forward(
     divisor = kwargs.get("num_items_in_batch")
     if divisor is None:
         divisor = rows.numel()
-    norm, head = self.model.norm.weight, self.lm_head.weight
+    norm, head = self.model.norm.weight.to(x.dtype), self.lm_head.weight
+    head = self.lm_head.rows if head is None else head.to(x.dtype)  # rows of FP8, frozen
     if not torch.is_grad_enabled():  # a function's inputs tell it what to compute, not the mode
-        x, norm, head = x.detach(), norm.detach(), head.detach()
+        x, norm = x.detach(), norm.detach()
+        head = head.detach() if isinstance(head, Tensor) else head
     with torch.autocast(x.device.type, enabled=False):
         loss = LossFunction.apply(
-            x, norm.to(x.dtype), head.to(x.dtype), rows, targets[rows], divisor,
+            x, norm, head, rows, targets[rows], divisor,
             self.model.layers[0].shape.eps,
         )  # fmt: skip
     return CausalLMOutputWithPast(loss=loss)

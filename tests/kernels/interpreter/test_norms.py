@@ -1,84 +1,41 @@
-"""The Triton code of the norms, interpreted on a CPU, against the references.
+"""The Triton code of the norms, interpreted on a CPU, against the references."""
 
-fp32: the reference's numbers but for the order of a sum. fp16: no further from the fp32 truth
-than the reference in fp16, by a tenth and one rounding.
-"""
-
+import functools
 import sys
 
 import pytest
 import torch
 
 import xplus_kernels as ops
-from tests.tiny import difference
-from xplus_kernels import backend
+from tests.kernels.interpreter.common import INTERPRETED, ROUNDING, check, randn
 
-pytestmark = pytest.mark.skipif(
-    not backend.INTERPRET, reason="needs Triton and TRITON_INTERPRET=1 before Python starts"
-)
+pytestmark = [INTERPRETED, pytest.mark.usefixtures("poisoned")]
 MODULE = sys.modules["xplus_kernels.rms_norm"]  # in the package its name is the function
 EPS = 1e-6
+check_norm = functools.partial(check, eps=EPS)
 SIZES = [(1, 96), (3, 320), (130, 96), (3, 5120), (17, 1024), (2, 7), (5, 2)]
-DTYPES = [torch.float32, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever a kernel does not store stays NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(torch.nan))
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_close(mine, reference, truth):
-    """`reference` is in mine's dtype; `truth` is the reference on the same inputs in fp64."""
-    assert mine.shape == truth.shape and mine.dtype == reference.dtype
-    rounding = {torch.float32: 2e-6, torch.float16: 2**-11}[mine.dtype]
-    assert difference(mine, truth) <= 1.1 * difference(reference, truth) + rounding
-
-
-def check(op, reference, *tensors, **options):
-    """Outputs of op against the reference, inputs unchanged, and the same bits a second time."""
-    before = [t if t is None else t.clone() for t in tensors]
-    mine = op(*tensors, eps=EPS, **options)
-    again = op(*tensors, eps=EPS, **options)
-    theirs = reference(*tensors, eps=EPS, **options)
-    truth = reference(*(t if t is None else t.double() for t in tensors), eps=EPS, **options)
-    outputs = [x if isinstance(x, tuple) else (x,) for x in (mine, again, theirs, truth)]
-    for m, a, r, t in zip(*outputs, strict=True):
-        if t is None:
-            assert m is None and a is None
-        else:
-            assert torch.equal(m, a)
-            assert_close(m, r, t)
-    for t, b in zip(tensors, before, strict=True):
-        assert t is None or torch.equal(t, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", SIZES)
 def test_rms_norm(size, dtype):
     x, w = randn(*size, dtype=dtype), 1 + 0.3 * randn(size[1], dtype=dtype, seed=1)
-    check(ops.rms_norm, MODULE.rms_norm_ref, x, w)
+    check_norm(ops.rms_norm, MODULE.rms_norm_ref, x, w)
     dy = randn(*size, dtype=dtype, seed=2)
     for need_dw in (False, True):
-        check(ops.rms_norm_backward, MODULE.rms_norm_backward_ref, dy, x, w, need_dw=need_dw)
+        check_norm(ops.rms_norm_backward, MODULE.rms_norm_backward_ref, dy, x, w, need_dw=need_dw)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", SIZES)
 def test_add_rms_norm(size, dtype):
     x, r = randn(*size, dtype=dtype), randn(*size, dtype=dtype, seed=3)
     w = 1 + 0.3 * randn(size[1], dtype=dtype, seed=1)
-    check(ops.add_rms_norm, MODULE.add_rms_norm_ref, x, r, w)
+    check_norm(ops.add_rms_norm, MODULE.add_rms_norm_ref, x, r, w)
     assert torch.equal(ops.add_rms_norm(x, r, w, eps=EPS)[0], x + r)
     dy, ds = (randn(*size, dtype=dtype, seed=s) for s in (2, 4))
     for grad, need_dw in ((ds, False), (ds, True), (None, False), (None, True)):
-        check(
+        check_norm(
             ops.add_rms_norm_backward, MODULE.add_rms_norm_backward_ref, grad, dy, x, w,
             need_dw=need_dw,
         )  # fmt: skip
@@ -102,11 +59,13 @@ def test_strides(need_dw):
         dy = randn(*x.shape, seed=2)
         gradients = [dy, torch.ones(()).expand(x.shape), dy[..., :1].expand(x.shape)]
         gradients += [dy[:1].expand(x.shape), randn(*x.shape, 2)[..., 0]]
-        check(ops.rms_norm, MODULE.rms_norm_ref, x, w)
-        check(ops.add_rms_norm, MODULE.add_rms_norm_ref, x, gradients[1], w)
+        check_norm(ops.rms_norm, MODULE.rms_norm_ref, x, w)
+        check_norm(ops.add_rms_norm, MODULE.add_rms_norm_ref, x, gradients[1], w)
         for grad in gradients:
-            check(ops.rms_norm_backward, MODULE.rms_norm_backward_ref, grad, x, w, need_dw=need_dw)
-            check(
+            check_norm(
+                ops.rms_norm_backward, MODULE.rms_norm_backward_ref, grad, x, w, need_dw=need_dw
+            )
+            check_norm(
                 ops.add_rms_norm_backward, MODULE.add_rms_norm_backward_ref, grad, dy, x, w,
                 need_dw=need_dw,
             )  # fmt: skip

@@ -6,15 +6,11 @@ import pytest
 import torch
 
 import xplus_kernels as ops
-from tests.tiny import difference
-from xplus_kernels import backend
+from tests.kernels.interpreter.common import INTERPRETED, ROUNDING, check, randn
 
-pytestmark = pytest.mark.skipif(
-    not backend.INTERPRET, reason="needs Triton and TRITON_INTERPRET=1 before Python starts"
-)
+pytestmark = [INTERPRETED, pytest.mark.usefixtures("poisoned")]
 MODULE = sys.modules["xplus_kernels.qk_norm_rope"]  # in the package its name is the function
 EPS = 1e-6
-ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11}
 # T, N, K, D
 SIZES = [
     (1, 1, 1, 8),
@@ -26,18 +22,6 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever a kernel does not store stays NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(torch.nan))
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def inputs(t, n, k, d, dtype=torch.float32):
     """qkv, the norms, the tables of two sequences in a pack, and the three gradients."""
     positions = torch.cat((torch.arange(t // 2), torch.arange(t - t // 2)))
@@ -45,22 +29,6 @@ def inputs(t, n, k, d, dtype=torch.float32):
     norms = [1 + 0.3 * randn(d, dtype=dtype, seed=s) for s in (1, 2)]
     grads = [randn(t, h, d, dtype=dtype, seed=s) for s, h in ((3, n), (4, k), (5, k))]
     return randn(t, (n + 2 * k) * d, dtype=dtype), norms, tables, grads
-
-
-def check(op, reference, *tensors, **options):
-    before = [t if t is None else t.clone() for t in tensors]
-    mine, theirs = op(*tensors, eps=EPS, **options), reference(*tensors, eps=EPS, **options)
-    again = op(*tensors, eps=EPS, **options)
-    truth = reference(*(t if t is None else t.double() for t in tensors), eps=EPS, **options)
-    for m, a, r, t in zip(mine, again, theirs, truth, strict=True):
-        if t is None:
-            assert m is None
-            continue
-        assert m.shape == t.shape and m.dtype == r.dtype and torch.equal(m, a)
-        assert difference(m, t) <= 1.1 * difference(r, t) + ROUNDING[m.dtype]
-    for t, b in zip(tensors, before, strict=True):
-        assert t is None or torch.equal(t, b)
-    return mine
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -71,12 +39,12 @@ def test_qk_norm_rope(size, normed, dtype):
     qkv, norms, tables, grads = inputs(*size, dtype)
     norms = norms if normed else [None, None]
     forward = ops.qk_norm_rope, MODULE.qk_norm_rope_ref
-    q, key, v = check(*forward, qkv, *norms, *tables, heads=n, kv_heads=k)
+    q, key, v = check(*forward, qkv, *norms, *tables, heads=n, kv_heads=k, eps=EPS)
     assert q.is_contiguous() and key.is_contiguous()
     assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
     backward = ops.qk_norm_rope_backward, MODULE.qk_norm_rope_backward_ref
     for need_dw in (False, True):
-        check(*backward, *grads, qkv, *norms, *tables, need_dw=need_dw)
+        check(*backward, *grads, qkv, *norms, *tables, need_dw=need_dw, eps=EPS)
 
 
 def test_rounds_the_norm_before_rotating():
@@ -96,7 +64,7 @@ def test_strides():
     wide = torch.cat((qkv, qkv), 1)[:, 3 : 3 + qkv.shape[1]]
     tables = torch.cat((cos, cos), 1)[:, :8], sin.T.contiguous().T
     forward = ops.qk_norm_rope, MODULE.qk_norm_rope_ref
-    check(*forward, wide, *norms, *tables, heads=n, kv_heads=k)
+    check(*forward, wide, *norms, *tables, heads=n, kv_heads=k, eps=EPS)
     gradients = [
         (dq.transpose(0, 1).contiguous().transpose(0, 1), dk, dv),
         (torch.cat((dq, dq), -1)[..., :d], randn(2 * t, k, d)[::2], dv),
@@ -106,7 +74,7 @@ def test_strides():
     backward = ops.qk_norm_rope_backward, MODULE.qk_norm_rope_backward_ref
     for grads in gradients:
         for need_dw in (False, True):
-            check(*backward, *grads, wide, *norms, *tables, need_dw=need_dw)
+            check(*backward, *grads, wide, *norms, *tables, need_dw=need_dw, eps=EPS)
 
 
 def test_no_head_is_padded():

@@ -6,37 +6,10 @@ import pytest
 import torch
 
 import xplus_kernels as ops
-from tests.tiny import difference
-from xplus_kernels import backend
+from tests.kernels.interpreter.common import INTERPRETED, ROUNDING, check, randn
 
-pytestmark = pytest.mark.skipif(
-    not backend.INTERPRET, reason="needs Triton and TRITON_INTERPRET=1 before Python starts"
-)
+pytestmark = [INTERPRETED, pytest.mark.usefixtures("poisoned")]
 MODULE = sys.modules["xplus_kernels.swiglu"]  # in the package its name is the function
-ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever a kernel does not store stays NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(torch.nan))
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def check(op, reference, *tensors):
-    before = [t.clone() for t in tensors]
-    mine, theirs = op(*tensors), reference(*tensors)
-    truth = reference(*(t.double() for t in tensors))
-    assert mine.shape == truth.shape and mine.dtype == theirs.dtype
-    allowed = 1.1 * difference(theirs, truth) + ROUNDING[mine.dtype]
-    assert difference(mine, truth) <= allowed
-    assert torch.equal(op(*tensors), mine)
-    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

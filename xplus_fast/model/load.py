@@ -1,0 +1,241 @@
+"""From model files to a prepared model as a layout wants it, a tensor at a time.
+
+A layer is read, quantized where its format asks for it, and put in its place before the next is
+touched: memory never holds more than what stays and the layer at hand. `arrange` does the same
+between stages, for the layers whose part changes.
+"""
+
+import math
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import xplus_kernels as ops
+from xplus_fast.errors import UserError
+from xplus_fast.model.checkpoint_files import CheckpointFiles, Entry, read_entry
+from xplus_fast.model.families import BESIDE, PACKED
+from xplus_fast.model.frozen import (
+    MATRICES,
+    Resident,
+    Stream,
+    Streamed,
+    format_of,
+    freeze,
+    quantize_rows,
+)
+from xplus_fast.model.layer import Block
+from xplus_fast.model.layout import LayerLayout, Layout
+from xplus_fast.model.offload import Offload
+from xplus_fast.model.prepare import prepare_model
+
+
+class Weights:
+    """A model's tensors on disk, by Hugging Face name; what was trained since covers the base's."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.folder = files.folder
+        self._entries: dict[str, Entry] = dict(files.entries)
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def cover(self, entries: dict[str, Entry]) -> None:
+        """Take these tensors from elsewhere from now on."""
+        self._entries |= entries
+
+    def read(self, names: tuple[str, ...], dtype: torch.dtype, *, staged: bool = False) -> Tensor:
+        """Tensors stacked along axis 0, on the CPU: in memory of their own, or staged, in that of
+        the staged one before (the same memory for all leaves no holes in the heap)."""
+        entries = [self._entries[name] for name in names]
+        rows = [e.shape[0] for e in entries]
+        shape = (sum(rows), *entries[0].shape[1:])
+        if staged:
+            size = math.prod(shape) * dtype.itemsize
+            if len(self._staging) < size:
+                self._staging = torch.empty(size, dtype=torch.uint8)
+            whole = self._staging[:size].view(dtype).view(shape)
+        else:
+            whole = torch.empty(shape, dtype=dtype)
+        for part, entry in zip(whole.split(rows), entries, strict=True):
+            read_entry(entry, part)
+        return whole
+
+    def close(self) -> None:
+        """Give the staging memory back."""
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+
+def load_model(
+    weights: Weights, config: Any, layout: Layout, *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A prepared model, laid out on `device` and in host memory, in evaluation mode.
+
+    Raises `UserError` for files that cannot be read and a layout that the model cannot take.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if (weights.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(weights.folder)
+    prepare_model(model)
+    arrange(model, layout, weights, dtype=dtype, device=device)
+    return model.eval()
+
+
+def arrange(
+    model: Any, layout: Layout, weights: Weights, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bring a prepared model into a layout: what trains, where everything lies, in which format.
+
+    What is there already as wanted is left alone; else a plain tensor is taken as it is now, and
+    one that was quantized or streamed is read again.
+    """
+    blocks: list[Block] = list(model.model.layers)
+    reaches = [i for i, layer in enumerate(layout.layers) if layer.trains]
+    lowest = 0 if "embedding" in layout.also else min(reaches, default=len(blocks))
+    stream = next((b.frozen.stream for b in blocks if isinstance(b.frozen, Streamed)), None)
+    stream = stream or Stream(device)
+    stream.lowest = lowest
+    for block, want in zip(blocks, layout.layers, strict=True):
+        _arrange_layer(block, want, weights, stream, dtype, device)
+        block.requires_grad_(want.trains)
+        block.activations = want.activations
+    offload = Offload(device)
+    size = 0
+    for i, block in enumerate(blocks):
+        block.offload = offload if block.activations == "offload" else None
+        if block.frozen is not None:
+            for w in block.frozen.weights.values():
+                need = ops.scratch_bytes(w, dtype=dtype, backward=i >= lowest, device=device)
+                size = max(size, need)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    for block in blocks:
+        block.scratch = scratch
+    _arrange_embedding(model, layout, weights, dtype, device)
+    _arrange_head(model, layout, weights, dtype, device)
+    norm = model.model.norm
+    if norm.weight.is_meta:
+        norm.weight = _parameter(weights.read((BESIDE["final_norm"],), dtype), device)
+    norm.weight.requires_grad_("final_norm" in layout.also)
+    weights.close()
+
+
+def _arrange_layer(
+    block: Block, want: LayerLayout, weights: Weights, stream: Stream, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    prefix = f"model.layers.{block.layer_idx}."
+
+    def read(packed: str) -> Tensor:
+        """The weight as it is now, on the device; but for one that goes to the host as it is."""
+        now = getattr(block, packed)
+        if now is not None and not now.is_meta:
+            return now.data
+        names = tuple(prefix + name for name in PACKED[packed])
+        if packed in MATRICES and not plain and want.format == "bf16":
+            return weights.read(names, dtype)
+        staged = device.type != "cpu" or packed in MATRICES and not plain
+        return weights.read(names, dtype, staged=staged).to(device)
+
+    plain = want.trains or (want.format, want.placement) == ("bf16", "device")
+    for packed in block.shape.packed_shapes():  # what is small stays on the device, unquantized
+        if packed not in MATRICES:
+            setattr(block, packed, _parameter(read(packed), device, getattr(block, packed)))
+    if not plain and _kept(block) == (want.format, want.placement):
+        return
+    old, made = block.frozen, {}
+    for packed in MATRICES:
+        if plain:
+            setattr(block, packed, _parameter(read(packed), device, getattr(block, packed)))
+        else:
+            made[packed] = freeze(read(packed), want.format)
+            setattr(block, packed, None)
+    if isinstance(old, Streamed):
+        stream.remove(block.layer_idx)
+    if plain:
+        block.frozen = None
+    elif want.placement == "host":
+        block.frozen = stream.add(block.layer_idx, made)
+    else:
+        block.frozen = Resident(made)
+
+
+def _kept(block: Block) -> tuple[str, str] | None:
+    """Format and placement of a layer's matrices; None where they are plain parameters."""
+    if block.frozen is None:
+        return None
+    streamed = isinstance(block.frozen, Streamed)
+    some = next(iter(block.frozen.weights.values()))
+    return format_of(some), "host" if streamed else "device"
+
+
+def _parameter(value: Tensor, device: torch.device, now: Any = None) -> nn.Parameter:
+    """value as a parameter on the device; the one there is now if it holds just that."""
+    if now is not None and not now.is_meta and now.device == device:
+        return now
+    return nn.Parameter(value.to(device), requires_grad=False)
+
+
+def _arrange_embedding(
+    model: Any, layout: Layout, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> None:
+    embedding = model.model.embed_tokens
+    trains = "embedding" in layout.also or (
+        model.config.tie_word_embeddings and "head" in layout.also
+    )
+    on_host = layout.embedding == "host"
+    if on_host and (trains or model.config.tie_word_embeddings):
+        raise UserError("embedding on the host: it trains, or is tied to the head, and must stay")
+    table = getattr(embedding, "on_host", None)
+    if embedding.weight is not None and not embedding.weight.is_meta:
+        table = embedding.weight.data
+    if table is None:
+        table = weights.read((BESIDE["embedding"],), dtype)
+    if on_host:
+        table = table.cpu()
+        embedding.on_host = table.pin_memory() if device.type == "cuda" else table
+        embedding.weight = None
+        embedding.forward = MethodType(_gather_on_host, embedding)
+    else:
+        embedding.weight = _parameter(table, device, embedding.weight)
+        embedding.weight.requires_grad_(trains)
+        embedding.on_host = None
+        embedding.__dict__.pop("forward", None)
+
+
+def _gather_on_host(embedding: Any, ids: Tensor) -> Tensor:
+    """Rows of a table in host memory, on the device of the ids; it waits for them."""
+    rows = torch.nn.functional.embedding(ids.cpu(), embedding.on_host)
+    return rows.to(ids.device, non_blocking=True)
+
+
+def _arrange_head(
+    model: Any, layout: Layout, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> None:
+    head, tied = model.lm_head, model.config.tie_word_embeddings
+    if tied:
+        if layout.head != "bf16":
+            raise UserError("head in fp8: it is tied to the embedding, and must stay as it is")
+        head.weight = model.model.embed_tokens.weight
+        return
+    if layout.head == "fp8":
+        if "head" in layout.also:
+            raise UserError("head in fp8: it trains, and must stay as it is")
+        if getattr(head, "rows", None) is None:
+            table = weights.read((BESIDE["head"],), dtype) if head.weight.is_meta else head.weight
+            head.rows = quantize_rows(table.detach().to(device))
+            head.weight = None
+            head.forward = MethodType(_fp8_logits, head)
+        return
+    if head.weight is None or head.weight.is_meta:
+        head.weight = _parameter(weights.read((BESIDE["head"],), dtype), device)
+        head.rows = None
+        head.__dict__.pop("forward", None)
+    head.weight.requires_grad_("head" in layout.also)
+
+
+def _fp8_logits(head: Any, x: Tensor) -> Tensor:
+    """Logits of the last hidden states, for `generate()`."""
+    dense = torch.empty(head.rows.data.shape, dtype=x.dtype, device=x.device)
+    return torch.nn.functional.linear(x, ops.dequantize_fp8(head.rows, out=dense))
