@@ -155,7 +155,7 @@ def test_gpu_takes_the_cuda_build(fresh: Path) -> None:
     path = with_nvidia_smi(fresh, "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1,2)'")
     commands = make(fresh, "-n", "test", path=path).stdout
     assert "'.[demo,cuda]'" in commands and "'.[dev,demo,cuda]'" in commands
-    assert "cpu" not in commands
+    assert "whl/cpu" not in commands and "cpu.txt" not in commands
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo no such version >&2; exit 127"])
