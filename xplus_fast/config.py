@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from xplus_fast.errors import UserError
+from xplus_fast.model.layout import FORMATS
 
 PROMPT = (
     "Translate the following text from {src} to {tgt}.\n\n"
@@ -73,10 +74,32 @@ class TrainingConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    activations: Literal["keep", "recompute_mlp", "recompute"] = "keep"
     save_steps: int = 100
     save_total_limit: int = 2
     report_to: list[str] = field(default_factory=list)  # "tensorboard", "wandb", ...
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What may lie where while a stage trains; "auto" is chosen by `xplus-fast plan`.
+
+    Without a GPU, "auto" is: unquantized, on the device, everything kept.
+    """
+
+    budget: str = "auto"  # of the device, such as 24GB (10^9 bytes) or 24GiB; auto: the card's
+    host: str = "auto"  # pinned host memory at most; auto: 80 % of what this machine has free
+    card: str = ""  # for predictions, such as rtx4090; empty: the one here
+    # frozen layers' matrices: auto, bf16 (as they are), fp8, nf4; or by layers: {"0-20": nf4}
+    frozen: str | dict[str, str] = "auto"
+    placement: Literal["auto", "device", "host"] = "auto"  # of frozen layers
+    head: Literal["auto", "bf16", "fp8"] = "auto"
+    embedding: Literal["auto", "device", "host"] = "auto"
+    gradients: Literal["auto", "device", "host"] = "auto"
+    states: Literal["auto", "device", "host"] = "auto"  # of the optimizer, the master too
+    bits: Literal[32, 8] = 32  # of exp_avg and exp_avg_sq
+    master: bool = True  # fp32 copy of bf16 weights; without it, stochastic rounding
+    activations: Literal["auto", "keep", "recompute_mlp", "recompute", "offload"] = "auto"
+    micro_batch_tokens: str | int = "auto"  # tokens of one forward: rows of data.pack_tokens
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,7 @@ class Recipe:
     stages: list[Stage]
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: str = "auto"
@@ -238,6 +262,14 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{at}: a list is wanted, found {value!r}")
         return [_convert(member, v, f"{at}.{i}") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{at}: a mapping is wanted, found {value!r}")
+        key_hint, member = get_args(hint)
+        return {
+            _convert(key_hint, str(k), at): _convert(member, v, f"{at}.{k}")
+            for k, v in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, at)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -251,8 +283,8 @@ def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(m) for m in get_args(hint) if m is not type(None))
-    if get_origin(hint) is list:
-        return "a list"
+    if get_origin(hint) in (list, dict):
+        return "a list" if get_origin(hint) is list else "a mapping"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -310,6 +342,7 @@ def _check(recipe: Recipe) -> None:
             f"training.tokens_per_step: {recipe.training.tokens_per_step} is less than one row of"
             f" data.pack_tokens, {recipe.data.pack_tokens}"
         )
+    _check_memory(recipe)
     try:
         recipe.data.prompt.format(src="", tgt="", text="")
     except (KeyError, IndexError, ValueError) as e:
@@ -318,6 +351,40 @@ def _check(recipe: Recipe) -> None:
         ) from None
     if "{text}" not in recipe.data.prompt:
         raise UserError("data.prompt: {text} is wanted, where the sentence goes")
+
+
+def _check_memory(recipe: Recipe) -> None:
+    m = recipe.memory
+    for key in ("budget", "host"):
+        if getattr(m, key) != "auto":
+            parse_bytes(getattr(m, key), f"memory.{key}")
+    frozen = {"": m.frozen} if isinstance(m.frozen, str) else m.frozen
+    for layers, form in frozen.items():
+        if form not in ("auto", *FORMATS):
+            raise UserError(
+                f"memory.frozen{'.' + layers if layers else ''}: one of auto, {', '.join(FORMATS)}"
+                f" is wanted, found {form!r}"
+            )
+    tokens, rows = m.micro_batch_tokens, recipe.data.pack_tokens
+    if tokens != "auto" and (isinstance(tokens, str) or tokens < rows or tokens % rows):
+        raise UserError(
+            f"memory.micro_batch_tokens: auto or a multiple of data.pack_tokens ({rows}) is"
+            f" wanted, found {tokens!r}"
+        )
+    if tokens != "auto" and int(tokens) > recipe.training.tokens_per_step:
+        raise UserError(
+            f"memory.micro_batch_tokens: {tokens} is more than training.tokens_per_step,"
+            f" {recipe.training.tokens_per_step}"
+        )
+
+
+def parse_bytes(text: str, at: str) -> int:
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2^30; `at` names the option in an error."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise UserError(f"{at}: a size such as 24GB (10^9 bytes) or 24GiB is wanted, not {text!r}")
+    power = "KMGT".index(found[2].upper()) + 1
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def stage_name(recipe: Recipe, index: int) -> str:

@@ -64,7 +64,7 @@ def test_train_export_verify(workplace, tiny_model_dir, capsys):
     run, out = workplace / "run", workplace / "out"
     assert xplus("train", workplace / "recipe.yaml") == 0
     said = capsys.readouterr().out
-    assert "stage low: layers 0-1: " in said and "stage high: layers 4-5: " in said
+    assert "low: trains layers 0-1 (2 of 6" in said and "high: trains layers 4-5 (2 of 6" in said
     assert "[[" in said  # the first example, its supervised part marked
     assert "report" in said
     assert [(s, n) for s, n, _ in losses(run)] == [
@@ -281,7 +281,7 @@ def test_bad_records_are_skipped_and_counted_when_asked(workplace, capsys):
 def test_every_form_of_selection_goes_on_the_command_line(slice, workplace, capsys):
     option = f"stages.1.layers={slice}"
     assert xplus("train", workplace / "recipe.yaml", option, "--dry-run") == 0
-    assert "stage high: layers 4-5: " in capsys.readouterr().out
+    assert "high: trains layers 4-5 (2 of 6" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

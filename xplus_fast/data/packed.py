@@ -125,3 +125,22 @@ def _row(sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor | l
         "labels": ids.masked_fill(~supervised, -100),
         "lengths": [len(i) for i, _ in sequences],
     }
+
+
+def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
+    """A batch of `PackCollator` in several, each of at most `tokens` or of a single sequence."""
+    edges = batch["cu_seq_lens_q"].tolist()
+    cuts = [0]  # indices into edges
+    for i in range(1, len(edges)):
+        if edges[i] - edges[cuts[-1]] > tokens and i - 1 > cuts[-1]:
+            cuts.append(i - 1)
+    if len(cuts) == 1:
+        return [batch]
+    device = batch["input_ids"].device
+    parts = []
+    for a, b in zip(cuts, [*cuts[1:], len(edges) - 1], strict=True):
+        rows = {k: batch[k][0, edges[a] : edges[b]] for k in ("input_ids", "labels")}
+        lengths = [y - x for x, y in zip(edges[a:b], edges[a + 1 : b + 1], strict=True)]
+        part = PackCollator()([{**{k: t.cpu() for k, t in rows.items()}, "lengths": lengths}])
+        parts.append({k: t.to(device) if torch.is_tensor(t) else t for k, t in part.items()})
+    return parts

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import xplus_kernels as ops
 from xplus_fast.errors import UserError
+from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layout import Format
 from xplus_kernels import Bf16Weight, Fp8Rows, Fp8Weight, FrozenWeight, Nf4Weight
 
@@ -122,15 +123,7 @@ class Stream:
 
     def add(self, index: int, weights: dict[str, FrozenWeight]) -> Streamed:
         """Take over a layer's matrices, from wherever they are."""
-        try:
-            flat = torch.empty(
-                stored_bytes(weights), dtype=torch.uint8, pin_memory=self._side is not None
-            )
-        except RuntimeError as e:
-            raise UserError(
-                f"layer {index}: {stored_bytes(weights):,} bytes of host memory cannot be had"
-                f" ({str(e).splitlines()[0]}): stream fewer layers, or in a narrower format"
-            ) from None
+        flat = zeros_on_host((stored_bytes(weights),), torch.uint8, self.device)
         on_host = _views(flat, weights)
         for name, weight in weights.items():
             for to, value in zip(tensors_of(on_host[name]), tensors_of(weight), strict=True):
@@ -141,6 +134,11 @@ class Stream:
 
     def on_host(self, index: int) -> dict[str, FrozenWeight]:
         return self._host[index][1]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The device's, once something has been fetched."""
+        return [slot.buffer for slot in self._slots]
 
     def remove(self, index: int) -> None:
         del self._host[index]

@@ -26,6 +26,7 @@ from xplus_fast.model.frozen import (
     freeze,
     quantize_rows,
 )
+from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.offload import Offload
@@ -100,11 +101,9 @@ def arrange(
     for block, want in zip(blocks, layout.layers, strict=True):
         _arrange_layer(block, want, weights, stream, dtype, device)
         block.requires_grad_(want.trains)
-        block.activations = want.activations
-    offload = Offload(device)
+    set_activations(model, layout, device)
     size = 0
     for i, block in enumerate(blocks):
-        block.offload = offload if block.activations == "offload" else None
         if block.frozen is not None:
             for w in block.frozen.weights.values():
                 need = ops.scratch_bytes(w, dtype=dtype, backward=i >= lowest, device=device)
@@ -119,6 +118,14 @@ def arrange(
         norm.weight = _parameter(weights.read((BESIDE["final_norm"],), dtype), device)
     norm.weight.requires_grad_("final_norm" in layout.also)
     weights.close()
+
+
+def set_activations(model: Any, layout: Layout, device: torch.device) -> None:
+    """What each block keeps for its backward; all else of the layout is left as it is."""
+    offload = Offload(device)
+    for block, want in zip(model.model.layers, layout.layers, strict=True):
+        block.activations = want.activations
+        block.offload = offload if want.activations == "offload" else None
 
 
 def _arrange_layer(
@@ -193,8 +200,8 @@ def _arrange_embedding(
     if table is None:
         table = weights.read((BESIDE["embedding"],), dtype)
     if on_host:
-        table = table.cpu()
-        embedding.on_host = table.pin_memory() if device.type == "cuda" else table
+        if embedding.weight is not None:
+            embedding.on_host = zeros_on_host(table.shape, dtype, device).copy_(table)
         embedding.weight = None
         embedding.forward = MethodType(_gather_on_host, embedding)
     else:

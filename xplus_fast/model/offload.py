@@ -11,27 +11,62 @@ import weakref
 import torch
 from torch import Tensor
 
+from xplus_fast.model.host_memory import zeros_on_host
+
+
+class Offload:
+    """Sends tensors to the host, in the order of the forward.
+
+    Host memory is kept for the next micro-batch: to pin it takes longer than to fill it. All
+    copies share one stream, so a buffer is never filled before it has been read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.spare: list[Tensor] = []  # uint8
+        self._last: weakref.ref[Offloaded] | None = None
+
+    def put(self, x: Tensor) -> Offloaded:
+        below = None if self._last is None else self._last()
+        sent = Offloaded(x, self, below)
+        self._last = weakref.ref(sent)
+        return sent
+
+    def buffer(self, size: int, device: torch.device) -> Tensor:
+        """Host memory of at least `size` bytes, spare or new."""
+        for i, buffer in enumerate(self.spare):
+            if len(buffer) >= size:
+                return self.spare.pop(i)
+        self.spare.clear()  # all too small: micro-batches have grown
+        return zeros_on_host((size,), torch.uint8, device)
+
 
 class Offloaded:
     """One tensor on the host."""
 
-    def __init__(self, x: Tensor, stream: torch.cuda.Stream | None, below: Offloaded | None):
+    def __init__(self, x: Tensor, home: Offload, below: Offloaded | None) -> None:
         self._below = None if below is None else weakref.ref(below)
-        self._stream, self._device = stream, x.device
+        self._home, self._device = home, x.device
         self._back: Tensor | None = None
         self._event: torch.cuda.Event | None = None
+        stream = home.stream
         if stream is None:
             self._host = x.detach()
             return
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._buffer = home.buffer(x.nbytes, x.device)
+        self._host = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self._host.copy_(x, non_blocking=True)
         x.record_stream(stream)  # its memory is taken again only after the copy
 
+    def __del__(self) -> None:
+        if self._home.stream is not None and hasattr(self, "_buffer"):
+            self._home.spare.append(self._buffer)
+
     def take(self) -> Tensor:
         """The tensor on its device, once; the one below it sets out."""
-        if self._stream is None:
+        if self._home.stream is None:
             return self._host
         self._fetch()
         below = None if self._below is None else self._below()
@@ -47,22 +82,9 @@ class Offloaded:
     def _fetch(self) -> None:
         if self._back is not None:
             return
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):  # after its own departure: they share the stream
+        stream = self._home.stream
+        assert stream is not None
+        with torch.cuda.stream(stream):  # after its own departure: they share the stream
             self._back = self._host.to(self._device, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(self._stream)
-
-
-class Offload:
-    """Sends tensors to the host, in the order of the forward."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last: weakref.ref[Offloaded] | None = None
-
-    def put(self, x: Tensor) -> Offloaded:
-        below = None if self._last is None else self._last()
-        sent = Offloaded(x, self._stream, below)
-        self._last = weakref.ref(sent)
-        return sent
+            self._event.record(stream)

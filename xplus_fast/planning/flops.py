@@ -58,6 +58,20 @@ def necessary_flops(
     return Flops(linear, attention, head)
 
 
+def recompute_flops(shape: Shape, policy: str, *, tokens: int, pairs: int) -> int:
+    """FLOPs that a layer's backward repeats because its forward did not keep what they gave.
+
+    "keep" none, "recompute_mlp" the gate_up GEMM, "recompute" and "offload" the attention half,
+    too: its two GEMMs and attention's forward. Wdown never: no backward needs its output.
+    """
+    if policy == "keep":
+        return 0
+    sizes = shape.packed_shapes()
+    again = ("gate_up",) if policy == "recompute_mlp" else ("gate_up", "qkv", "o")
+    gemms = 2 * tokens * sum(math.prod(sizes[name]) for name in again)
+    return gemms + (len(again) > 1) * 4 * shape.heads * shape.head_dim * pairs
+
+
 def causal_pairs(lengths: Collection[int]) -> int:
     """Query-key pairs of causal attention over sequences of these lengths."""
     return sum(n * (n + 1) // 2 for n in lengths)

@@ -6,25 +6,17 @@ recipe again goes on where the run was cut off.
 """
 
 import json
-import os
 import platform
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import xplus_kernels as ops
@@ -38,17 +30,37 @@ from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
-from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, resolve_model
+from xplus_fast.model.checkpoint_files import (
+    CheckpointFiles,
+    check_against,
+    read_header,
+    resolve_model,
+)
 from xplus_fast.model.families import shape_of
-from xplus_fast.model.prepare import load_tensors, prepare_model, trained_tensors
+from xplus_fast.model.load import Weights, arrange, load_model
+from xplus_fast.model.prepare import load_tensors, trained_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
-from xplus_fast.planning.selection import describe_layers, resolve_layers
+from xplus_fast.planning.from_recipe import plan_recipe
+from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.plan import to_dict as plan_dict
+from xplus_fast.planning.plan_text import describe as describe_plans
+from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.checkpoints import (
     clean_leftovers,
     latest_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
+from xplus_fast.training.place import (
+    Place,
+    barrier,
+    cap,
+    card_here,
+    device_name,
+    find_place,
+    share,
+)
+from xplus_fast.training.planned import PlannedTrainer, check_plans, frozen_formats
 from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.report import write_report
 from xplus_fast.training.run_folder import (
@@ -61,23 +73,8 @@ from xplus_fast.training.run_folder import (
     throw_away,
     write_json,
 )
-from xplus_fast.training.trainer import XPlusTrainer
 
 FINAL = "final"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run computes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rank: int
-    processes: int
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> str:
@@ -91,30 +88,34 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     Raises:
         UserError: whatever the user can put right; what was computed so far is kept.
     """
-    place = _place(recipe)
+    try:
+        return _train(recipe, restart, dry_run)
+    except torch.OutOfMemoryError as e:
+        said = str(e).split(". ")[0]
+        raise UserError(
+            f"{said}; what was trained so far is kept: plan for less memory with"
+            " memory.budget and start the same command again"
+        ) from None
+
+
+def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
+    place = find_place(recipe)
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
-    files = CheckpointFiles.open(base)
-    shape = shape_of(_load_config(base))
+    files, config = CheckpointFiles.open(base), _load_config(base)
+    shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
-    say(
-        f"{recipe.model}: {shape.family}, {shape.layers} layers,"
-        f" {total_parameters(shape):,} parameters"
-    )
-    for i, (stage, ids) in enumerate(zip(recipe.stages, selections, strict=True)):
-        count = trained_parameters(shape, ids, stage.also)
-        say(
-            f"stage {stage_name(recipe, i)}: layers {describe_layers(ids)}"
-            + "".join(f", {kind}" for kind in stage.also)
-            + f": {count:,} parameters ({count / total_parameters(shape):.1%})"
-        )
+    _, where, named = plan_recipe(replace(recipe, model=str(base)), here=card_here(place))
+    plans = [plan for _, plan in share(named, place)]
+    check_plans(plans)
+    say(describe_plans(recipe.model, shape, where, named, whole=dry_run or where.card is not None))
     run = Path(recipe.output)
     if not dry_run:
         if restart and place.first:
             throw_away(run)
-        _barrier(place)
+        barrier(place)
         look_at(run, recipe)
     tokenizer = _load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, say, place)
@@ -123,15 +124,17 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     if dry_run:
         return "dry run: nothing was trained"
     if place.first:
-        claim(run, recipe, base, corpora)
-    _barrier(place)
+        claim(run, recipe, base, corpora, [frozen_formats(plan) for plan in plans])
+    barrier(place)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=place.dtype)
-    model.to(place.device)
-    prepare_model(model)
+    cap(place, where.budget)
+    weights = Weights(files)
+    kind: dict[str, Any] = {"dtype": place.dtype, "device": place.device}
     if place.device.type == "cuda":
-        q = torch.empty(1, shape.heads, shape.head_dim, dtype=place.dtype, device=place.device)
+        q = torch.empty(1, shape.heads, shape.head_dim, **kind)
         say(f"attention: {ops.attention_backend(q)}")
+        say(f"loading {recipe.model} ...")
+    model: Any = load_model(weights, config, plans[0].layout, **kind)
     heldout = corpora[0].heldout
 
     def evaluate(point: str) -> None:
@@ -146,15 +149,16 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
 
     evaluate("before")
     stages = []
-    for i, (stage, ids) in enumerate(zip(recipe.stages, selections, strict=True)):
+    for i, (stage, ids, plan) in enumerate(zip(recipe.stages, selections, plans, strict=True)):
         name = stage_name(recipe, i)
-        prepare_model(model, ids, also=stage.also, activations=recipe.training.activations)
-        done = run / name / FINAL
+        arrange(model, plan.layout, weights, **kind)
+        done, memory = run / name / FINAL, {}
         if done.exists():
             load_tensors(model, read_checkpoint(done).tensors["trained"])
             say(f"stage {name}: trained before, taken from {done}")
         else:
-            _train_stage(recipe, i, model, corpora[i], run, place)
+            memory = _train_stage(recipe, i, model, corpora[i], plan, run, place)
+        weights.cover(read_header(done / "trained.safetensors"))
         stages.append(
             {
                 "name": name,
@@ -165,6 +169,8 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
                 "steps": last_step(run, name),
                 "tensors": sorted(trained_tensors(model)),
                 "data": corpora[i].summary,
+                "plan": plan_dict(plan),
+                "memory": memory,
             }
         )
         evaluate(f"after-{name}")
@@ -172,7 +178,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         return ""
     about = {
         "stages": stages,
-        "device": _device_name(place),
+        "device": device_name(place),
         "dtype": str(place.dtype).removeprefix("torch."),
         "versions": {
             "xplus-fast": __version__,
@@ -240,32 +246,42 @@ class _RunLog(TrainerCallback):
         except OSError as e:
             raise UserError(f"{self.file}: cannot be written ({e.strerror})") from None
 
+    def say(self, line: str) -> None:
+        """Say something for good, above the live line."""
+        if self.live is not None:
+            self.live.close()
+            self.live = None
+        print(line, flush=True)
+
     def close(self) -> None:
         if self.live is not None:
             self.live.close()
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, corpus: Corpus, run: Path, place: Place
-) -> None:
+    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path, place: Place
+) -> dict[str, int]:
+    """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
     folder = run / name
     if place.first:
         folder.mkdir(parents=True, exist_ok=True)
         clean_leftovers(folder)
-    _barrier(place)
+    barrier(place)
     row = corpus.summary["tokens"] / corpus.summary["packs"]  # real tokens, on average
     rows = max(1, int(options.tokens_per_step / (row * place.processes) + 0.5))  # of a process
+    together = min(rows, plan.micro_batch_tokens // recipe.data.pack_tokens)  # of a micro-batch
+    batches = max(1, int(rows / together + 0.5))
     if place.first:
         print(
-            f"stage {name}: {rows * place.processes} rows of about {row:,.0f} tokens a step"
-            f" (asked for: {options.tokens_per_step:,} tokens)",
+            f"stage {name}: {batches * together * place.processes} rows of about {row:,.0f}"
+            f" tokens a step (asked for: {options.tokens_per_step:,} tokens)",
             flush=True,
         )
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=rows,
+        per_device_train_batch_size=together,
+        gradient_accumulation_steps=batches,
         ddp_find_unused_parameters=False,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -294,8 +310,8 @@ def _train_stage(
     if place.first:
         cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
     log = _RunLog(run, name)
-    trainer = XPlusTrainer(
-        model, arguments,
+    trainer = PlannedTrainer(
+        model, arguments, plan=plan, say=log.say,
         train_dataset=corpus.train, data_collator=PackCollator(), callbacks=[log],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -311,7 +327,8 @@ def _train_stage(
             {"trained": trained_tensors(model)},
             {"selection": {"layers": resolve_layers(stage.layers, len(model.model.layers))}},
         )
-    _barrier(place)
+    barrier(place)
+    return trainer.memory
 
 
 def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> list[Corpus]:
@@ -333,12 +350,12 @@ def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> lis
             held = [] if first is None else [e for part in first.heldout.values() for e in part]
             data = recipe.data if first is None else replace(recipe.data, heldout=0)
             if not place.first:
-                _barrier(place)  # the first process makes the corpus, the others find it
+                barrier(place)  # the first process makes the corpus, the others find it
             loaded[key] = load_corpus(
                 sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held
             )
             if place.first:
-                _barrier(place)
+                barrier(place)
             summary = loaded[key].summary
             say(describe(summary))
             say(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
@@ -372,41 +389,3 @@ def _load_tokenizer(base: Path) -> Any:
 def _line(e: Exception) -> str:
     text = " ".join(str(e).split())
     return text[:300] or type(e).__name__
-
-
-def _place(recipe: Recipe) -> Place:
-    """Device, dtype and our place among torchrun's processes."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = recipe.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: {name!r} is no device; auto, cpu or cuda is wanted") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is not supported; auto, cpu or cuda is wanted")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device: cuda is asked for, and there is no usable NVIDIA GPU")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    dtype = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[recipe.dtype]
-    if processes > 1:
-        PartialState(cpu=device.type == "cpu")  # accelerate's, which Trainer takes up
-    return Place(device, dtype, rank, processes)
-
-
-def _barrier(place: Place) -> None:
-    if place.processes > 1:
-        torch.distributed.barrier()
-
-
-def _device_name(place: Place) -> str:
-    if place.device.type == "cuda":
-        return torch.cuda.get_device_name(place.device)
-    return f"CPU, {torch.get_num_threads()} threads"

@@ -22,6 +22,8 @@ from xplus_fast.training.checkpoints import sync_folder
 
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
+COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
+FORMATS = "frozen format"
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
 FILES = ("recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png")
 
@@ -51,13 +53,16 @@ def throw_away(run: Path) -> None:
     write_json(run / MARK, {})
 
 
-def claim(run: Path, recipe: Recipe, base: Path, corpora: list[Corpus]) -> None:
-    """Make the run's folder ours, or see that model and data are those it began with."""
+def claim(
+    run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], formats: list[dict[str, str]]
+) -> None:
+    """Make the run's folder ours, or see that model, data and formats are those it began with."""
     config = (base / "config.json").read_bytes()
     shapes = {n: [str(e.dtype), e.shape] for n, e in CheckpointFiles.open(base).entries.items()}
     made_of = {
         "model": hashlib.sha256(config + json.dumps(shapes).encode()).hexdigest(),
         "data": [Path(c.summary["folder"]).name for c in corpora],
+        FORMATS: formats,  # of each stage: a plan for another card may choose another
     }
     there = _made_of(run)
     if not there:
@@ -67,8 +72,9 @@ def claim(run: Path, recipe: Recipe, base: Path, corpora: list[Corpus]) -> None:
     for what, was in (there or {}).items():
         if was != made_of[what]:
             raise UserError(
-                f"{run}: its {what} is no longer what the run began with;"
-                " put it back, choose another output, or --restart"
+                f"{run}: its {what} is no longer what the run began with"
+                + (f" ({first_difference(was, made_of[what], what)})" if what == FORMATS else "")
+                + "; put it back, choose another output, or --restart"
             )
 
 
@@ -86,6 +92,7 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     tree = to_dict(recipe)
     for key in FREE:
         tree["training"].pop(key)
+    tree["memory"] = {key: tree["memory"][key] for key in COMPUTED}
     tree.pop("output")
     return tree
 

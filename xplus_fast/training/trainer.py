@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
 
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
+from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.model.prepare import (
     is_prepared,
     layer_ids,
@@ -42,6 +44,7 @@ from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.throughput import Meter
 
 OUR_ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Trainer's defaults ask for
+ON_DEVICE = UpdateLayout()  # fp32 states and masters, all on the device
 
 
 class XPlusTrainer(Trainer):
@@ -52,6 +55,7 @@ class XPlusTrainer(Trainer):
         layers: which decoder layers train, e.g. "bottom:4" or [0, 1]; None: the parameters' flags.
         also: what trains beside them: "embedding", "final_norm", "head".
         activations: what blocks keep for the backward, see `prepare_model`.
+        update: how AdamW keeps its states, and where; seeded by the arguments' `seed`.
         Everything else goes to `transformers.Trainer`.
 
     Raises:
@@ -65,7 +69,8 @@ class XPlusTrainer(Trainer):
         *positional: Any,
         layers: str | Sequence[int] | None = None,
         also: Iterable[str] = (),
-        activations: str = "keep",
+        activations: str | None = None,
+        update: UpdateLayout = ON_DEVICE,
         **options: Any,
     ) -> None:
         self._selection = (layers, tuple(also), activations)
@@ -74,25 +79,40 @@ class XPlusTrainer(Trainer):
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)
-        if self.optimizer_cls_and_kwargs is None and self.args.optim in OUR_ADAMW:
+        self._choose_optimizer(update)
+        self.add_callback(_ForgetGradients())
+        self._resumed: Checkpoint | None = None
+        self._count()
+        if self.optimizer is not None:
+            mine = {id(p) for p in self.model.parameters()}  # type: ignore[union-attr]
+            groups = bare_optimizer(self.optimizer).param_groups
+            if any(id(p) not in mine for group in groups for p in group["params"]):
+                raise UserError(
+                    "optimizers: made from parameters that are not the prepared model's; call"
+                    " prepare_model(model) before making it, or use optimizer_cls_and_kwargs"
+                )
+
+    def _choose_optimizer(self, update: UpdateLayout) -> None:
+        free = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if free and self.args.optim in OUR_ADAMW:
             self.optimizer_cls_and_kwargs = (
                 AdamW,
                 dict(
                     lr=self.args.learning_rate,
                     betas=(self.args.adam_beta1, self.args.adam_beta2),
                     eps=self.args.adam_epsilon,
+                    seed=self.args.seed,
+                    **dataclasses.asdict(update),
                 ),
             )
-        self._resumed: Checkpoint | None = None
-        self._count()
-        if self.optimizer is not None:
-            mine = {id(p) for p in self.model.parameters()}  # type: ignore[union-attr]
-            groups = _bare(self.optimizer).param_groups
-            if any(id(p) not in mine for group in groups for p in group["params"]):
-                raise UserError(
-                    "optimizers: made from parameters that are not the prepared model's; call"
-                    " prepare_model(model) before making it, or use optimizer_cls_and_kwargs"
-                )
+        elif update != ON_DEVICE:
+            given = (
+                "one of its own" if not free else f"optim={OptimizerNames(self.args.optim).value}"
+            )
+            raise UserError(
+                f"update: {update} is for the AdamW that optim=adamw_torch makes, and this run"
+                f" has {given}"
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -116,11 +136,20 @@ class XPlusTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        adamw = our_adamw(optimizer)
+        if adamw is not None and adamw.gradients == "host":
+            if self.accelerator.scaler is not None:
+                raise UserError(
+                    "gradients: fp16 rescales them, for which they must be on the device"
+                )
+            if self.args.world_size > 1:
+                raise UserError("gradients: on the host they are not summed over processes")
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         narrow = {p.dtype for p in trained} & {torch.bfloat16, torch.float16}
-        if narrow and not isinstance(_bare(optimizer), AdamW) and self.is_world_process_zero():
+        bare = bare_optimizer(optimizer)
+        if narrow and not isinstance(bare, AdamW) and self.is_world_process_zero():
             print(
-                f"warning: {type(_bare(optimizer)).__name__} updates {narrow.pop()} weights in"
+                f"warning: {type(bare).__name__} updates {narrow.pop()} weights in"
                 " place: steps smaller than their spacing are lost; optim=adamw_torch keeps an"
                 " fp32 master copy"
             )
@@ -159,11 +188,29 @@ class XPlusTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self._forward_backward(model, inputs, *args, **kwargs)
         self.meter.add(inputs)
         return loss
 
+    def _forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The norm before clipping, which our AdamW does in its one pass over the gradients."""
+        optimizer = our_adamw(self.optimizer)
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norm = optimizer.grad_norm()
+        # as torch.nn.utils.clip_grad_norm_ has it
+        optimizer.gradient_scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        optimizer = our_adamw(self.optimizer)
+        if grad_norm is None and optimizer is not None:  # max_grad_norm=0: nothing clips
+            self.accelerator.unscale_gradients()
+            grad_norm = optimizer.grad_norm()
         norm = float(super()._get_grad_norm(model, grad_norm))
         step = self.state.global_step + 1
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
@@ -243,7 +290,9 @@ class XPlusTrainer(Trainer):
         write_checkpoint(folder, tensors, documents)
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
-        optimizer = _bare(self.optimizer)
+        optimizer = bare_optimizer(self.optimizer)
+        if isinstance(optimizer, AdamW):
+            optimizer.synchronize()
         names = {id(p): n for n, p in self.accelerator.unwrap_model(self.model).named_parameters()}
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
@@ -281,7 +330,9 @@ class XPlusTrainer(Trainer):
         training = self._resumed.documents.get("training")
         if training is None:
             raise UserError(f"{checkpoint}: was saved with save_only_model and cannot be resumed")
-        optimizer = _bare(self.optimizer)
+        optimizer = bare_optimizer(self.optimizer)
+        if isinstance(optimizer, AdamW):
+            optimizer.check_saved(training["optimizer"]["groups"], checkpoint)
         values = {**self._resumed.tensors["optimizer"], **training["optimizer"]["scalars"]}
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         for group, saved in zip(
@@ -293,6 +344,9 @@ class XPlusTrainer(Trainer):
                 state = {
                     k.rpartition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")
                 }
+                if state and isinstance(optimizer, AdamW):
+                    optimizer.restore(p, state)
+                    continue
                 for key, value in state.items():
                     beside = key != "step" or group.get("fused") or group.get("capturable")
                     if torch.is_tensor(value) and beside:
@@ -318,10 +372,10 @@ def describe_selection(model: Any) -> str:
     shape = shape_of(model.config)
     ids = layer_ids(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = total_parameters(shape)  # of which quantized ones are not parameters any more
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     beside = [kind for kind, name in BESIDE.items() if name in names]
-    whole = trained == trained_parameters(shape, ids, beside) and total == total_parameters(shape)
+    whole = trained == trained_parameters(shape, ids, beside)
     return (
         f"training layers {describe_layers(ids) or 'none'} of 0-{shape.layers - 1}"
         + ("" if whole else " (some of their weights)")
@@ -331,8 +385,24 @@ def describe_selection(model: Any) -> str:
     )
 
 
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
+def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def our_adamw(optimizer: Any) -> AdamW | None:
+    bare = bare_optimizer(optimizer)
+    return bare if isinstance(bare, AdamW) else None
+
+
+class _ForgetGradients(TrainerCallback):
+    """Trainer zeroes the model's gradients here, which does not reach those on the host."""
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        adamw = our_adamw(optimizer)
+        if adamw is not None:
+            adamw.zero_grad()
+
+    on_step_end = on_train_begin
 
 
 def _gather(value: Any, processes: int) -> list[Any]:

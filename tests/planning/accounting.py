@@ -1,0 +1,79 @@
+"""Bytes of tensors alive while the engine runs, on a CPU."""
+
+import weakref
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import xplus_kernels as ops
+
+LEAVES = (
+    "rms_norm", "rms_norm_backward", "add_rms_norm_backward", "swiglu", "swiglu_backward",
+    "qk_norm_rope", "qk_norm_rope_backward", "varlen_attention", "varlen_attention_backward",
+)  # fmt: skip
+
+
+class Tracker(TorchDispatchMode):
+    """Counts storages from their making to their end, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+        self.see(out, known)
+        return out
+
+    def see(self, out, known=frozenset()):
+        for t in tree_leaves(out):
+            if not torch.is_tensor(t):
+                continue
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key in self.live or key in known:
+                continue
+            self.live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key):
+        self.now -= self.live.pop(key)
+
+
+@contextmanager
+def tracked(monkeypatch, logits_rows=None):
+    """Kernels as they are on a GPU: their outputs count, their references' temporaries do not."""
+    tracker = Tracker()
+
+    def leaf(function):
+        def call(*args, **kwargs):
+            with _disable_current_modes():
+                out = function(*args, **kwargs)
+            known = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+            tracker.see(out, known)
+            return out
+
+        return call
+
+    head = ops.linear_cross_entropy
+
+    def head_leaf(x, weight, targets, **kwargs):
+        # in the order of the fused form: dx, one buffer of logits, both alive together
+        with _disable_current_modes():
+            out = head(x, weight, targets, **kwargs)
+        tracker.see(out)
+        logits = torch.empty(x.shape[0] if logits_rows is None else logits_rows, weight.shape[0])
+        del logits
+        return out
+
+    with monkeypatch.context() as patch:
+        for name in LEAVES:
+            patch.setattr(ops, name, leaf(getattr(ops, name)))
+        patch.setattr(ops, "linear_cross_entropy", head_leaf)
+        with tracker:
+            yield tracker

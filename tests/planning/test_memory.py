@@ -1,0 +1,139 @@
+"""The plan's arithmetic against the engine's own tensors."""
+
+import pytest
+import torch
+
+from tests.planning.accounting import tracked
+from tests.tiny import packed_batch, tiny_model
+from xplus_fast.model.families import Shape, shape_of
+from xplus_fast.model.layout import LayerLayout, Layout, UpdateLayout
+from xplus_fast.model.prepare import prepare_model
+from xplus_fast.planning.memory import (
+    Batch,
+    account,
+    kept_bytes,
+    layer_bytes,
+    peak_moment,
+    update_buffers,
+)
+
+MID = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, head_dim=32)
+SELECTIONS = {"bottom": [0, 1], "middle": [2, 3], "top": [4, 5], "joint": [0, 4, 5]}
+LENGTHS = [200, 112, 130, 70]  # 512 tokens
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute_mlp", "recompute"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("sizes", [{}, MID], ids=["tiny", "mid"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps):
+    layers = SELECTIONS[selection]
+    model = prepare_model(tiny_model(**sizes), layers, activations=policy)
+    batch = packed_batch(LENGTHS)
+    shape = shape_of(model.config)
+    layout = Layout(
+        tuple(LayerLayout(i in layers, activations=policy) for i in range(shape.layers))
+    )
+    supervised = int((batch["labels"] != -100).sum())
+    b = Batch(512, supervised, element=4, steps=steps, inside=False)
+    expected = peak_moment(shape, layout, UpdateLayout(master=False), b)
+    if steps == 2:  # gradients are there before the second micro-batch
+        model(**batch).loss.backward()
+    with tracked(monkeypatch) as tracker:
+        if steps == 2:
+            tracker.see([p.grad for p in model.parameters() if p.grad is not None])
+        tracker.see(list(batch.values()))
+        loss = model(**batch).loss
+        held = tracker.now
+        loss.backward()
+    assert tracker.peak == pytest.approx(expected.total, rel=0.02)
+
+    # what waits for the backward: the layers' own, the head's dx, and each row's places
+    kept = kept_bytes(shape, b, policy) * (shape.layers - min(layers))
+    small = 512 * (4 * shape.head_dim + 24) + supervised * (4 * shape.hidden + 8)
+    grads = expected.gradients if steps == 2 else 0
+    assert held - grads == pytest.approx(kept + small, rel=0.02)
+
+
+QWEN3_8B = Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e-6, False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kib"), [("keep", 84), ("recompute_mlp", 36), ("recompute", 8), ("offload", 0)]
+)
+def test_kept_bytes_of_8b_are_those_of_the_table(policy, kib):
+    lse = 4 * 32 if policy.startswith(("keep", "recompute_mlp")) else 0
+    assert kept_bytes(QWEN3_8B, Batch(3, 3), policy) == 3 * (kib * 1024 + lse)
+
+
+def test_formats_by_hand():
+    """192.9 M weights in 4 matrices of 6144 + 4096 + 24576 + 4096 rows."""
+    n, rows = 192_937_984, 6144 + 4096 + 24576 + 4096
+    assert layer_bytes(QWEN3_8B, "bf16") == 2 * n
+    assert layer_bytes(QWEN3_8B, "fp8") == n + 4 * rows
+    assert layer_bytes(QWEN3_8B, "nf4") == n // 2 + n // 64 * 4
+
+
+def test_frozen_bytes_are_those_of_the_stored_tensors():
+    bnb = pytest.importorskip("bitsandbytes", reason="makes the NF4 codes")
+    assert bnb
+    from xplus_fast.model.frozen import freeze, tensors_of
+
+    shape = Shape("qwen3", 1, 128, 4, 2, 32, 192, 64, 1e-6, False)
+    for form in ("bf16", "fp8", "nf4"):
+        stored = 0
+        for size in shape.packed_shapes().values():
+            if len(size) == 2:
+                weight = torch.randn(size, dtype=torch.bfloat16)
+                parts = tensors_of(freeze(weight, form))
+                stored += sum(t.numel() * t.element_size() for t in parts)
+        assert layer_bytes(shape, form) == stored, form
+
+
+def test_purposes_by_hand():
+    """8B, stage 2, all on the device in bf16: 2 bytes a weight and gradient, 12 of state."""
+    layout = Layout(tuple(LayerLayout(i >= 21) for i in range(36)))
+    device, host = account(QWEN3_8B, layout, UpdateLayout(), Batch(4096, 4096, steps=4))
+    block = 192_937_984 + 2 * 4096 + 2 * 128
+    assert device["trained layers"] == device["gradients"] == 2 * 15 * block
+    assert device["optimizer"] == 12 * 15 * block
+    assert device["frozen layers"] == 2 * 21 * block
+    assert device["embedding and head"] == 2 * 2 * 151936 * 4096 + 2 * 4096
+    assert device["scratch"] == device["stream buffers"] == sum(host.values()) == 0
+
+    away = UpdateLayout("host", "host", bits=8, master=False)
+    device, host = account(QWEN3_8B, layout, away, Batch(4096, 4096, steps=4))
+    assert device["optimizer"] == device["gradients"] == 0
+    assert host["gradients"] == 2 * 15 * block
+    assert host["optimizer"] == int((2 + 8 / 256) * 15 * block)
+
+
+@pytest.mark.parametrize(
+    ("form", "fp8_gemm", "lowest", "expected"),
+    [
+        ("fp8", True, 0, 24576 * 4096),  # a transposed copy, where a gradient passes
+        ("fp8", True, 21, 0),
+        ("fp8", False, 21, 2 * 24576 * 4096),
+        ("nf4", True, 21, 2 * 24576 * 4096),
+        ("bf16", True, 0, 0),
+    ],
+)
+def test_scratch(form, fp8_gemm, lowest, expected):
+    layers = tuple(
+        LayerLayout(True) if lowest <= i < lowest + 15 else LayerLayout(False, form, "host")
+        for i in range(36)
+    )
+    b = Batch(4096, 4096, fp8_gemm=fp8_gemm)
+    device, host = account(QWEN3_8B, Layout(layers, embedding="host"), UpdateLayout(), b)
+    assert device["scratch"] == expected
+    assert device["stream buffers"] == 2 * layer_bytes(QWEN3_8B, form)
+    assert host["frozen layers"] == 21 * layer_bytes(QWEN3_8B, form)
+    assert host["embedding"] == 2 * 151936 * 4096
+
+
+@pytest.mark.parametrize("update", [UpdateLayout("host", "host"), UpdateLayout("host", "host", 8)])
+def test_the_updates_buffers_are_the_engines_slots(update):
+    from xplus_fast.training.host_state import slot_bytes
+
+    slots = slot_bytes(2 * 12288 * 4096, update)
+    assert update_buffers(QWEN3_8B, (), update, 2) == pytest.approx(slots, rel=0.001)

@@ -1,0 +1,96 @@
+"""Where a run computes: device, dtype, and which of torchrun's processes this is."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from xplus_fast.config import Recipe
+from xplus_fast.errors import UserError
+from xplus_fast.planning.cards import Card, local_card, smallest_card
+from xplus_fast.planning.memory import CONTEXT
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    processes: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def find_place(recipe: Recipe) -> Place:
+    """Device, dtype and our place among torchrun's processes."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is no device; auto, cpu or cuda is wanted") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {name!r} is not supported; auto, cpu or cuda is wanted")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device: cuda is asked for, and there is no usable NVIDIA GPU")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    dtype = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[recipe.dtype]
+    if processes > 1:
+        PartialState(cpu=device.type == "cpu")  # accelerate's, which Trainer takes up
+    return Place(device, dtype, rank, processes)
+
+
+def barrier(place: Place) -> None:
+    if place.processes > 1:
+        torch.distributed.barrier()
+
+
+def device_name(place: Place) -> str:
+    if place.device.type == "cuda":
+        return torch.cuda.get_device_name(place.device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def share(value: Any, place: Place) -> Any:
+    """The first process's, for all: what it saw of the machine may differ from what others saw."""
+    if place.processes == 1:
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def card_here(place: Place) -> Card | None:
+    """The GPU that a run computes on. Of one that the table does not know, the rates are those of
+    the smallest that has its memory."""
+    if place.device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(place.device)
+    known = local_card()
+    if known is not None and known.capability == (about.major, about.minor):
+        return known
+    size = about.total_memory
+    like = smallest_card(size)
+    return replace(like, name=about.name, memory=size, capability=(about.major, about.minor))
+
+
+def cap(place: Place, budget: int | None) -> None:
+    """Hold the allocator to a budget of device memory, of which CUDA itself takes a part."""
+    if place.device.type != "cuda" or budget is None:
+        return
+    share = (budget - CONTEXT) / torch.cuda.get_device_properties(place.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place.device)

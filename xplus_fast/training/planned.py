@@ -1,0 +1,115 @@
+"""A trainer that carries out a plan, and a leaner one where memory runs out all the same."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xplus_fast.data.packed import split_batch
+from xplus_fast.errors import UserError
+from xplus_fast.model.load import set_activations
+from xplus_fast.planning.plan import Plan, leaner
+from xplus_fast.planning.plan_text import policies
+from xplus_fast.planning.selection import describe_layers
+from xplus_fast.training.memory_log import compare, measure, reset
+from xplus_fast.training.trainer import XPlusTrainer, bare_optimizer, our_adamw
+
+
+def check_plans(plans: Sequence[Plan]) -> None:
+    """See that what plans ask for is installed, before anything is loaded."""
+    wanted = {layer.format for plan in plans for layer in plan.layout.layers}
+    if "nf4" in wanted and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("memory.frozen: nf4 is made by bitsandbytes: pip install bitsandbytes")
+
+
+def frozen_formats(plan: Plan) -> dict[str, str]:
+    """In which format what is frozen is computed with: a run goes on only with the same."""
+    layers = plan.layout.layers
+    names = sorted({layer.format for layer in layers if not layer.trains})
+    found = {
+        name: describe_layers(
+            [i for i, layer in enumerate(layers) if not layer.trains and layer.format == name]
+        )
+        for name in names
+    }
+    return found | {"head": plan.layout.head}
+
+
+class PlannedTrainer(XPlusTrainer):
+    """XPlusTrainer on packed batches, under a plan.
+
+    When the device's memory runs out during a step (fragmentation, another process), the step is
+    begun again from its first micro-batch under the next leaner plan: activation policies and
+    the size of micro-batches change, the optimizer step's batch does not, and no batch is skipped.
+
+    Args:
+        plan: of this stage; the model has been laid out by it.
+        say: takes a line for the user.
+        Everything else goes to `XPlusTrainer`.
+    """
+
+    def __init__(
+        self, *args: Any, plan: Plan, say: Callable[[str], None] = print, **options: Any
+    ) -> None:
+        self.plan, self.say = plan, say
+        self.memory: dict[str, int] = {}  # bytes by purpose at the peak, where a GPU tells
+        self._step_batches: list[Any] = []
+        super().__init__(*args, update=plan.update, **options)
+        reset(self.args.device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_batches = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self._step_batches.append(inputs)
+        todo = [inputs]
+        while True:
+            try:
+                for batch in todo:
+                    loss = self._run(model, batch, *args, **kwargs)
+                self.meter.add(inputs)
+                return loss
+            except torch.OutOfMemoryError as e:
+                said = str(e).split(". ")[0]
+            # out here: the exception's frames would hold the tensors that have to go
+            self._step_down(said)
+            todo = self._step_batches
+
+    def _run(self, model: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        parts = split_batch(batch, self.plan.micro_batch_tokens)
+        losses = [self._forward_backward(model, part, *args, **kwargs) for part in parts]
+        return torch.stack(losses).sum()  # each is its share of the step's mean
+
+    def _step_down(self, said: str) -> None:
+        step = self.state.global_step + 1
+        found = leaner(self.plan)
+        if found is None:
+            raise UserError(
+                f"step {step}: {said}; the leanest plan is in use already: lower"
+                " data.pack_tokens, or plan for less with memory.budget"
+            )
+        self.plan = found
+        model = self.accelerator.unwrap_model(self.model)
+        set_activations(model, found.layout, self.args.device)
+        bare_optimizer(self.optimizer).zero_grad()
+        torch.cuda.empty_cache()
+        self.say(
+            f"step {step}: {said}. Going on with a leaner plan:"
+            f" micro-batches of {found.micro_batch_tokens:,} tokens, {policies(found)};"
+            " the step is repeated, its batch is the same"
+        )
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.state.global_step == 1 and not self.memory:
+            # the first step has made the optimizer's states, the second a whole peak
+            adamw = our_adamw(self.optimizer)
+            self.memory = measure(self.model, adamw, self.args.device)
+            if self.memory:
+                self.say(compare(self.plan, self.memory))
+        return norm
