@@ -109,6 +109,54 @@ def test_train_export_verify(workplace, tiny_model_dir, capsys):
     assert (run / "mine.txt").read_text() == "a note"
 
 
+def test_a_leaner_layout_trains_exports_and_goes_on(workplace, tiny_model_dir, capsys):
+    """Frozen layers in NF4, streamed, all else on the host; cut off, and gone on with elsewhere."""
+    run, out = workplace / "run", workplace / "out"
+    lean = [
+        "memory.frozen=nf4", "memory.placement=host", "memory.gradients=host",
+        "memory.states=host", "memory.activations=offload", "memory.micro_batch_tokens=384",
+    ]  # fmt: skip
+    assert xplus("train", workplace / "recipe.yaml", "--dry-run", *lean) == 0
+    said = capsys.readouterr().out
+    assert "0-3      frozen nf4, streamed: forward only" in said and "4-5      trained" in said
+    assert xplus("train", workplace / "recipe.yaml", *lean) == 0
+    capsys.readouterr()
+    about = json.loads((run / "run.json").read_text())
+    assert about["stages"][0]["plan"]["layout"]["layers"][5]["format"] == "nf4"
+    whole = losses(run)
+    assert all(after < before for (_, _, before), (_, _, after) in [(whole[0], whole[5])])
+    # the last stage anew from its second checkpoint, and with everything on the device
+    shutil.rmtree(run / "high" / "final")
+    shutil.rmtree(run / "high" / "checkpoint-6")
+    there = ["memory.frozen=nf4", "memory.activations=keep", "memory.micro_batch_tokens=384"]
+    assert xplus("train", workplace / "recipe.yaml", *there) == 0
+    assert "going on from" in capsys.readouterr().out and losses(run) == whole
+    assert xplus("train", workplace / "recipe.yaml", "memory.frozen=fp8") == 2
+    assert "memory.frozen: 'nf4' there, 'fp8' here" in capsys.readouterr().err
+    assert xplus("export", run, out) == 0
+    assert xplus("verify", tiny_model_dir, out, "--layers", "0-1,4-5") == 0
+
+
+def test_a_run_goes_on_in_the_formats_it_began_with(workplace, capsys, monkeypatch):
+    """memory.frozen=auto: a plan for another card may choose otherwise."""
+    assert xplus("train", workplace / "recipe.yaml") == 0
+    monkeypatch.setattr(
+        "xplus_fast.training.run.frozen_formats", lambda plan: {"fp8": "2-5", "head": "bf16"}
+    )
+    assert xplus("train", workplace / "recipe.yaml") == 2
+    said = capsys.readouterr().err
+    assert "its frozen format is no longer what the run began with (frozen format.0." in said
+
+
+def test_formats_that_need_what_is_not_installed(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert xplus("train", workplace / "recipe.yaml", "memory.frozen=nf4") == 2
+    assert capsys.readouterr().err.endswith(
+        "nf4 is made by bitsandbytes: pip install bitsandbytes\n"
+    )
+    assert not (workplace / "run").exists()
+
+
 def test_kill_at_any_moment_and_go_on(workplace):
     """Five kills, some while a checkpoint is being written: the run ends as an undisturbed one."""
     command = [sys.executable, "-m", "xplus_fast.cli", "train", str(workplace / "recipe.yaml")]
