@@ -327,8 +327,8 @@ AOT_SIZES = {
 
 
 def aot_cases() -> list[Any]:
-    """The launches of Qwen3 0.6B, 8B and 14B: bf16 in or out, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     pointers: tuple[str, ...]
@@ -372,4 +372,4 @@ def aot_cases() -> list[Any]:
             aligned=("w_ptr", "out_ptr", "N", "K", "w_row"),
         )
     )
-    return cases
+    return in_all_dtypes(cases)

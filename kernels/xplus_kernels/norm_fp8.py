@@ -154,8 +154,8 @@ def add_rms_norm_fp8(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the hidden sizes of Qwen3 0.6B, 8B and 14B, bf16 in, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches at the hidden sizes of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     for size, (width, *_) in AOT_SIZES.items():
@@ -177,4 +177,4 @@ def aot_cases() -> list[Any]:
                     aligned=(*types, *rows),
                 )
             )
-    return cases
+    return in_all_dtypes(cases)

@@ -354,8 +354,8 @@ def _check(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the heads of Qwen3 0.6B, 8B and 14B, bf16, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -381,4 +381,4 @@ def aot_cases() -> list[Any]:
                 )
             )
             del cases[-1].constexprs["num_warps"]
-    return cases
+    return in_all_dtypes(cases)

@@ -347,8 +347,8 @@ def check_like(name: str, t: Tensor, model_name: str, model: Tensor, shape: Any)
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the hidden sizes of Qwen3 0.6B, 8B and 14B, bf16, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches at the hidden sizes of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     pointers: tuple[str, ...]
@@ -388,4 +388,4 @@ def aot_cases() -> list[Any]:
                         aligned=(*pointers, *rows),
                     )
                 )
-    return cases
+    return in_all_dtypes(cases)

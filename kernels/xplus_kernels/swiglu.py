@@ -121,8 +121,8 @@ def _half(gate_up: Tensor) -> int:
 
 
 def aot_cases() -> list[Any]:
-    """The launches at F of Qwen3 0.6B, 8B and 14B, bf16, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches at F of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     for size, f in (("0.6B", 3072), ("8B", 12288), ("14B", 17408)):
@@ -142,4 +142,4 @@ def aot_cases() -> list[Any]:
                     aligned=(*pointers, *rows),
                 )
             )
-    return cases
+    return in_all_dtypes(cases)

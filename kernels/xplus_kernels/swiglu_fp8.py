@@ -177,8 +177,8 @@ def swiglu_backward_fp8(dy: Tensor, gate_up: Tensor, *, column_scale: Tensor) ->
 
 
 def aot_cases() -> list[Any]:
-    """The launches at F of Qwen3 0.6B, 8B and 14B, bf16 in, contiguous."""
-    from xplus_kernels.aot import AotCase
+    """The launches at F of Qwen3 0.6B, 8B and 14B, contiguous."""
+    from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     for size, (*_, f) in AOT_SIZES.items():
@@ -201,4 +201,4 @@ def aot_cases() -> list[Any]:
                     aligned=(*types, *rows),
                 )
             )
-    return cases
+    return in_all_dtypes(cases)
