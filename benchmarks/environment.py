@@ -1,4 +1,4 @@
-"""What a benchmark ran on and how it was started: every results file begins with it."""
+"""What all benchmarks share: what a run ran on, and how its table comes into a document."""
 
 import datetime
 import platform
@@ -11,6 +11,15 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "bitsandbytes")
+
+
+def fill(document: str, begin: str, text: str, end: str) -> str:
+    """`document` with `text` between two markers. Raises ValueError where they are missing."""
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the markers {begin} and {end} are missing")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def describe_environment() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import fill
+
 ROOT = Path(__file__).parents[1]
 RESULTS, README = Path("benchmarks/results/kernels.json"), Path("kernels/README.md")
 BEGIN, END = "<!-- begin: benchmarks/results/kernels.json -->", "<!-- end -->"
@@ -131,11 +133,7 @@ def _speedup(by: dict[str, dict], peer: str) -> float | None:
 
 def fill_readme(text: str, result: dict[str, Any] | None) -> str:
     """`text` with the section between the markers; ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n{readme_section(result)}\n{END}{after}"
+    return fill(text, BEGIN, readme_section(result), END)
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[str]:

@@ -88,9 +88,9 @@ def card_here(place: Place) -> Card | None:
     return replace(like, name=about.name, memory=size, capability=(about.major, about.minor))
 
 
-def cap(place: Place, budget: int | None) -> None:
+def cap(device: torch.device, budget: int | None) -> None:
     """Hold the allocator to a budget of device memory, of which CUDA itself takes a part."""
-    if place.device.type != "cuda" or budget is None:
+    if device.type != "cuda" or budget is None:
         return
-    share = (budget - CONTEXT) / torch.cuda.get_device_properties(place.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place.device)
+    share = (budget - CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)

@@ -127,7 +127,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
         claim(run, recipe, base, corpora, [frozen_formats(plan) for plan in plans])
     barrier(place)
 
-    cap(place, where.budget)
+    cap(place.device, where.budget)
     weights = Weights(files)
     kind: dict[str, Any] = {"dtype": place.dtype, "device": place.device}
     if place.device.type == "cuda":
