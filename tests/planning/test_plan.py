@@ -209,3 +209,11 @@ def test_a_pin_that_makes_it_impossible_is_named():
 def test_bad_pins_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         plan(**arguments)
+
+
+def test_fp8_on_a_gpu_goes_with_bf16_alone():
+    options = dict(card=CARDS["h100-80"], dtype_bytes=4, pack_tokens=4096, tokens_per_step=65536)
+    with pytest.raises(UserError, match="fp8 goes with dtype=bfloat16 alone"):
+        plan_stage(QWEN3_8B, [0], (), MemoryConfig(frozen="fp8"), **options)
+    found = plan_stage(QWEN3_8B, [0], (), MemoryConfig(), budget=40 * GB, **options)
+    assert {layer.format for layer in found.layout.layers} <= {"bf16", "nf4"}

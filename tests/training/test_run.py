@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from xplus_fast.cli import main
 from xplus_fast.training import checkpoints
+from xplus_fast.training.optimizer import AdamW
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [(f"the cat number {i} sleeps", f"paka namba {i} analala") for i in range(60)]
@@ -146,6 +148,19 @@ def test_a_run_goes_on_in_the_formats_it_began_with(workplace, capsys, monkeypat
     assert xplus("train", workplace / "recipe.yaml") == 2
     said = capsys.readouterr().err
     assert "its frozen format is no longer what the run began with (frozen format.0." in said
+
+
+def test_a_stages_optimizer_is_gone_before_the_next_one_starts(workplace, monkeypatch):
+    made, alive = [], []
+
+    def start(self, *args, start=AdamW.__init__, **kwargs):
+        alive.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(self))
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdamW, "__init__", start)
+    assert xplus("train", workplace / "recipe.yaml") == 0
+    assert alive == [0, 0]
 
 
 def test_formats_that_need_what_is_not_installed(workplace, capsys, monkeypatch):

@@ -129,6 +129,8 @@ def _row(sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor | l
 
 def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """A batch of `PackCollator` in several, each of at most `tokens` or of a single sequence."""
+    if batch["input_ids"].shape[1] <= tokens:
+        return [batch]  # without asking the device
     edges = batch["cu_seq_lens_q"].tolist()
     cuts = [0]  # indices into edges
     for i in range(1, len(edges)):

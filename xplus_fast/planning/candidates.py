@@ -51,6 +51,11 @@ class Request:
         return Batch(tokens, tokens, self.element, steps, fp8, self.card is not None)
 
     @property
+    def fp8_dtype(self) -> bool:
+        """Whether the run's dtype is one that FP8 GEMMs give: on a GPU, bf16 alone."""
+        return self.card is None or self.element == 2
+
+    @property
     def context(self) -> int:
         return CONTEXT if self.card else 0
 
@@ -120,7 +125,7 @@ def _formats(r: Request, auto: bool) -> list[list[Format]]:
         return [given]  # type: ignore[list-item]
     forms = ["bf16"]
     if auto:
-        forms = [f for f in FORMATS if f != "fp8" or fp8_fits(r.shape)]
+        forms = [f for f in FORMATS if f != "fp8" or fp8_fits(r.shape) and r.fp8_dtype]
     return [[form if g == "auto" else g for g in given] for form in forms]  # type: ignore[misc]
 
 

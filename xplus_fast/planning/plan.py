@@ -267,6 +267,8 @@ def _check(r: Request) -> None:
     named = m.frozen.values() if isinstance(m.frozen, dict) else (m.frozen,)
     if "fp8" in named and not fp8_fits(r.shape):
         raise UserError("memory.frozen: fp8 wants layer sizes that are multiples of 16")
+    if "fp8" in named and not r.fp8_dtype:
+        raise UserError("memory.frozen: on a GPU fp8 goes with dtype=bfloat16 alone")
     if isinstance(m.frozen, dict):
         seen: set[int] = set()
         for spec in m.frozen:

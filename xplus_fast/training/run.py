@@ -5,6 +5,7 @@ The run's folder holds everything: `recipe.yaml`, `metrics.jsonl` (one line an o
 recipe again goes on where the run was cut off.
 """
 
+import gc
 import json
 import platform
 import sys
@@ -328,7 +329,12 @@ def _train_stage(
             {"selection": {"layers": resolve_layers(stage.layers, len(model.model.layers))}},
         )
     barrier(place)
-    return trainer.memory
+    memory = trainer.memory
+    # A Trainer refers to itself: its optimizer's states must go before the next stage's come.
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    return memory
 
 
 def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> list[Corpus]:
