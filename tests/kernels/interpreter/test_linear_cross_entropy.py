@@ -155,3 +155,17 @@ def test_bad_input_is_told(change, error):
     good["targets"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises((TypeError, ValueError), match=error):
         ops.linear_cross_entropy(**{**good, **change})
+
+
+def test_an_fp8_head_equals_the_same_head_unpacked(poisoned, monkeypatch):
+    """In eight pieces, the last one shorter, over several chunks of rows."""
+    monkeypatch.setattr(HEAD, "LEAST_ROWS", 16)
+    x, w = randn(37, 96), randn(1003, 96, seed=1, scale=0.4)
+    head, targets = ops.quantize_fp8(w), targets_of(37, 1003)
+    dense = ops.dequantize_fp8(head, out=torch.empty(1003, 96))
+    options = dict(divisor=7.5, logits_bytes=1)
+    loss, dx, _ = ops.linear_cross_entropy(x, head, targets, **options)
+    truth = ops.linear_cross_entropy(x.double(), dense.double(), targets, **options)
+    assert difference(loss, truth[0]) < 1e-5
+    assert difference(dx, truth[1]) < 1e-5
+    assert (dx[1::3] == 0).all()
