@@ -34,11 +34,12 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.environment import describe_environment
 from benchmarks.fit_report import OVERLAP, describe_case, describe_overlap, judge, table
 from xplus_fast import XPlusTrainer
-from xplus_fast.config import MemoryConfig, parse_bytes
+from xplus_fast.config import MemoryConfig
 from xplus_fast.data.corpus import PackCollator
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.load import load_model
+from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, local_card
 from xplus_fast.planning.from_recipe import USABLE, free_memory
 from xplus_fast.planning.memory import SENTENCE

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import fit, fit_report
-from xplus_fast.config import parse_bytes
 from xplus_fast.model.families import shape_of
+from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import CARDS
 
 ROOT = Path(__file__).parents[2]

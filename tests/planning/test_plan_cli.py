@@ -182,7 +182,7 @@ def test_what_a_recipe_says_of_memory_is_heeded(capsys, model, tmp_path):
 
 
 def test_parse_bytes():
-    from xplus_fast.config import parse_bytes
+    from xplus_fast.options import parse_bytes
 
     assert parse_bytes("24GB", "x") == 24 * 10**9 == parse_bytes(" 24 gb ", "x")
     assert parse_bytes("1.5GiB", "x") == 3 * 2**29

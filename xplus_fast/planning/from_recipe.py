@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from xplus_fast.config import Recipe, parse_bytes, stage_name
+from xplus_fast.config import Recipe, stage_name
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import FAMILIES, Shape, shape_of
+from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
 from xplus_fast.planning.plan import Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers

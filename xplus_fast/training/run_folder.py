@@ -7,17 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from xplus_fast.config import (
-    Recipe,
-    dump_recipe,
-    first_difference,
-    load_recipe,
-    stage_name,
-    to_dict,
-)
+from xplus_fast.config import Recipe, load_recipe, stage_name
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.errors import UserError
 from xplus_fast.model.checkpoint_files import CheckpointFiles
+from xplus_fast.options import dump_options, first_difference, to_dict
 from xplus_fast.training.checkpoints import sync_folder
 
 # Options that may change between a run and its resumption: they do not change what is computed.
@@ -67,7 +61,7 @@ def claim(
     there = _made_of(run)
     if not there:
         write_json(run / MARK, {})  # ours from here on, begun once it says of what
-        _write_text(run / "recipe.yaml", dump_recipe(recipe))
+        _write_text(run / "recipe.yaml", dump_options(recipe))
         write_json(run / MARK, made_of)
     for what, was in (there or {}).items():
         if was != made_of[what]:
