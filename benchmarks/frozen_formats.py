@@ -1,9 +1,9 @@
 """What rounding the frozen layers costs: loss curves, gradients, and the model that is exported.
 
-The demo's model (SmolLM2-135M, fp32 on a CPU) trains a stage three times from the same weights, on
-the same packs in the same order: frozen layers as they are, in FP8, in NF4. FP8 rounds activations
-and gradients too, by the same rule as its GEMMs on a GPU. What trains is never rounded, and what is
-exported is put into the unquantized model: so the held-out loss is taken there.
+The demo's model (SmolLM2-135M, fp32 on a CPU) trains a stage four times from the same weights, on
+the same packs in the same order: frozen layers as they are, in INT8, FP8 and NF4. FP8 rounds
+activations and gradients too, by the same rule as its GEMMs on a GPU. What trains is never rounded,
+and what is exported is put into the unquantized model: so the held-out loss is taken there.
 
     python -m benchmarks.frozen_formats              (20 minutes on 2 cores, after `make demo`)
     python -m benchmarks.frozen_formats --report     (table in docs/memory.md and picture, again)
@@ -47,10 +47,10 @@ CPU = torch.device("cpu")
 TOKENS = 256  # of a pack; a step is one pack
 GRADIENT_PACKS = 4  # whose gradients are compared at step 0
 WINDOW = 20  # steps of a moving average: what "the loss curve" means below
-BARS = {"fp8": 0.01, "nf4": 0.05}  # of the loss curve, at its worst window
-COSINE = 0.99  # of all trained gradients together, FP8
-COLORS = {"bf16": "#5c6b7a", "fp8": "#1f6f8b", "nf4": "#c8553d"}
-NAMES = {"bf16": "as they are", "fp8": "fp8", "nf4": "nf4"}
+BARS = {"int8": 0.01, "fp8": 0.01, "nf4": 0.05}  # of the loss curve, at its worst window
+COSINE = 0.99  # of all trained gradients together, formats of a byte a weight
+COLORS = {"bf16": "#5c6b7a", "int8": "#3b8f4f", "fp8": "#1f6f8b", "nf4": "#c8553d"}
+NAMES = {"bf16": "as they are", "int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,14 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         said = ", ".join(f"{spec} {x:.2%}" for spec, x in worst.items())
         kept = "kept" if max(worst.values()) <= bar else "missed"
         lines.append(f"- {form}: loss curve within {bar:.0%}, at its worst window: {kept} ({said})")
-    cosines = {
-        spec: s["formats"]["fp8"]["gradients"]["cosine"]["all"]
-        for spec, s in result["stages"].items()
-    }
-    said = ", ".join(f"{spec} {x:.4f}" for spec, x in cosines.items())
-    kept = "kept" if min(cosines.values()) > COSINE else "missed"
-    lines.append(f"- fp8: cosine of the gradients above {COSINE}: {kept} ({said})")
+    for form in ("int8", "fp8"):
+        cosines = {
+            spec: s["formats"][form]["gradients"]["cosine"]["all"]
+            for spec, s in result["stages"].items()
+        }
+        said = ", ".join(f"{spec} {x:.4f}" for spec, x in cosines.items())
+        kept = "kept" if min(cosines.values()) > COSINE else "missed"
+        lines.append(f"- {form}: cosine of the gradients above {COSINE}: {kept} ({said})")
     return lines
 
 
@@ -324,6 +325,8 @@ def _rounding(model: Any, setup: Setup, form: str) -> float:
             out = torch.empty_like(true)
             if form == "fp8":
                 ops.dequantize_fp8(frozen.rows, out=out)
+            elif form == "int8":
+                ops.dequantize_int8(frozen, out=out)
             else:
                 ops.dequantize_nf4(frozen, out=out)
             off += float((out - true).square().sum())

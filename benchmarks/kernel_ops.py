@@ -35,9 +35,11 @@ OPS = {
     "swiglu_fp8": Op(quantized.swiglu_fp8),
     "swiglu_backward_fp8": Op(quantized.swiglu_backward_fp8, ("backward",)),
     "transpose_fp8": Op(quantized.transpose_fp8, weight=True),
+    "dequantize_int8": Op(quantized.dequantize_int8, weight=True),
     "dequantize_nf4": Op(quantized.dequantize_nf4, weight=True),
     "frozen_linear bf16": Op(quantized.frozen_linear_bf16, ("forward", "backward")),
     "frozen_linear fp8": Op(quantized.frozen_linear_fp8, ("forward", "backward")),
+    "frozen_linear int8": Op(quantized.frozen_linear_int8, ("forward", "backward")),
     "frozen_linear nf4": Op(quantized.frozen_linear_nf4, ("forward", "backward")),
 }
 

@@ -1,4 +1,4 @@
-"""FP8 and NF4: quantization, the ops fused with it, and the frozen linears of a block."""
+"""FP8, INT8 and NF4: quantization, the ops fused with it, and the frozen linears of a block."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -245,6 +245,36 @@ def dequantize_nf4(size: Size, T: int, way: str) -> Case:
     )  # fmt: skip
 
 
+def _int8_wide(codes: Tensor, scale: Tensor) -> Tensor:
+    """[n, k] fp32."""
+    return (codes.reshape(-1, 64).float() * scale.reshape(-1, 1)).view(codes.shape)
+
+
+def _int8(m: Maker, n: int, k: int) -> Inputs:
+    scale = m.randn(n * k // 64, dtype=torch.float32).abs_().add_(1).mul_(k**-0.5 / 127)
+    codes = m.ints(255, n, k, dtype=torch.uint8).to(torch.int16) - 127
+    return {"codes": codes.to(torch.int8), "scale": scale}
+
+
+def dequantize_int8(size: Size, T: int, way: str) -> Case:
+    n, k = size.linears["gate_up"]
+
+    def bind(i: Inputs) -> Callable[[], Outputs]:
+        ours, weight = _op("int8", "dequantize_int8"), _op("int8", "Int8Weight")(**i)
+        out = torch.empty(n, k, dtype=torch.bfloat16, device=i["codes"].device)
+        return lambda: (ours(weight, out=out),)
+
+    def eager(i: Inputs) -> Callable[[], Outputs]:
+        return lambda: (_int8_wide(**i).bfloat16(),)
+
+    return Case(
+        "dequantize_int8", way, size.name, None, lambda m: _int8(m, n, k),
+        {"ours": Provider(bind), "eager": Provider(eager)},
+        lambda i, rows: [_int8_wide(i["codes"][rows], i["scale"].view(n, -1)[rows])],
+        "copy_bytes", n, BOUND, bytes=3 * n * k + n * k // 16,
+    )  # fmt: skip
+
+
 def _frozen_linear(form: str) -> Callable[[Size, int, str], Case]:
     def case(size: Size, T: int, way: str) -> Case:
         """A block's four GEMMs in a row; way: forward, or backward for dX. FP8's time includes
@@ -258,6 +288,8 @@ def _frozen_linear(form: str) -> Callable[[Size, int, str], Case]:
                 w = m.randn(n, k, scale=k**-0.5)
                 if form == "fp8":
                     weights.append(tuple(_chunked_quantize(w)))
+                elif form == "int8":
+                    weights.append(_int8(m, n, k))
                 else:
                     weights.append(_nf4(m, n, k) if form == "nf4" else w)
             return {"x": [m.randn(T, width) for width in inner], "weights": weights}
@@ -265,6 +297,8 @@ def _frozen_linear(form: str) -> Callable[[Size, int, str], Case]:
         def formed(i: Inputs, kept: bool) -> list[Any]:
             if form == "bf16":
                 return [_op("frozen_linear", "Bf16Weight")(w) for w in i["weights"]]
+            if form == "int8":
+                return [_op("int8", "Int8Weight")(**w) for w in i["weights"]]
             if form == "nf4":
                 cls = _op("nf4", "Nf4Weight")
                 return [cls(**w, shape=s) for w, s in zip(i["weights"], shapes, strict=True)]
@@ -280,7 +314,7 @@ def _frozen_linear(form: str) -> Callable[[Size, int, str], Case]:
                 weights, x = formed(i, kept), i["x"]
                 most = max(n * k for n, k in shapes)
                 scratch = None
-                if form == "nf4" or (form == "fp8" and not kept):
+                if form in ("int8", "nf4") or (form == "fp8" and not kept):
                     scratch = torch.empty(most, dtype=torch.bfloat16, device=x[0].device)
                 return lambda: [
                     run(a, w, scratch=scratch) for a, w in zip(x, weights, strict=True)
@@ -323,6 +357,8 @@ def _chunked_quantize(w: Tensor) -> Sequence[Tensor]:
 
 
 def _widen(form: str, weight: Any, shape: tuple[int, int]) -> Tensor:
+    if form == "int8":
+        return _int8_wide(**weight)
     if form == "nf4":
         return _nf4_wide(weight["codes"], weight["absmax"], *shape)
     return weight.float() if form == "bf16" else weight[0].float() * weight[1][:, None]
@@ -330,4 +366,5 @@ def _widen(form: str, weight: Any, shape: tuple[int, int]) -> Tensor:
 
 frozen_linear_bf16 = _frozen_linear("bf16")
 frozen_linear_fp8 = _frozen_linear("fp8")
+frozen_linear_int8 = _frozen_linear("int8")
 frozen_linear_nf4 = _frozen_linear("nf4")

@@ -15,6 +15,7 @@ from xplus_kernels.frozen_linear import (
     multiplies_in_fp8,
     scratch_bytes,
 )
+from xplus_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from xplus_kernels.linear_cross_entropy import linear_cross_entropy
 from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from xplus_kernels.norm_fp8 import add_rms_norm_fp8, rms_norm_fp8
@@ -38,6 +39,7 @@ __all__ = [
     "Fp8Rows",
     "Fp8Weight",
     "FrozenWeight",
+    "Int8Weight",
     "Nf4Weight",
     "adamw_update",
     "add_rms_norm",
@@ -45,6 +47,7 @@ __all__ = [
     "add_rms_norm_fp8",
     "attention_backend",
     "dequantize_fp8",
+    "dequantize_int8",
     "dequantize_nf4",
     "frozen_linear",
     "frozen_linear_dx",
@@ -53,6 +56,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_backward",
     "quantize_fp8",
+    "quantize_int8",
     "quantize_nf4",
     "require_fp8",
     "rms_norm",

@@ -1,10 +1,11 @@
-"""A linear layer that is never trained: y = x @ W.T and dX = dy @ W, for W [N, K] in three formats.
+"""A linear layer that is never trained: y = x @ W.T and dX = dy @ W, for W [N, K] in four formats.
 
 | format | bytes a weight | forward | dX | scratch, elements |
 |---|---|---|---|---|
 | bf16 | 2 | cuBLAS | cuBLAS | none |
 | fp8 | 1 (2 with the transpose kept) | FP8 GEMM | FP8 GEMM | dX: N*K e4m3, or transpose kept |
 | fp8, cards below 8.9 | 1 | dequantize, cuBLAS | the same | both: N*K of x's dtype |
+| int8 | 1.06 | dequantize, cuBLAS | the same | both: N*K of x's dtype |
 | nf4 | 0.56 | dequantize, cuBLAS | the same | both: N*K of x's dtype |
 
 FP8: rows of x and of W have a scale each, which the GEMM multiplies in after its sums. W's scales
@@ -34,6 +35,7 @@ from xplus_kernels.fp8 import (
     quantize_fp8,
     transpose_fp8,
 )
+from xplus_kernels.int8 import Int8Weight, dequantize_int8
 from xplus_kernels.nf4 import DTYPES, Nf4Weight, dequantize_nf4
 from xplus_kernels.rms_norm import check_rows
 
@@ -93,7 +95,7 @@ class Fp8Weight:
         return self.rows.data.shape[0], self.rows.data.shape[1]
 
 
-FrozenWeight = Bf16Weight | Fp8Weight | Nf4Weight
+FrozenWeight = Bf16Weight | Fp8Weight | Int8Weight | Nf4Weight
 
 
 def fp8_matmul_ref(
@@ -148,7 +150,7 @@ def scratch_bytes(
     """
     if isinstance(weight, Bf16Weight):
         return 0
-    if isinstance(weight, Nf4Weight):
+    if isinstance(weight, Int8Weight | Nf4Weight):
         return prod(weight.shape) * dtype.itemsize
     path = _fp8_path(device or weight.rows.data.device)
     if path == "dequantize":
@@ -167,9 +169,9 @@ def frozen_linear(
 ) -> Tensor:
     """x @ W.T.
 
-    x: [..., K] in the weight's dtype (bf16: its own; nf4: bf16, fp16, fp32; fp8: bf16 on a GPU), or
-    Fp8Rows [T, K] with an Fp8Weight, on a card with FP8. dtype: of the result where x is Fp8Rows,
-    by default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype, at least
+    x: [..., K] in a dtype of the weight (bf16: its own; int8 and nf4: bf16, fp16, fp32; fp8: bf16
+    on a GPU), or Fp8Rows [T, K] with an Fp8Weight, on a card with FP8. dtype: of the result where x
+    is Fp8Rows, by default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype, at least
     `scratch_bytes(...)` long; overwritten. Returns [..., N], without a graph.
 
     Raises TypeError or ValueError, naming the argument, where they do not fit together.
@@ -213,11 +215,13 @@ def _dense(weight: FrozenWeight, dtype: torch.dtype, scratch: Tensor | None) -> 
     """The weight [N, K] in `dtype`: as it is, or written into scratch."""
     if isinstance(weight, Bf16Weight):
         return weight.data
-    device = weight.codes.device if isinstance(weight, Nf4Weight) else weight.rows.data.device
+    device = weight.rows.data.device if isinstance(weight, Fp8Weight) else weight.codes.device
     out = _take(scratch, weight.shape, dtype, device)
-    if isinstance(weight, Nf4Weight):
-        return dequantize_nf4(weight, out=out)
-    return dequantize_fp8(weight.rows, out=out)
+    if isinstance(weight, Fp8Weight):
+        return dequantize_fp8(weight.rows, out=out)
+    if isinstance(weight, Int8Weight):
+        return dequantize_int8(weight, out=out)
+    return dequantize_nf4(weight, out=out)
 
 
 def _dx_operand(weight: Fp8Weight, scratch: Tensor | None) -> Tensor:
@@ -266,7 +270,7 @@ def _check_input(
     allowed: tuple[torch.dtype, ...]
     if isinstance(weight, Bf16Weight):
         home, allowed = weight.data.device, (weight.data.dtype,)
-    elif isinstance(weight, Nf4Weight):
+    elif isinstance(weight, Int8Weight | Nf4Weight):
         home, allowed = weight.codes.device, DTYPES
     else:
         home, allowed = weight.rows.data.device, DTYPES

@@ -334,5 +334,6 @@ def test_a_prefix_names_several_ops() -> None:
     parser = kernels._Parser()
     assert kernels._names("rms_norm", parser) == ["rms_norm"]
     assert kernels._names("frozen, swiglu", parser) == [
-        "frozen_linear bf16", "frozen_linear fp8", "frozen_linear nf4", "swiglu"
+        "frozen_linear bf16", "frozen_linear fp8", "frozen_linear int8", "frozen_linear nf4",
+        "swiglu",
     ]  # fmt: skip

@@ -106,3 +106,11 @@ def test_nf4(shape, dtype):
     codes = torch.arange(numel // 2, device=DEVICE).to(torch.uint8)
     weight = nf4.Nf4Weight(codes, randn(numel // 64).abs(), shape)
     finite(nf4.dequantize_nf4(weight, out=torch.empty(shape, dtype=dtype, device=DEVICE)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (130, 320)])
+def test_int8(shape, dtype):
+    int8 = pytest.importorskip("xplus_kernels.int8", reason="needs xplus_kernels.int8")
+    weight = int8.quantize_int8(randn(*shape))
+    finite(int8.dequantize_int8(weight, out=torch.empty(shape, dtype=dtype, device=DEVICE)))

@@ -8,9 +8,10 @@ from tests.gpu.common import DEVICE, GPU, MAIN_DTYPE, UNIT, difference, gradient
 
 fl = pytest.importorskip("xplus_kernels.frozen_linear", reason="needs xplus_kernels.frozen_linear")
 fp8 = pytest.importorskip("xplus_kernels.fp8", reason="needs xplus_kernels.fp8")
+int8 = pytest.importorskip("xplus_kernels.int8", reason="needs xplus_kernels.int8")
 nf4 = pytest.importorskip("xplus_kernels.nf4", reason="needs xplus_kernels.nf4")
 pytestmark = [*GPU, pytest.mark.usefixtures("poisoned")]
-FORMATS = ["bf16", "fp8", "fp8 transposed", "nf4"]
+FORMATS = ["bf16", "int8", "fp8", "fp8 transposed", "nf4"]
 # FP8 GEMMs make bf16 only; on the CPU the reference makes what x is.
 DTYPE = MAIN_DTYPE
 # No multiple of 16 among them but one: GEMMs pad, and must not read or write beyond.
@@ -46,6 +47,10 @@ def frozen(name, shape, seed=1):
     if name == "bf16":
         weight = fl.Bf16Weight(w.to(DTYPE))
         return weight, weight.data.float()
+    if name == "int8":
+        weight = int8.quantize_int8(w)
+        dense = torch.empty(shape, dtype=DTYPE, device=DEVICE)
+        return weight, int8.dequantize_int8(weight, out=dense).float()
     if name == "nf4":
         codes = torch.randint(0, 256, (n * k // 2,), device=DEVICE).to(torch.uint8)
         weight = nf4.Nf4Weight(codes, w.view(-1, 64).abs().amax(1), shape)
@@ -177,7 +182,7 @@ def test_waits_for_nothing(name):
     )
 
 
-@pytest.mark.parametrize("name", ["fp8 transposed", "nf4"])
+@pytest.mark.parametrize("name", ["fp8 transposed", "int8", "nf4"])
 def test_no_memory_beside_the_result_and_the_quantized_rows(name):
     need(name)
     n, k = (96, 64) if common.REHEARSAL else (12_288, 4096)

@@ -22,6 +22,7 @@ from xplus_kernels.frozen_linear import (
     multiplies_in_fp8,
     scratch_bytes,
 )
+from xplus_kernels.int8 import quantize_int8
 from xplus_kernels.nf4 import NF4, Nf4Weight
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 MODULE = sys.modules["xplus_kernels.frozen_linear"]  # in the package its name is the function
 # What a result may err more than PyTorch's own matmul in its dtype: one rounding
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-FORMATS = ("bf16", "fp8", "nf4")
+FORMATS = ("bf16", "int8", "fp8", "nf4")
 SHAPES = [(1, 32, 96), (3, 320, 96), (130, 96, 320), (3, 64, 5120), (2, 32, 17408)]  # T, N, K
 
 
@@ -46,6 +47,10 @@ def make(kind: str, n: int, k: int, dtype: torch.dtype = torch.float32, seed: in
     if kind == "fp8":
         rows = quantize_fp8(w)
         return Fp8Weight(rows), read(rows)
+    if kind == "int8":
+        quantized = quantize_int8(w)
+        wide = quantized.codes.view(-1, 64).float() * quantized.scale[:, None]
+        return quantized, wide.view(n, k).to(dtype).double()
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (n * k // 2,), generator=g, dtype=torch.uint8)
     absmax = torch.rand(n * k // 64, generator=g) * 0.05
@@ -330,6 +335,7 @@ def test_scratch_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8 = make("fp8", 96, 320)[0]
     kept = Fp8Weight(fp8.rows, transpose_fp8(fp8.rows.data))
     assert ask(make("bf16", 96, 320)[0]) == (0, 0)
+    assert ask(make("int8", 96, 320)[0]) == (2 * size, 2 * size)
     assert ask(make("nf4", 96, 320)[0]) == (2 * size, 2 * size)
     assert ask(fp8) == ask(kept) == (0, 0)
     on_path(monkeypatch, "gemm")
@@ -373,7 +379,7 @@ def test_bad_input_is_named() -> None:
             frozen_linear(torch.zeros(3, 320, device="meta"), weight)
         with pytest.raises(TypeError, match="^dtype: torch.float16; x has torch.float32"):
             frozen_linear(randn(3, 320), weight, dtype=torch.float16)
-    for kind in ("bf16", "nf4"):
+    for kind in ("bf16", "int8", "nf4"):
         with pytest.raises(TypeError, match="^x: Fp8Rows; a .*Weight takes a Tensor"):
             frozen_linear(quantize_fp8(randn(3, 320)), weights[kind])
     with pytest.raises(TypeError, match="^x: dtype torch.bfloat16; .* allowed: float32"):

@@ -59,6 +59,8 @@ def dequantized(weight):
     out = torch.empty(weight.shape)
     if isinstance(weight, ops.Fp8Weight):
         return ops.dequantize_fp8(weight.rows, out=out)
+    if isinstance(weight, ops.Int8Weight):
+        return ops.dequantize_int8(weight, out=out)
     return ops.dequantize_nf4(weight, out=out)
 
 
@@ -100,7 +102,7 @@ def test_streamed_layers_compute_what_resident_ones_do(folder, selection, policy
     assert bool(names & set(MATRICES)) == (2 in layers)
 
 
-@pytest.mark.parametrize("form", ["fp8", "nf4"])
+@pytest.mark.parametrize("form", ["int8", "fp8", "nf4"])
 def test_a_streamed_format_computes_what_a_resident_one_does(folder, form):
     resident = load(folder, layout([2, 3], format=form))
     streamed = load(folder, layout([2, 3], format=form, placement="host"))
@@ -110,8 +112,9 @@ def test_a_streamed_format_computes_what_a_resident_one_does(folder, form):
     assert torch.equal(*made)
 
 
-def test_nf4_layers_compute_with_what_the_codes_say(folder):
-    model = load(folder, layout([2], format="nf4"))
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_layers_compute_with_what_the_codes_say(folder, form):
+    model = load(folder, layout([2], format=form))
     plain = load(folder, layout([2]))
     for block, other in zip(model.model.layers, plain.model.layers, strict=True):
         if block.frozen is not None:
@@ -196,7 +199,7 @@ def test_a_head_in_fp8(folder):
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "fp8", "nf4"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_between_stages_layers_change_their_part(folder, form, placement, tmp_path):
     """What stage 1 changed is frozen as changed; what stage 2 trains is as the base has it."""
@@ -224,8 +227,10 @@ def test_between_stages_layers_change_their_part(folder, form, placement, tmp_pa
                 store = Streamed if placement == "host" else Resident
                 assert isinstance(block.frozen, store) and getattr(block, name) is None
                 held = block.frozen.weights[name]
-                wanted = {"fp8": lambda w: ops.Fp8Weight(ops.quantize_fp8(w)),
-                          "nf4": ops.quantize_nf4, "bf16": ops.Bf16Weight}[form](right)  # fmt: skip
+                wanted = {
+                    "bf16": ops.Bf16Weight, "int8": ops.quantize_int8, "nf4": ops.quantize_nf4,
+                    "fp8": lambda w: ops.Fp8Weight(ops.quantize_fp8(w)),
+                }[form](right)  # fmt: skip
                 pairs = zip(tensors_of(held), tensors_of(wanted), strict=True)
                 assert all(torch.equal(a.float(), b.float()) for a, b in pairs)
     # and back: a layer that was quantized in between is read as the last stage left it
@@ -288,7 +293,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/status")
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "fp8"])
 def test_loading_holds_what_stays_and_two_layers(form, tmp_path):
     sizes = dict(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8,
@@ -302,5 +307,5 @@ def test_loading_holds_what_stays_and_two_layers(form, tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     layer = 1024 * (16 * 64) + 1024 * 512 + 3 * 1024 * 4096  # weights
-    stays = 2 * layer + 7 * layer * {"bf16": 2, "fp8": 1}[form]
+    stays = 2 * layer + 7 * layer * {"bf16": 2, "int8": 1.0625, "fp8": 1}[form]
     assert 0.9 * stays < int(ran.stdout) < stays + 2 * (2 * layer) + (4 << 20)  # what Python takes

@@ -6,7 +6,7 @@ import torch
 from tests.planning.accounting import tracked
 from tests.tiny import packed_batch, tiny_model
 from xplus_fast.model.families import Shape, shape_of
-from xplus_fast.model.layout import LayerLayout, Layout, UpdateLayout
+from xplus_fast.model.layout import FORMATS, LayerLayout, Layout, UpdateLayout
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.planning.memory import (
     Batch,
@@ -71,6 +71,7 @@ def test_formats_by_hand():
     n, rows = 192_937_984, 6144 + 4096 + 24576 + 4096
     assert layer_bytes(QWEN3_8B, "bf16") == 2 * n
     assert layer_bytes(QWEN3_8B, "fp8") == n + 4 * rows
+    assert layer_bytes(QWEN3_8B, "int8") == n + n // 64 * 4
     assert layer_bytes(QWEN3_8B, "nf4") == n // 2 + n // 64 * 4
 
 
@@ -80,7 +81,7 @@ def test_frozen_bytes_are_those_of_the_stored_tensors():
     from xplus_fast.model.frozen import freeze, tensors_of
 
     shape = Shape("qwen3", 1, 128, 4, 2, 32, 192, 64, 1e-6, False)
-    for form in ("bf16", "fp8", "nf4"):
+    for form in FORMATS:
         stored = 0
         for size in shape.packed_shapes().values():
             if len(size) == 2:
@@ -114,6 +115,7 @@ def test_purposes_by_hand():
         ("fp8", True, 0, 24576 * 4096),  # a transposed copy, where a gradient passes
         ("fp8", True, 21, 0),
         ("fp8", False, 21, 2 * 24576 * 4096),
+        ("int8", True, 21, 2 * 24576 * 4096),
         ("nf4", True, 21, 2 * 24576 * 4096),
         ("bf16", True, 0, 0),
     ],

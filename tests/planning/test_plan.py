@@ -81,6 +81,7 @@ def test_more_room_is_never_slower():
     "pins",
     [
         {"frozen": "nf4"},
+        {"frozen": "int8"},
         {"frozen": "bf16"},
         {"frozen": {"0-9": "nf4", "10-20": "bf16"}},
         {"placement": "device"},
@@ -117,6 +118,21 @@ def test_pins_are_kept(pins):
     assert p.device_total <= 24 * GB
 
 
+def test_formats_that_cost_quality_come_only_where_nothing_else_fits():
+    """And FP8's speed is pointed out, not taken."""
+    found = plan(budget=16)
+    assert {i.format for i in found.layout.layers} <= {"bf16", "int8"}
+    faster = plan(budget=16, frozen="fp8").predicted_tokens_per_s / found.predicted_tokens_per_s
+    assert [n for n in found.notes if "memory.frozen=fp8 is predicted" in n] == [
+        f"memory.frozen=fp8 is predicted {faster:.2f}x as fast; it rounds more than auto may"
+    ]
+    assert not any("is predicted" in note for note in plan(card="rtx3090", budget=16).notes)
+    narrow = plan(budget=14, host=8, layers=range(2))
+    assert {i.format for i in narrow.layout.layers if not i.trains} == {"int8"}
+    narrower = plan(budget=14, host=4, layers=range(2))
+    assert {i.format for i in narrower.layout.layers if not i.trains} == {"nf4"}
+
+
 def test_without_a_gpu_nothing_is_rounded_moved_or_repeated():
     p = plan(card="", budget=None, host=None)
     assert {(i.format, i.placement, i.activations) for i in p.layout.layers} == {
@@ -134,7 +150,9 @@ def test_a_tied_embedding_stays_and_is_not_rounded():
 
 
 def test_rounding_is_said_with_how_to_prevent_it():
-    assert any("memory.frozen=bf16" in note for note in plan().notes)
+    assert any(
+        "memory.frozen=bf16" in note for note in plan(budget=14, host=8, layers=range(2)).notes
+    )
     assert not any("memory.frozen=bf16" in note for note in plan(frozen="fp8").notes)
     assert any("no FP8" in note for note in plan(card="rtx3090", frozen="fp8").notes)
 
@@ -216,4 +234,4 @@ def test_fp8_on_a_gpu_goes_with_bf16_alone():
     with pytest.raises(UserError, match="fp8 goes with dtype=bfloat16 alone"):
         plan_stage(QWEN3_8B, [0], (), MemoryConfig(frozen="fp8"), **options)
     found = plan_stage(QWEN3_8B, [0], (), MemoryConfig(), budget=40 * GB, **options)
-    assert {layer.format for layer in found.layout.layers} <= {"bf16", "nf4"}
+    assert {layer.format for layer in found.layout.layers} <= {"bf16", "int8"}

@@ -16,7 +16,8 @@ import xplus_kernels as ops
 from xplus_fast.errors import UserError
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layout import Format
-from xplus_kernels import Bf16Weight, Fp8Rows, Fp8Weight, FrozenWeight, Nf4Weight
+from xplus_kernels import Bf16Weight, Fp8Rows, Fp8Weight, FrozenWeight, Int8Weight, Nf4Weight
+from xplus_kernels.int8 import BLOCK
 
 ALIGNMENT = 256  # bytes: every tensor in a buffer begins as an allocation of its own would
 PIECE = 1 << 19  # elements quantized at a time
@@ -64,6 +65,8 @@ def freeze(weight: Tensor, form: Format) -> FrozenWeight:
     try:
         if form == "fp8":
             return Fp8Weight(quantize_rows(weight))
+        if form == "int8":
+            return quantize_blocks(weight)
         if form == "nf4":
             return ops.quantize_nf4(weight)
     except (ValueError, ImportError) as e:
@@ -81,14 +84,28 @@ def quantize_rows(weight: Tensor) -> Fp8Rows:
     return Fp8Rows(data, scale)
 
 
+def quantize_blocks(weight: Tensor) -> Int8Weight:
+    """A matrix in INT8, a few rows at a time as in `quantize_rows`."""
+    rows = max(1, PIECE // weight.shape[1])
+    while rows * weight.shape[1] % BLOCK:  # a piece holds whole blocks
+        rows += 1
+    made = [ops.quantize_int8(weight[a : a + rows]) for a in range(0, len(weight), rows)]
+    return Int8Weight(torch.cat([m.codes for m in made]), torch.cat([m.scale for m in made]))
+
+
 def format_of(weight: FrozenWeight) -> Format:
-    return {Bf16Weight: "bf16", Fp8Weight: "fp8", Nf4Weight: "nf4"}[type(weight)]  # type: ignore[return-value]
+    formats: dict[type, Format] = {
+        Bf16Weight: "bf16", Fp8Weight: "fp8", Int8Weight: "int8", Nf4Weight: "nf4",
+    }  # fmt: skip
+    return formats[type(weight)]
 
 
 def tensors_of(weight: FrozenWeight) -> tuple[Tensor, ...]:
     """The tensors that make a frozen weight."""
     if isinstance(weight, Fp8Weight):
         return weight.rows
+    if isinstance(weight, Int8Weight):
+        return weight.codes, weight.scale
     return (weight.codes, weight.absmax) if isinstance(weight, Nf4Weight) else (weight.data,)
 
 
@@ -96,6 +113,8 @@ def with_tensors(weight: FrozenWeight, tensors: tuple[Tensor, ...]) -> FrozenWei
     """The same weight, made of these tensors."""
     if isinstance(weight, Fp8Weight):
         return Fp8Weight(Fp8Rows(*tensors))
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(*tensors)
     if isinstance(weight, Nf4Weight):
         codes, absmax = tensors
         return Nf4Weight(codes, absmax, weight.shape)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FORMATS = ("bf16", "fp8", "nf4")
 POLICIES = ("keep", "recompute_mlp", "recompute", "offload")
-Format = Literal["bf16", "fp8", "nf4"]
+Format = Literal["bf16", "int8", "fp8", "nf4"]
+FORMATS: tuple[Format, ...] = ("bf16", "int8", "fp8", "nf4")
 Placement = Literal["device", "host"]
 Policy = Literal["keep", "recompute_mlp", "recompute", "offload"]
 

@@ -13,7 +13,6 @@ from typing import Any
 from xplus_fast.config import MemoryConfig
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import (
-    FORMATS,
     Format,
     LayerLayout,
     Layout,
@@ -24,6 +23,9 @@ from xplus_fast.model.layout import (
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.memory import CONTEXT, Batch, matrices
 from xplus_fast.planning.selection import resolve_layers
+
+# Formats that "auto" prefers: the loss curve of the demo's model stays within 1 % (docs/memory.md)
+FAITHFUL: tuple[Format, ...] = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Request:
     element: int  # bytes of the run's dtype
     pack_tokens: int
     tokens_per_step: int
+    formats: tuple[Format, ...] = FAITHFUL  # what "auto" may give frozen layers
 
     @property
     def lowest(self) -> int:
@@ -125,7 +128,7 @@ def _formats(r: Request, auto: bool) -> list[list[Format]]:
         return [given]  # type: ignore[list-item]
     forms = ["bf16"]
     if auto:
-        forms = [f for f in FORMATS if f != "fp8" or fp8_fits(r.shape) and r.fp8_dtype]
+        forms = [f for f in r.formats if f != "fp8" or fp8_fits(r.shape) and r.fp8_dtype]
     return [[form if g == "auto" else g for g in given] for form in forms]  # type: ignore[misc]
 
 

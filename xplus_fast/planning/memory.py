@@ -52,6 +52,8 @@ def layer_bytes(shape: Shape, form: Format, element: int = 2) -> int:
         n = rows * columns
         if form == "fp8":
             total += n + 4 * rows
+        elif form == "int8":
+            total += n + 4 * math.ceil(n / 64)
         elif form == "nf4":
             total += math.ceil(n / 2) + 4 * math.ceil(n / 64)
         else:
@@ -332,7 +334,7 @@ def scratch_bytes(shape: Shape, layout: Layout, b: Batch) -> int:
     for i, layer in enumerate(layout.layers):
         if layer.trains or layer.format == "bf16":
             continue
-        if layer.format == "nf4" or not b.fp8_gemm:
+        if layer.format != "fp8" or not b.fp8_gemm:
             most = max(most, b.element * largest)
         elif i >= lowest:
             most = max(most, largest)
