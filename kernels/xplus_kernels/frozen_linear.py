@@ -171,8 +171,8 @@ def frozen_linear(
 
     x: [..., K] in a dtype of the weight (bf16: its own; int8 and nf4: bf16, fp16, fp32; fp8: bf16
     on a GPU), or Fp8Rows [T, K] with an Fp8Weight, on a card with FP8. dtype: of the result where x
-    is Fp8Rows, by default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype, at least
-    `scratch_bytes(...)` long; overwritten. Returns [..., N], without a graph.
+    is Fp8Rows, by default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype,
+    at least `scratch_bytes(...)` long; overwritten. Returns [..., N], without a graph.
 
     Raises TypeError or ValueError, naming the argument, where they do not fit together.
     """
