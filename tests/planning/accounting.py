@@ -1,5 +1,6 @@
 """Bytes of tensors alive while the engine runs, on a CPU."""
 
+import sys
 import weakref
 from contextlib import contextmanager
 
@@ -12,7 +13,10 @@ import xplus_kernels as ops
 LEAVES = (
     "rms_norm", "rms_norm_backward", "add_rms_norm_backward", "swiglu", "swiglu_backward",
     "qk_norm_rope", "qk_norm_rope_backward", "varlen_attention", "varlen_attention_backward",
+    "rms_norm_fp8", "swiglu_fp8", "swiglu_backward_fp8",
 )  # fmt: skip
+# Inside `frozen_linear`, whose own temporaries count: what it multiplies in FP8 is quantized first
+FROZEN = ("quantize_fp8", "fp8_matmul", "dequantize_int8", "dequantize_nf4")
 
 
 class Tracker(TorchDispatchMode):
@@ -45,6 +49,42 @@ class Tracker(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
+class Away:
+    """`Offload` with a host of its own: what it holds does not count, what it brings back does.
+
+    The device lets go of an input when the next one leaves, or the first comes back.
+    """
+
+    def __init__(self, tracker):
+        self.tracker, self.sent, self.leaving = tracker, [], None
+
+    def put(self, x):
+        self.leaving = x
+        with _disable_current_modes():
+            self.sent.append(_Sent(self, x.detach().clone()))
+        return self.sent[-1]
+
+
+class _Sent:
+    def __init__(self, home, host):
+        self.home, self.host, self.back = home, host, None
+
+    def fetch(self):
+        if self.back is None:
+            with _disable_current_modes():
+                self.back = self.host.clone()
+            self.home.tracker.see(self.back)
+
+    def take(self):
+        self.home.leaving = None
+        self.fetch()
+        at = self.home.sent.index(self)
+        if at:
+            self.home.sent[at - 1].fetch()  # the one below sets out
+        back, self.back = self.back, None
+        return back
+
+
 @contextmanager
 def tracked(monkeypatch, logits_rows=None):
     """Kernels as they are on a GPU: their outputs count, their references' temporaries do not."""
@@ -75,5 +115,8 @@ def tracked(monkeypatch, logits_rows=None):
         for name in LEAVES:
             patch.setattr(ops, name, leaf(getattr(ops, name)))
         patch.setattr(ops, "linear_cross_entropy", head_leaf)
+        frozen = sys.modules["xplus_kernels.frozen_linear"]  # in the package: the function
+        for name in FROZEN:
+            patch.setattr(frozen, name, leaf(getattr(frozen, name)))
         with tracker:
             yield tracker

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from tests.planning.accounting import tracked
+from tests.planning.accounting import Away, tracked
 from tests.tiny import packed_batch, tiny_model
+from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import FORMATS, LayerLayout, Layout, UpdateLayout
+from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.planning.memory import (
     Batch,
@@ -14,6 +17,7 @@ from xplus_fast.planning.memory import (
     kept_bytes,
     layer_bytes,
     peak_moment,
+    scratch_bytes,
     update_buffers,
 )
 
@@ -53,6 +57,38 @@ def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps):
     small = 512 * (4 * shape.head_dim + 24) + supervised * (4 * shape.hidden + 8)
     grads = expected.gradients if steps == 2 else 0
     assert held - grads == pytest.approx(kept + small, rel=0.02)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("policy", ["keep", "recompute_mlp", "recompute", "offload"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_peak_is_the_engines_in_every_format(monkeypatch, tmp_path, form, policy, selection):
+    """Laid out as a plan says; what offloaded inputs take on the host is counted apart."""
+    if form == "nf4":
+        pytest.importorskip("bitsandbytes", reason="makes the NF4 codes")
+    layers = SELECTIONS[selection]
+    layout = Layout(
+        tuple(LayerLayout(i in layers, form, activations=policy) for i in range(6)),
+    )
+    tiny_model(**MID).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    weights = Weights(CheckpointFiles.open(tmp_path))
+    model = load_model(weights, config, layout, dtype=torch.float32, device=torch.device("cpu"))
+    batch, shape = packed_batch(LENGTHS), shape_of(config)
+    b = Batch(512, int((batch["labels"] != -100).sum()), element=4, inside=False)
+    expected = peak_moment(shape, layout, UpdateLayout(master=False), b)
+    with tracked(monkeypatch) as tracker:
+        tracker.see(list(batch.values()))
+        away = Away(tracker)
+        for block in model.model.layers:
+            block.offload = away if block.offload is not None else None
+        model(**batch).loss.backward()
+    scratch = scratch_bytes(shape, layout, b)
+    if form == "fp8":  # on a GPU a transposed copy; the CPU's reference reads any layout
+        passes = any(i not in layers for i in range(min(layers), 6))
+        assert scratch == 2 * shape.ffn * shape.hidden * passes
+        scratch = 0
+    assert tracker.peak == pytest.approx(expected.total + scratch, rel=0.02)
 
 
 QWEN3_8B = Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e-6, False)
@@ -139,3 +175,18 @@ def test_the_updates_buffers_are_the_engines_slots(update):
 
     slots = slot_bytes(2 * 12288 * 4096, update)
     assert update_buffers(QWEN3_8B, (), update, 2) == pytest.approx(slots, rel=0.001)
+
+
+def test_constants_are_the_kernels_own():
+    """They are copied, for a plan needs no torch."""
+    from importlib import import_module
+
+    from xplus_fast.planning import memory
+    from xplus_fast.training import host_state
+
+    head = import_module("xplus_kernels.linear_cross_entropy")
+    for name in ("LOGITS_BYTES", "LEAST_ROWS", "HEAD_TILES"):
+        assert getattr(memory, name) == getattr(head, name)
+    assert memory.UPDATE_CHUNK == host_state.CHUNK
+    for name in ("int8", "nf4"):
+        assert import_module(f"xplus_kernels.{name}").BLOCK == 64  # of `layer_bytes`

@@ -278,20 +278,23 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
         if saved + workspace + gradients > best.total:
             best = Moment(saved, workspace, gradients, updating)
 
-    saved = 0
+    # an input on its way to the host while the next layer computes, or back
+    moving = [x if layer.activations == "offload" else 0 for layer in layers]
+    moving[:lowest] = [0] * lowest
+    saved = away = 0
     for i, layer in enumerate(layers):
-        at(pack + x + forwards[id(layer)])
+        at(pack + x + forwards[id(layer)] + away)
+        away = moving[i]
         if i >= lowest:
             saved += kept[id(layer)]
-    # two on their way to the host, or back
-    away = 2 * x if any(i.activations == "offload" for i in layers[lowest:]) else 0
     if not (trained or also):
         return best
     forward, backward = head_peaks(shape, b, layout.head == "fp8", "head" in also)
     at(pack + away + forward)
     at(pack + away + backward)
     arriving = 0
-    for layer in reversed(layers[lowest:]):
+    for i, layer in reversed(list(enumerate(layers))[lowest:]):
+        away = max(moving[:i], default=0) if moving[i] else 0
         at(pack + away + x + backwards[id(layer)] + arriving)
         saved -= kept[id(layer)]
         arriving = 0
