@@ -1,0 +1,109 @@
+"""Step 3, language identification: could either text be of the language that it should be?
+
+py3langid (Heafield-style naive Bayes over byte n-grams) scores a text in 140 languages. The
+expected language is known, so a short text need not look most like it: it goes only if another
+language is likelier by more than `margin` nats. Dialects and mutually close standards count as one.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+
+from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class IdentifyOptions:
+    margin: float = 7.0  # nats by which another language must be likelier
+    scripts: bool = True  # tell Simplified from Traditional Chinese
+
+
+# What the identifier tells apart and a corpus does not
+SAME = {
+    "wuu": "zh", "yue": "zh", "lzh": "zh", "bs": "sr", "hr": "sr", "sh": "sr", "arz": "ar",
+    "ary": "ar", "nn": "no", "nb": "no", "uzs": "uz",
+}  # fmt: skip
+
+
+def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
+    """Judge both texts of every pair. Raises `UserError` where py3langid is not installed."""
+
+    def judge(row: dict[str, str]) -> None:
+        for side in ("source", "target"):
+            try:
+                _one(row[side], row[f"{side}_language"], options)
+            except Reject as e:
+                raise Reject(f"{side}: {e.reason}", e.detail) from None
+
+    return judge_rows(batch, judge)
+
+
+def _one(text: str, language: str, options: IdentifyOptions) -> None:
+    base = language.partition("_")[0]
+    gap, other = advantage(text, base)
+    if gap > options.margin:
+        raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
+    if options.scripts and base == "zh":
+        simplified, traditional = chinese_scripts(text)
+        wrong, right = (traditional, simplified)
+        if language == "zh_Hant":
+            wrong, right = right, wrong
+        if wrong > right:
+            raise Reject("wrong Chinese script", f"{wrong} characters against {right}")
+
+
+def advantage(text: str, language: str) -> tuple[float, str]:
+    """By how many nats the likeliest other language is likelier, and which that is.
+
+    0 for a language that the identifier does not know.
+    """
+    identifier = _identifier()
+    language = SAME.get(language, language)
+    own, best, other = None, None, ""
+    for label, score in identifier.rank(text):  # best first
+        label = SAME.get(label, label)
+        if label == language:
+            own = score if own is None else own
+        elif best is None and label != "zxx":  # no linguistic content
+            best, other = score, label
+        if own is not None and best is not None:
+            return best - own, other
+    return 0.0, ""
+
+
+@cache
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise UserError(
+            "language identification needs py3langid: pip install 'xplus-fast[prepare]'"
+        ) from None
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+def chinese_scripts(text: str) -> tuple[int, int]:
+    """How many characters are Simplified only, and Traditional only."""
+    kinds = [_chinese(c) for c in text if "\u4e00" <= c <= "\u9fff"]
+    return kinds.count("Hans"), kinds.count("Hant")
+
+
+@cache
+def _chinese(character: str) -> str:
+    """What national standards know a character: GB 2312 of Simplified, Big5 of Traditional text."""
+    try:
+        character.encode("gb2312")
+        simplified = True
+    except UnicodeEncodeError:
+        simplified = False
+    try:
+        character.encode("big5")
+        traditional = True
+    except UnicodeEncodeError:
+        traditional = False
+    if simplified == traditional:
+        return ""
+    return "Hans" if simplified else "Hant"
