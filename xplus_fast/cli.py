@@ -1,4 +1,4 @@
-"""`xplus-fast`: plan · train · export · verify · bench."""
+"""`xplus-fast`: prepare · plan · train · export · verify · bench."""
 
 import argparse
 import importlib
@@ -41,6 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xplus-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare", help="raw parallel corpora -> a clean, balanced set of conversations"
+    )
+    prepare.add_argument("recipe", type=Path, help="YAML file, see recipes/prepare-small.yaml")
+    prepare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine=ray")
+    prepare.add_argument("--restart", action="store_true", help="throw an earlier result away")
+    prepare.add_argument(
+        "--explain", nargs=2, metavar=("SOURCE", "TARGET"), help="what each step thinks of a pair"
+    )
+    prepare.add_argument(
+        "--languages", default="", metavar="A-B", help="of the pair to explain, e.g. en-sw"
+    )
+    prepare.set_defaults(run=_prepare)
 
     plan = commands.add_parser("plan", help="what fits where, how fast: before anything is loaded")
     plan.add_argument("recipe", type=Path, help="YAML file, see recipes/")
@@ -85,6 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from xplus_fast.data.preparation.recipe import load_prepare_recipe
+
+    recipe = load_prepare_recipe(options.recipe, options.overrides)
+    if options.explain:
+        from xplus_fast.data.languages import two_languages
+        from xplus_fast.data.preparation.explain import explain_pair
+
+        if not options.languages:
+            raise UserError("--explain goes with --languages, such as --languages en-sw")
+        languages = two_languages(options.languages.split("-"), "--languages")
+        source, target = options.explain
+        print(explain_pair(recipe, source, target, languages))
+        return 0
+    from xplus_fast.data.preparation.run import prepare
+
+    print(prepare(recipe, restart=options.restart))
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from xplus_fast.errors import UserError
 
 # Where the usual name in translation work is not CLDR's.
 _NAMES = {"bn": "Bengali"}
+# Individual languages that a corpus of the larger one is tagged with
+_UNITED = {"arb": "ar", "cmn": "zh", "nob": "no", "nb": "no", "swh": "sw", "pes": "fa"}
 
 
 @functools.cache
@@ -38,6 +40,25 @@ def language_name(code: str) -> str:
     return Language.make(
         language=language.language, script=script, territory=language.territory
     ).display_name()
+
+
+@functools.cache
+def canonical(code: str) -> str:
+    """One code for all spellings of a language: "sw" for swh_Latn, swa and SW.
+
+    A script is kept only where it is not the usual one of the language: "sr" is Cyrillic, "sr_Latn"
+    is not; "zh" is Simplified, zh_Hant and zh-TW are "zh_Hant". Territories go otherwise. Raises
+    `UserError` for an unknown code.
+    """
+    from langcodes import Language
+
+    language_name(code)  # that it is one
+    language = Language.get(code).prefer_macrolanguage()
+    if (base := _UNITED.get(language.language or "")) is not None:
+        language = Language.make(base, script=language.script, territory=language.territory)
+    usual = Language.make(language.language).maximize().script
+    script = language.maximize().script
+    return f"{language.language}_{script}" if script != usual else str(language.language)
 
 
 @functools.cache

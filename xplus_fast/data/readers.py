@@ -68,7 +68,9 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
+    """A sentence and its translation."""
+
     where: str
     languages: tuple[str, str]
     texts: tuple[str, str]
@@ -82,13 +84,13 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
     for the first bad record.
     """
     name, chosen = _name(source), file_format(source)
-    items: Iterator[_Pair | Example | Rejected]
+    items: Iterator[Pair | Example | Rejected]
     if chosen == "text":
         raise UserError(f"{name}: raw text has no answers to learn; it serves in data.retention")
     if chosen == "lines":
-        items = _line_pairs(source)
+        items = line_pairs(source)
     elif chosen == "gettext":
-        items = _catalog_pairs(source)
+        items = catalog_pairs(source)
     else:
         items = _from_records(source, chosen, reading)
     if chosen != "auto":
@@ -97,7 +99,7 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
         if isinstance(item, Rejected):
             reading.skip(item, data)
             continue
-        for example in _directed(item, source, data) if isinstance(item, _Pair) else [item]:
+        for example in _directed(item, source, data) if isinstance(item, Pair) else [item]:
             if isinstance(bad := _check(example), Rejected):
                 reading.skip(bad, data)
                 break
@@ -170,7 +172,7 @@ def source_files(source: Source) -> list[Path]:
     if not isinstance(source.path, str):
         return [Path(p).expanduser() for p in source.path]
     path = Path(source.path).expanduser()
-    return [p for p, _ in _catalogs(path, source)] if chosen == "gettext" else data_files(path)
+    return [p for p, _ in catalogs(path, source)] if chosen == "gettext" else data_files(path)
 
 
 def _name(source: Source) -> str:
@@ -180,7 +182,7 @@ def _name(source: Source) -> str:
 # --- translation pairs ---
 
 
-def _line_pairs(source: Source) -> Iterator[_Pair | Rejected]:
+def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
     a, b = (Path(p).expanduser() for p in source.path)
     codes = source.languages or [_suffix_language(p) for p in (a, b)]
     languages = two_languages(codes, _name(source))
@@ -197,7 +199,7 @@ def _line_pairs(source: Source) -> Iterator[_Pair | Rejected]:
         elif isinstance(y, Rejected):
             yield y
         else:
-            yield _Pair(where, languages, (x, y))
+            yield Pair(where, languages, (x, y))
 
 
 def _suffix_language(path: Path) -> str:
@@ -210,7 +212,7 @@ def _suffix_language(path: Path) -> str:
     return code
 
 
-def _catalogs(path: Path, source: Source) -> list[tuple[Path, str]]:
+def catalogs(path: Path, source: Source) -> list[tuple[Path, str]]:
     """The (.po file, language) pairs to read."""
     origin = source.languages[0] if source.languages else "en"
     wanted = set(source.languages[1:])
@@ -232,12 +234,12 @@ def _catalogs(path: Path, source: Source) -> list[tuple[Path, str]]:
     return [(p, lang) for p, lang in found if (lang in wanted if wanted else lang != origin)]
 
 
-def _catalog_pairs(source: Source) -> Iterator[_Pair | Rejected]:
+def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
     import polib
 
     assert isinstance(source.path, str)
     origin = source.languages[0] if source.languages else "en"
-    for path, language in _catalogs(Path(source.path).expanduser(), source):
+    for path, language in catalogs(Path(source.path).expanduser(), source):
         languages = two_languages([origin, language], str(path))
         try:
             entries = polib.pofile(str(path), encoding="utf-8")
@@ -250,10 +252,10 @@ def _catalog_pairs(source: Source) -> Iterator[_Pair | Rejected]:
             if entry.obsolete or entry.fuzzy or entry.msgid_plural or not entry.msgstr.strip():
                 continue
             where = f"{path}:{entry.linenum} ({language})"
-            yield _Pair(where, languages, (entry.msgid, entry.msgstr))
+            yield Pair(where, languages, (entry.msgid, entry.msgstr))
 
 
-def _directed(pair: _Pair, source: Source, data: DataConfig) -> Iterator[Example]:
+def _directed(pair: Pair, source: Source, data: DataConfig) -> Iterator[Example]:
     """One pair -> its examples, in the directions that the source asks for."""
     sides = [
         (code.replace("-", "_"), language_name(code), text.strip())
@@ -277,7 +279,7 @@ def _directed(pair: _Pair, source: Source, data: DataConfig) -> Iterator[Example
 
 def _from_records(
     source: Source, chosen: str, reading: Reading
-) -> Iterator[_Pair | Example | Rejected]:
+) -> Iterator[Pair | Example | Rejected]:
     assert isinstance(source.path, str)
     path = Path(source.path).expanduser()
     pinned, tag, seen = chosen != "auto", stem(path), False
@@ -290,7 +292,7 @@ def _from_records(
             reading.formats[str(source.path)] = chosen
         try:
             if chosen == "translation":
-                yield _Pair(where, *translation(record, source.languages, where))
+                yield Pair(where, *translation(record, source.languages, where))
             else:
                 messages = CONVERSATIONS[chosen](record)
                 asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])

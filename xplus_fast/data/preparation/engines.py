@@ -1,0 +1,95 @@
+"""Where parts are worked on: this machine's cores, or a Ray cluster, by the same functions.
+
+Each engine takes a stream of calls and gives their results as they come; a few calls more than
+there are workers are under way at a time, so that a corpus is never held whole.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+from xplus_fast.errors import UserError
+
+AHEAD = 2  # calls that wait for each worker
+Call = tuple[Any, ...]
+
+
+def run_calls(
+    engine: str, function: Callable[..., Any], calls: Iterable[Call], workers: int | None
+) -> Iterator[Any]:
+    """The results of function(*call) for all calls, in the order in which they finish."""
+    if engine == "ray":
+        yield from _ray(function, calls, workers)
+    elif workers == 1:
+        yield from (function(*call) for call in calls)
+    else:
+        yield from _local(function, calls, workers or _cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _local(function: Callable[..., Any], calls: Iterable[Call], workers: int) -> Iterator[Any]:
+    stream = iter(calls)
+    # spawned: a fork of a process with threads (Arrow's, a tokenizer's) can hang
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as pool:
+        running: set[Future] = set()
+        try:
+            while True:
+                for call in islice(stream, workers * AHEAD - len(running)):
+                    running.add(pool.submit(function, *call))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; fewer `workers` or"
+                " smaller `part_pairs` need less; start again to go on"
+            ) from None
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _alone() -> None:
+    """A worker is one thread: there are as many workers as cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import pyarrow
+
+    pyarrow.set_cpu_count(1)
+
+
+def _ray(function: Callable[..., Any], calls: Iterable[Call], workers: int | None) -> Iterator[Any]:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("engine: ray needs Ray: pip install 'xplus-fast[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:  # RAY_ADDRESS names a cluster; without it Ray starts one on this machine
+        ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
+    remote = ray.remote(function)
+    at_once = AHEAD * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+    stream = iter(calls)
+    running: list[Any] = []
+    try:
+        while True:
+            running += [remote.remote(*call) for call in islice(stream, at_once - len(running))]
+            if not running:
+                return
+            done, running = ray.wait(running)
+            for reference in done:
+                try:
+                    yield ray.get(reference)
+                except ray.exceptions.RayTaskError as e:
+                    raise e.cause if isinstance(e.cause, UserError) else e from None
+    finally:
+        if ours:
+            ray.shutdown()

