@@ -92,6 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify)
 
+    sensitivity = commands.add_parser(
+        "sensitivity", help="which layers your data pull at, and selections for a budget"
+    )
+    sensitivity.add_argument("model", metavar="MODEL", help="a folder or hub id")
+    sensitivity.add_argument(
+        "data", nargs="+", metavar="DATA",
+        help="a recipe (.yaml) with key=value, a file or folder, or two line-aligned files",
+    )  # fmt: skip
+    sensitivity.add_argument("--budget", help="parameters to train, such as 3B or 250M")
+    sensitivity.add_argument("--batches", type=int, default=200, help="packed rows (default: 200)")
+    sensitivity.add_argument(
+        "--out", type=Path, default=Path("sensitivity"), metavar="DIR",
+        help="for sensitivity.json and .png (default: sensitivity)",
+    )  # fmt: skip
+    sensitivity.add_argument("--json", action="store_true", help="for programs")
+    sensitivity.set_defaults(run=_sensitivity, overrides=[])
+
     bench = commands.add_parser("bench", help="time the kernels (in a checkout of the source)")
     bench.add_argument("what", choices=BENCHMARKS, help="what to time")
     bench.add_argument(
@@ -189,6 +206,32 @@ def _verify(options: argparse.Namespace) -> int:
     result = verify(base, options.result, allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    _quiet()
+    from xplus_fast.evaluation.sensitivity import analyse
+    from xplus_fast.evaluation.sensitivity_report import (
+        check_budget,
+        describe,
+        make_folder,
+        summarize,
+        write,
+    )
+
+    budget = check_budget(options.model, options.budget)
+    make_folder(options.out)
+    changes = [word for word in options.data if "=" in word and not Path(word).exists()]
+    data = [word for word in options.data if word not in changes]
+    changes += options.overrides
+    seen, about = analyse(options.model, data, changes, batches=options.batches, show=True)
+    result = summarize(seen, about, budget=budget)
+    files = write(result, options.out)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print("\n".join([describe(result), "", f"written to {files[0]} and {files[1]}"]))
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

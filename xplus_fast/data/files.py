@@ -15,6 +15,7 @@ from typing import Any
 from xplus_fast.errors import UserError
 
 RECORDS = (".jsonl", ".json", ".parquet")
+PREPARED = ".xplus-prepare"  # marks what `xplus-fast prepare` made: shards, manifest, report
 # What `datasets.save_to_disk` leaves beside the data: a dataset, a dictionary of splits.
 _DATASET, _SPLITS = "state.json", "dataset_dict.json"
 
@@ -58,6 +59,8 @@ def data_files(path: Path) -> list[Path]:
         return [path]
     if saved_dataset(path):
         return sorted(p for p in path.rglob("*") if p.is_file())
+    if (path / PREPARED).is_file():
+        return sorted(path.glob("data-*.parquet"))
     found = sorted(p for p in path.iterdir() if kind(p) in RECORDS)
     if not found:
         raise UserError(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.files import (
@@ -296,13 +297,21 @@ def _from_records(
             else:
                 messages = CONVERSATIONS[chosen](record)
                 asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
-                yield Example(messages, where, tag, f"\0{asked}")
+                yield Example(messages, where, *_named(record, tag, asked))
         except Unfit as e:
             reason, detail = e.args
             if not seen and pinned and reason == ODD_KEYS:
                 raise UserError(f"{where}: not of the format '{chosen}': {detail}") from None
             yield Rejected(where, reason, detail)
         seen = True
+
+
+def _named(record: dict[str, Any], tag: str, asked: str) -> tuple[str, str]:
+    """Tag and key: what `xplus-fast prepare` wrote of the direction and the pair, if it did."""
+    src, tgt, pair = (record.get(name) for name in ("src", "tgt", "pair"))
+    if isinstance(src, str) and isinstance(tgt, str) and isinstance(pair, str):
+        return f"{src}-{tgt}", f"{'-'.join(sorted((src, tgt)))}\0{pair}"
+    return tag, f"\0{asked}"
 
 
 def _check(example: Example) -> Example | Rejected:

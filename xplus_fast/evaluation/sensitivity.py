@@ -36,7 +36,7 @@ from xplus_fast.data.corpus import Corpus, PackCollator, load_corpus
 from xplus_fast.errors import UserError
 from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, resolve_model
 from xplus_fast.model.families import Shape, shape_of
-from xplus_fast.model.layout import POLICIES, LayerLayout, Layout, Policy, UpdateLayout
+from xplus_fast.model.layout import LayerLayout, Layout, Policy, UpdateLayout
 from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import is_prepared
 from xplus_fast.planning.from_recipe import USABLE, free_memory
@@ -64,7 +64,12 @@ class Sensitivity:
 
 
 def analyse(
-    model: str, data: Sequence[str], *, batches: int, show: bool
+    model: str,
+    data: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    batches: int,
+    show: bool,
 ) -> tuple[Sensitivity, dict[str, Any]]:
     """Load, pack, and go once over `batches` rows (all, where there are fewer).
 
@@ -72,6 +77,7 @@ def analyse(
         model: a folder or hub id.
         data: a recipe (.yaml), whose `data` counts; or a file or folder that a source may name; or
             the two files of a line-aligned pair.
+        overrides: `key=value` changes to the recipe.
         batches: packed rows, drawn at random from the training data.
         show: progress, on a terminal.
 
@@ -83,7 +89,7 @@ def analyse(
     """
     if batches < 1:
         raise UserError(f"--batches: at least 1 is wanted, found {batches}")
-    recipe = _recipe(model, data)
+    recipe = _recipe(model, data, overrides)
     base = resolve_model(model)
     files, config, tokenizer = _open(base)
     shape = shape_of(config)
@@ -135,8 +141,8 @@ def measure(model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: boo
             batch = collate([row])
             n = len(batch["supervised_rows"])
             if n:  # a mean over nothing is NaN
-                batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                loss = model(**batch).loss
+                here = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
+                loss = model(**{**batch, **here}).loss
                 loss.backward()
                 losses.append(float(loss.detach()))
                 squares.append(watch.take())
@@ -225,7 +231,9 @@ def choose_activations(
     batch = Batch(tokens, tokens, element, inside=cuda)
     update = UpdateLayout(gradients="host", states="host")  # none on the device but a layer's
     context = CONTEXT if cuda else 0
-    policies: tuple[Policy, ...] = POLICIES if cuda else POLICIES[:-1]  # offload: to the host
+    policies: list[Policy] = ["keep", "recompute_mlp", "recompute"]
+    if cuda:
+        policies.append("offload")  # to the host: a CPU has nowhere else
     need = 0
     for policy in policies:
         layout = Layout((LayerLayout(trains=True, activations=policy),) * shape.layers)
@@ -245,16 +253,18 @@ def _memory(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0] * USABLE)
 
 
-def _recipe(model: str, data: Sequence[str]) -> Recipe:
+def _recipe(model: str, data: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The data as a recipe has them."""
     if len(data) == 1 and Path(data[0]).suffix in (".yaml", ".yml"):
-        recipe = load_recipe(data[0])
+        recipe = load_recipe(data[0], overrides)
         own = [source for stage in recipe.stages for source in stage.sources or []]
         return replace(recipe, data=replace(recipe.data, sources=recipe.data.sources or own))
-    if len(data) > 2:
+    if overrides:
+        raise UserError(f"'{overrides[0]}': key=value changes a recipe, and DATA is none (.yaml)")
+    if not 1 <= len(data) <= 2:
         raise UserError(
-            f"{' '.join(data)}: a recipe, a file or folder, or two line-aligned files are wanted,"
-            f" found {len(data)}; a recipe can name many sources"
+            "DATA: a recipe, a file or folder, or two line-aligned files are wanted, found"
+            f" {len(data)}; a recipe can name many sources"
         )
     source = Source(data[0] if len(data) == 1 else list(data))
     return Recipe(model, "", [], DataConfig(sources=[source]))
@@ -263,9 +273,7 @@ def _recipe(model: str, data: Sequence[str]) -> Recipe:
 def _corpus(recipe: Recipe, tokenizer: Any, show: bool) -> Corpus:
     if not recipe.data.sources:
         raise UserError("no data: neither data.sources nor a stage's own sources are given")
-    return load_corpus(
-        recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show
-    )
+    return load_corpus(recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show)
 
 
 def _open(base: Path) -> tuple[CheckpointFiles, Any, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from xplus_fast.data.languages import language_name
 from xplus_fast.data.preparation.parts import EDGES
 
-COLORS = ("#1f4e5f", "#2b6f86", "#4a93a8", "#7bb4c2", "#b4d3da", "#e0a458", "#c8553d")
+COLORS = ("#2b6f86", "#c8553d", "#e0a458", "#e9d8a6", "#b4d3da", "#7bb4c2", "#94a3ad")
 
 
 def write_report(out: Path, manifest: dict[str, Any]) -> None:
@@ -98,16 +98,19 @@ def _draw(out: Path, manifest: dict[str, Any]) -> list[str]:
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(9, 1.4 + 0.34 * len(stages)), layout="constrained")
         names = list(stages)[::-1]
-        for i, (step, _) in enumerate(next(iter(stages.values()))):
+        steps = [step for step, _ in next(iter(stages.values()))]
+        labels = [*(f"lost in {step}" for step in steps[1:]), "stay"]
+        for i, label in enumerate(labels):
+            # of each bar the next one hides all but what the next step took
             shares = [stages[n][i][1] / max(1, stages[n][0][1]) for n in names]
-            # each step's bar covers the ones before it: what is still to be seen of those was lost
-            axes.barh(names, shares, color=COLORS[::-1][min(i, len(COLORS) - 1)], label=step)
+            color = COLORS[0] if label == "stay" else COLORS[1:][i % (len(COLORS) - 1)]
+            axes.barh(names, shares, color=color, label=label)
         for y, name in enumerate(names):
             axes.text(1.01, y, f"{stages[name][-1][1]:,} of {stages[name][0][1]:,}", va="center")
         axes.set_xlim(0, 1.0)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axes.set_title("pairs left after each step", loc="left")
-        axes.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(0, -0.08), fontsize=9)
+        axes.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=9)
         figure.savefig(out / "funnel.png", dpi=130)
         plt.close(figure)
 
@@ -120,7 +123,7 @@ def _draw(out: Path, manifest: dict[str, Any]) -> list[str]:
         )  # fmt: skip
         labels = [f"<{EDGES[0]}", *(f"{edge}" for edge in EDGES)]
         for axes, (code, bins) in zip(grid.flat, sorted(lengths.items()), strict=False):
-            axes.bar(range(len(bins)), bins, color=COLORS[1])
+            axes.bar(range(len(bins)), bins, color=COLORS[0])
             axes.set_title(language_name(code), loc="left", fontsize=10)
             axes.set_xticks(range(len(bins)), labels, rotation=60, fontsize=7)
             axes.set_yticks([])

@@ -53,8 +53,12 @@ class Rows:
             tokens = [table.column(f"{s}_tokens").to_numpy() for s in ("source", "target")]
             parts["tokens"].append((tokens[0] + tokens[1]).astype(np.int32))
         joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        # numbered by their names: duplicates are decided by hashes that these numbers go into
+        names_of = sorted(pairs)
+        number = np.array([names_of.index(pair) for pair in pairs], np.int16)
+        joined["pair"] = number[joined["pair"]]
         return Rows(
-            work, names, sizes, {c: joined[c] for c in COLUMNS}, list(pairs), joined["pair"],
+            work, names, sizes, {c: joined[c] for c in COLUMNS}, names_of, joined["pair"],
             joined["corpus"], joined["score"], joined["tokens"], np.ones(sum(sizes), bool),
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xplus_fast import __version__
-from xplus_fast.data.files import Rejected
+from xplus_fast.data.files import PREPARED, Rejected
 from xplus_fast.data.preparation.balance import allot, choose
 from xplus_fast.data.preparation.corpora import corpus_files, read_corpus
 from xplus_fast.data.preparation.engines import run_calls
@@ -45,7 +45,7 @@ from xplus_fast.data.steps.instruct import instruct_pairs
 from xplus_fast.errors import UserError
 from xplus_fast.options import to_dict
 
-MANIFEST, WORK, MARK = "manifest.json", ".work", ".xplus-prepare"
+MANIFEST, WORK = "manifest.json", ".work"
 PROMPT_TOKENS = 24  # of the words around a sentence in a conversation
 # Options that change how the work is done, not what comes out
 FREE = ("engine", "workers", "output")
@@ -73,7 +73,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     work = out / WORK / digest
     try:
         work.mkdir(parents=True, exist_ok=True)
-        (out / MARK).touch()
+        (out / PREPARED).touch()
     except OSError as e:
         raise UserError(f"output: {out}: cannot be written ({e.strerror})") from None
     for other in (out / WORK).iterdir():
@@ -270,7 +270,7 @@ def _finished(out: Path, digest: str, restart: bool) -> bool:
     """Whether the output holds this recipe's result; makes room where it may."""
     if not out.exists():
         return False
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / PREPARED).exists()):
         raise UserError(f"output: {out}: holds something else; give a new or empty folder")
     manifest = out / MANIFEST
     if manifest.exists():

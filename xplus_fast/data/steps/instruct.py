@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("src", pa.string()),
         ("tgt", pa.string()),
+        ("pair", pa.string()),  # the same of both directions of one pair
         ("corpus", pa.string()),
         ("where", pa.string()),
     ]
@@ -51,6 +52,7 @@ def instruct_pairs(
         if options.system:
             turns.insert(0, {"role": "system", "content": options.system})
         messages.append(turns)
-    columns = {"messages": messages, "src": codes[0], "tgt": codes[1]}
+    pairs = [f"{text_hash(chr(0).join(sorted(both))):016x}" for both in zip(*texts, strict=True)]
+    columns = {"messages": messages, "src": codes[0], "tgt": codes[1], "pair": pairs}
     columns |= {name: batch.column(name).to_pylist() for name in ("corpus", "where")}
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)

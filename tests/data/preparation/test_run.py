@@ -1,0 +1,308 @@
+"""`xplus-fast prepare` as a user runs it: whole, cut off, on a cluster, with broken files."""
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from xplus_fast import cli
+
+pytest.importorskip("py3langid", reason="identifies languages")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Django's messages, French and Swahili, as two line-aligned files and JSONL, with noise."""
+    polib = pytest.importorskip("polib")
+    django = pytest.importorskip("django", reason="its catalogs are the corpus")
+    folder = tmp_path_factory.mktemp("corpus")
+    pairs = {}
+    for code in ("fr", "sw"):
+        files = Path(django.__file__).parent.glob(f"**/locale/{code}/LC_MESSAGES/*.po")
+        entries = [e for f in sorted(files) for e in polib.pofile(str(f)).translated_entries()]
+        pairs[code] = [
+            (e.msgid, e.msgstr)
+            for e in entries
+            if len(e.msgid.split()) > 3 and "\n" not in e.msgid + e.msgstr
+        ]
+    for side, code in enumerate(("en", "fr")):
+        lines = [pair[side] for pair in pairs["fr"]]
+        with gzip.open(folder / f"django.{code}.gz", "wt", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+    records = [{"translation": {"en": a, "sw": b}} for a, b in pairs["sw"]]
+    records += records[:10]  # exact duplicates, of which some go for other reasons
+    records += [{"translation": {"en": a, "sw": a}} for a, _ in pairs["sw"][:10]]  # copies
+    (folder / "sw.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "flores.devtest").write_text(pairs["sw"][3][0].upper() + "\n")
+    return folder
+
+
+def recipe(corpus, folder, **options):
+    tree = {
+        "output": str(folder / "out"),
+        "corpora": [
+            {"path": [str(corpus / f"django.{c}.gz") for c in ("en", "fr")], "name": "lines"},
+            {"path": str(corpus / "sw.jsonl"), "name": "records"},
+        ],
+        "evaluation": {"files": [str(corpus / "flores.devtest")], "flores": []},
+        "balance": {"tokens": 20000},
+        "part_pairs": 40,
+        "shard_conversations": 300,
+        "workers": 1,
+        **options,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(capsys, *arguments):
+    code = cli.main(["prepare", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def rows(out):
+    """A hash of the sorted rows, and the rows."""
+    found = []
+    for file in sorted(Path(out).glob("data-*.parquet")):
+        found += pq.read_table(file).to_pylist()
+    lines = sorted(json.dumps(row, sort_keys=True) for row in found)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), found
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert cli.main(["prepare", str(recipe(corpus, folder))]) == 0
+    return folder / "out"
+
+
+def test_what_comes_out(whole):
+    _, found = rows(whole)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    shards = manifest["shards"]
+    assert sum(s["conversations"] for s in shards) == len(found) and len(shards) > 1
+    for shard in shards:
+        assert hashlib.sha256((whole / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert {(r["src"], r["tgt"]) for r in found} == {
+        ("en", "fr"), ("fr", "en"), ("en", "sw"), ("sw", "en")
+    }  # fmt: skip
+    first = found[0]["messages"]
+    assert [m["role"] for m in first] == ["user", "assistant"]
+    assert "Translate the following text from" in first[0]["content"]
+    counts = manifest["counts"]
+    steps = [sum(left.values()) for left in counts["steps"].values()]
+    assert list(counts["steps"]) == ["format", "clean", "identify", "decontaminate", "dedup"]
+    assert steps == sorted(steps, reverse=True)
+    # every pair that went has a reason
+    rejected = sum(sum(note["pairs"].values()) for note in counts["rejects"].values())
+    assert sum(counts["input"].values()) - rejected == steps[-1]
+    assert sum(counts["rejects"]["clean: copy of the source"]["pairs"].values()) >= 10
+    assert sum(counts["rejects"]["dedup: exact duplicate"]["pairs"].values()) >= 7
+    assert counts["rejects"]["decontaminate: in an evaluation set"]["pairs"]["en-sw"] >= 1
+    assert all(len(note["samples"]) <= 20 for note in counts["rejects"].values())
+    tokens = sum(d["tokens"] for d in counts["balance"].values())
+    assert 0.95 * 20000 < tokens <= 20000
+    # the low-resource pair gives all it has, or as much as the others
+    assert counts["balance"]["en-sw"]["tokens"] >= 0.4 * counts["balance"]["en-fr"]["tokens"]
+    report = (whole / "report.md").read_text()
+    assert "English - Swahili" in report and "clean: copy of the source: " in report
+    for picture in ("funnel.png", "lengths.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+    assert not (whole / ".work").exists()
+
+
+def test_again_does_nothing_and_other_options_ask(whole, corpus, capsys):
+    code, out, _ = run(capsys, recipe(corpus, whole.parent))
+    assert code == 0 and "done already" in out
+    code, _, err = run(capsys, recipe(corpus, whole.parent), "seed=1")
+    assert code == 2 and "holds another recipe's result; --restart replaces it" in err
+    code, out, _ = run(capsys, recipe(corpus, whole.parent), "workers=2", "engine=local")
+    assert code == 0 and "done already" in out  # how, not what
+
+
+def test_the_order_of_the_corpora_and_the_cut_into_parts_change_no_row(whole, corpus, tmp_path):
+    path = recipe(corpus, tmp_path, part_pairs=33)
+    assert cli.main(["prepare", str(path)]) == 0
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+    tree = yaml.safe_load(path.read_text())
+    tree["corpora"].reverse()
+    path.write_text(yaml.safe_dump(tree))
+    assert cli.main(["prepare", str(path), "--restart"]) == 0
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+
+
+def test_two_processes_give_the_same(whole, corpus, tmp_path):
+    assert cli.main(["prepare", str(recipe(corpus, tmp_path, workers=2))]) == 0
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+
+
+def test_two_ray_workers_give_the_same(whole, corpus, tmp_path):
+    ray = pytest.importorskip("ray", reason="the engine for clusters")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        path = recipe(corpus, tmp_path, engine="ray", workers=2)
+        assert cli.main(["prepare", str(path)]) == 0
+    finally:
+        ray.shutdown()
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+
+
+KILLED = """
+import os, signal, sys
+from xplus_fast import cli
+from xplus_fast.data.preparation import parts, run
+at, module = int(sys.argv[2]), {"write": parts, "shard": run}[sys.argv[3]]
+name = {"write": "write_table", "shard": "write_report"}[sys.argv[3]]
+true, calls = getattr(module, name), 0
+def counted(*arguments):
+    global calls
+    calls += 1
+    if calls > at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return true(*arguments)
+setattr(module, name, counted)
+sys.exit(cli.main(["prepare", sys.argv[1]]))
+"""
+
+
+def test_killed_at_any_point_and_run_again(whole, corpus, tmp_path):
+    """Among the parts, twice, and when all but the manifest is there."""
+    path = recipe(corpus, tmp_path)
+    done = []
+    for at, what in ((2, "write"), (3, "write"), (0, "shard")):
+        ran = subprocess.run(
+            [sys.executable, "-c", KILLED, str(path), str(at), what], capture_output=True
+        )
+        assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+        assert not (tmp_path / "out/manifest.json").exists()
+        parts = list((tmp_path / "out/.work").glob("*/*.json"))
+        done.append(len(parts))
+    assert done[0] == 2 and done[1] == 5 and done[2] > 5
+    before = {p: p.stat().st_mtime_ns for p in parts}
+    time.sleep(0.01)
+    script = (
+        f"import sys; from xplus_fast import cli; from xplus_fast.data.preparation import parts\n"
+        f"parts.filter_part = None\nsys.exit(cli.main(['prepare', {str(path)!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert before and rows(tmp_path / "out")[0] == rows(whole)[0]
+
+
+def test_the_trainer_reads_it_as_it_is(whole, tmp_path):
+    from tests.assets import load_tokenizer, save_small_tokenizer
+    from xplus_fast.config import DataConfig, Source
+    from xplus_fast.data.corpus import load_corpus
+
+    save_small_tokenizer(tmp_path / "tokenizer")
+    data = DataConfig(pack_tokens=512, heldout=5, cache=str(tmp_path / "cache"))
+    found = load_corpus(
+        [Source(str(whole))], data, load_tokenizer(tmp_path / "tokenizer"), seed=0, show=False
+    )
+    held = {tag: {e.key for e in examples} for tag, examples in found.heldout.items()}
+    assert set(held) == {"en-fr", "fr-en", "en-sw", "sw-en"} and len(held["en-fr"]) == 5
+    assert held["en-fr"] == held["fr-en"]  # a pair is held out in both directions, or in none
+    count = sum(len(row["lengths"]) for row in found.train)
+    assert 0.95 * len(rows(whole)[1]) - 20 < count <= len(rows(whole)[1]) - 20
+
+
+def test_a_pair_explained(corpus, tmp_path, capsys):
+    path = recipe(corpus, tmp_path)
+    arguments = (path, "--languages", "en-sw", "--explain")
+    code, out, _ = run(
+        capsys, *arguments, "Hello <b>there</b>, my friend.", "Habari, rafiki yangu."
+    )
+    assert code == 0 and "source becomes: Hello there , my friend." in out
+    assert "so it stays, as" in out and "English source:" in out
+    code, out, _ = run(capsys, *arguments, "Hello there.", "Hello there.")
+    assert "clean          copy of the source" in out and "so it goes, at the step clean" in out
+    code, _, err = run(capsys, path, "--explain", "a", "b")
+    assert code == 2 and "--explain goes with --languages" in err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "django.fr.gz: not a whole gzip file"),
+        ("lines", "has .* lines and .* has"),
+        ("utf8", r"sw.jsonl:3: not UTF-8"),
+        ("json", r"sw.jsonl:3: malformed JSON"),
+    ],
+)
+def test_broken_files_stop_with_a_line_or_are_set_aside(corpus, tmp_path, capsys, damage, message):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for file in corpus.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    french, swahili = folder / "django.fr.gz", folder / "sw.jsonl"
+    if damage == "truncated":
+        french.write_bytes(french.read_bytes()[:-2000])
+    elif damage == "lines":
+        text = gzip.decompress(french.read_bytes())
+        french.write_bytes(gzip.compress(text + b"one more\n"))
+    else:
+        lines = swahili.read_bytes().split(b"\n")
+        lines[2] = b'{"translation": {"en": "\xff"}}' if damage == "utf8" else b'{"translation": '
+        swahili.write_bytes(b"\n".join(lines))
+    path = recipe(folder, tmp_path)
+    code, _, err = run(capsys, path)
+    assert code == 2 and err.count("\n") == 1
+    import re
+
+    assert re.search(message, err), err
+    code, out, _ = run(capsys, path, "on_error=skip")
+    assert code == 0 and "1 could not be read: quarantine.jsonl" in out
+    line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
+    assert re.search(message.replace(r"sw.jsonl:3: ", ""), f"{line['reason']} {line['detail']}")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert sum(manifest["quarantined"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corpora": []}, "corpora: at least one is wanted"),
+        ({"corpora": [{"path": "no/where.zip"}]}, "no/where.zip: no such file"),
+        ({"corpora": [{"path": "x", "languages": ["en", "e!"]}]}, "corpora.0.languages: 'e!'"),
+        ({"quality": {"method": "comet"}}, "quality.method: one of none, score, e5, cometkiwi"),
+        ({"quality": {"margin": 0.1}}, "quality.margin: goes with method e5"),
+        ({"quality": {"method": "cometkiwi", "python": "no-such-python"}}, "quality.python: "),
+        ({"instruct": {"prompts": ["{txt}"]}}, "instruct.prompts.0: only {src}, {tgt} and {text}"),
+        ({"evaluation": {"files": ["no/flores"]}}, "evaluation.files: no/flores: no such file"),
+        ({"balance": {"tokenizer": "no/folder"}}, "balance.tokenizer: no/folder: no tokenizer"),
+        ({"part_pairs": 0}, "part_pairs: at least 1 is wanted"),
+        ({"sources": []}, "sources: unknown option"),
+    ],
+)
+def test_bad_recipes_are_one_line(corpus, tmp_path, capsys, options, message):
+    code, _, err = run(capsys, recipe(corpus, tmp_path, **options))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    code, _, err = run(capsys, recipe(corpus, tmp_path), "--restart")
+    assert code == 2 and "holds something else" in err
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+def test_a_full_disk_is_one_line(corpus, tmp_path, capsys, monkeypatch):
+    from xplus_fast.data.preparation import parts
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts.pq, "write_table", full)
+    code, _, err = run(capsys, recipe(corpus, tmp_path))
+    assert code == 2 and "cannot be written (No space left on device)" in err
