@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from benchmarks import cpu_step
 from xplus_fast.config import load_recipe
+from xplus_fast.data.preparation.recipe import load_prepare_recipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -56,13 +57,23 @@ def with_nvidia_smi(folder: Path, script: str) -> Path:
 
 
 def test_every_recipe_loads() -> None:
-    recipes = {p.stem: load_recipe(p) for p in sorted((ROOT / "recipes").glob("*.yaml"))}
+    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    others = ("prepare-", "evaluate-")  # of other commands
+    recipes = {p.stem: load_recipe(p) for p in files if not p.stem.startswith(others)}
     layers = {name: [s.layers for s in r.stages] for name, r in recipes.items()}
     assert layers == {
         "demo": ["bottom:4", "top:8"],
         "qwen3-8b-xplus": ["bottom:4", "top:15"],
         "qwen3-14b-xplus": ["bottom:4", "top:15"],
     }
+
+
+def test_preparation_recipes_load() -> None:
+    whole = load_prepare_recipe(ROOT / "recipes/prepare-xplus.yaml")
+    assert whole.balance.tokens == 800_000_000  # FACTS of the paper: 0.8 B, 17 languages
+    mined = [c.path for c in whole.corpora if "nllb" in c.path]
+    assert len(mined) == 16 and len(whole.corpora) == 31  # OPUS-100 has no Swahili
+    load_prepare_recipe(ROOT / "recipes/prepare-small.yaml")
 
 
 @pytest.mark.parametrize("size", ["8b", "14b"])

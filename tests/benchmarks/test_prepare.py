@@ -1,0 +1,29 @@
+"""`benchmarks.prepare` on a small corpus, and the figures in the docs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import prepare
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("py3langid", reason="identifies languages")
+
+
+def test_smoke(tmp_path, capsys) -> None:
+    pytest.importorskip("django", reason="its catalogs are the corpus")
+    out = tmp_path / "prepare.json"
+    assert prepare.main(["--smoke", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [r["workers"] for r in result["runs"]] == [1, 2]
+    assert all(r["seconds"] > 0 and r["own"] > 5e7 for r in result["runs"])
+    assert result["dedup"]["rows"] == 20_000 and 0 < result["dedup"]["found"] < 20_000
+    shown = capsys.readouterr().out
+    assert "pairs a second, one core" in shown and "missed" in shown  # so few pairs show start-up
+
+
+def test_the_docs_show_the_results_file() -> None:
+    result = json.loads((ROOT / "benchmarks/results/prepare.json").read_text())
+    text = (ROOT / "docs/preparation.md").read_text()
+    assert prepare.fill(text, prepare.BEGIN, prepare.table(result), prepare.END) == text

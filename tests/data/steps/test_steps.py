@@ -1,0 +1,287 @@
+"""Each step on pairs made for it."""
+
+import numpy as np
+import pytest
+
+from xplus_fast.data.steps.batch import SCHEMA, make_batch
+from xplus_fast.data.steps.clean import RELATIVE_LENGTH, CleanOptions, clean_pairs
+from xplus_fast.data.steps.decontaminate import (
+    DecontaminateOptions,
+    build_index,
+    decontaminate_pairs,
+)
+from xplus_fast.data.steps.dedup import (
+    COLUMNS,
+    REASONS,
+    DedupOptions,
+    fingerprints,
+    simhash,
+    survivors,
+)
+from xplus_fast.data.steps.format import FormatOptions, format_pairs, tidy
+from xplus_fast.data.steps.identify import IdentifyOptions, chinese_scripts, identify_pairs
+from xplus_fast.data.steps.instruct import InstructOptions, instruct_pairs
+from xplus_fast.data.steps.quality import QualityOptions, judge, score_pairs
+from xplus_fast.errors import UserError
+
+
+def batch(*pairs, languages=("en", "fr"), **rest):
+    return make_batch(
+        {"source": s, "target": t, "source_language": languages[0],
+         "target_language": languages[1], **rest}
+        for s, t in pairs
+    )  # fmt: skip
+
+
+def reason(step, source, target, options, languages=("en", "fr")):
+    found = step(batch((source, target), languages=languages), options)
+    assert found.batch.num_rows == 1
+    return found.reason[0].as_py()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("caf\u00c3\u00a9 cr\u00c3\u00a8me", "caf\u00e9 cr\u00e8me"),  # UTF-8 read as Latin-1
+        ("\u00e2\u20ac\u0153Oui\u00e2\u20ac\u009d", "\u201cOui\u201d"),  # as cp1252
+        ("\u0420\u045f\u0421\u0402\u0420\u0451\u0420\u0406\u0420\u00b5\u0421\u201a",
+         "\u041f\u0440\u0438\u0432\u0435\u0442"),  # Cyrillic as cp1251
+        ("\u00ab CAF\u00c9\u00bb", "\u00ab CAF\u00c9\u00bb"),  # and what only looks like it
+        ("e\u0301te\u0301", "\u00e9t\u00e9"),
+        ("a\u200b b\u00ad\ufeff  c\u00a0d\n", "a b c d"),
+        ("&lt;b&gt;Tom &amp;amp; Jerry&lt;/b&gt;", "Tom & Jerry"),
+        ("[[Paris|the capital]] of '''France'''", "the capital of France"),
+        ("{\\an8}Hello <i>there</i><br/>", "Hello there"),
+        ("3 < 5 and 7 > 2", "3 < 5 and 7 > 2"),
+    ],
+)  # fmt: skip
+def test_texts_are_brought_into_form(text, expected):
+    assert tidy(text, FormatOptions()) == expected
+
+
+def test_what_cannot_be_brought_into_form_goes():
+    options = FormatOptions()
+    assert reason(format_pairs, "a\ufffdb", "c", options) == "source: broken characters"
+    assert reason(format_pairs, "a", " \u200b ", options) == "target: empty"
+    assert reason(format_pairs, "a", "x {{cite", options) == "target: markup debris"
+    assert reason(format_pairs, "%(n)s files", "fichiers", options) == "placeholders differ"
+    assert reason(format_pairs, "%(n)s files", "%(n)s fichiers", options) is None
+    assert reason(format_pairs, "5% of it", "5 % de cela", options) is None
+    strict = FormatOptions(mojibake="reject", markup="reject", placeholders="reject")
+    assert reason(format_pairs, "a", "caf\u00c3\u00a9", strict) == "target: mojibake"
+    assert reason(format_pairs, "<b>a</b>", "b", strict) == "source: markup"
+    assert reason(format_pairs, "{name}", "{name}", strict) == "placeholders"
+    assert reason(format_pairs, "<b>a</b>", "b", FormatOptions(markup="keep")) is None
+
+
+LONG = "This sentence is long enough for what it says to be measured by its length."
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("C'est la vie!", "C'est la vie !", "copy of the source"),
+        ("We met in Paris, all four.", "We met in Paris, all 4", "copy of the source"),
+        (LONG, "Trop court.", "target too short for its source"),
+        ("Short.", LONG + LONG, "target too long for its source"),
+        (LONG, "Cette phrase est assez longue pour que", "target breaks off"),
+        ("In 1995 he left.", "En 1959 il est parti.", "numbers disagree"),
+        ("In 1995 he left.", "Il est parti.", None),
+        ("It cost 1,234.50 dollars.", "Cela a co\u00fbt\u00e9 1 234,50 dollars.", None),
+        ("x", "\u041f\u0440\u0438\u0432\u0435\u0442", "target: wrong script"),
+        ("?!", "!?", "source: too short"),
+        ("Ha ha ha ha ha", "Ha", "source: repeated text"),
+        ("12345 6789 a", "12345 6789 b", "source: mostly digits"),
+        ("a ?!?!?!", "b", "source: mostly punctuation"),
+        ("see https://a.example/b/c/d", "voir ici", "source: mostly links"),
+        ("x" * 2000, "y" * 2000, "source: too long"),
+    ],
+)
+def test_what_characters_give_away(source, target, expected):
+    assert reason(clean_pairs, source, target, CleanOptions()) == expected
+
+
+def test_lengths_are_those_of_the_languages():
+    """Chinese takes a third of the characters, and names in it stay Latin."""
+    assert RELATIVE_LENGTH["zh"] < 0.4 < RELATIVE_LENGTH["en"]
+    source = "The World Health Organization declared it a pandemic in March."
+    chinese = (
+        "\u4e16\u754c\u536b\u751f\u7ec4\u7ec7\u4e09\u6708\u5ba3\u5e03"
+        "\u5176\u4e3a\u5927\u6d41\u884c\u75c5\u3002"
+    )
+    assert reason(clean_pairs, source, chinese, CleanOptions(), ("en", "zh")) is None
+    assert reason(clean_pairs, chinese, source, CleanOptions(), ("zh", "en")) is None
+    named = "Janssen \u5236\u836f\u516c\u53f8\u7684 Hanneke \u5ba3\u5e03\u4e86\u3002"
+    assert (
+        reason(clean_pairs, "Hanneke of Janssen said so.", named, CleanOptions(), ("en", "zh"))
+        is None
+    )
+    digits = "\u09ea\u09e8"  # Bengali 42
+    bengali = f"\u09a4\u09be\u09b0 \u09ac\u09af\u09bc\u09b8 {digits}\u0964"
+    assert reason(clean_pairs, "He is 42.", bengali, CleanOptions(), ("en", "bn")) is None
+    assert (
+        reason(clean_pairs, "He is 24.", bengali, CleanOptions(), ("en", "bn"))
+        == "numbers disagree"
+    )
+
+
+def test_languages_and_scripts():
+    pytest.importorskip("py3langid", reason="identifies languages")
+    german = "Das ist ein deutscher Satz, kein franz\u00f6sischer."
+    assert (
+        reason(identify_pairs, "A sentence.", german, IdentifyOptions()) == "target: wrong language"
+    )
+    assert reason(identify_pairs, "A sentence.", "Une phrase.", IdentifyOptions()) is None
+    # a language that the identifier does not know is not judged
+    assert reason(identify_pairs, "A sentence.", german, IdentifyOptions(), ("en", "tlh")) is None
+    traditional = "\u9019\u662f\u570b\u5bb6\u5716\u66f8\u9928\u3002"
+    simplified = "\u8fd9\u662f\u56fd\u5bb6\u56fe\u4e66\u9986\u3002"
+    assert chinese_scripts(traditional)[1] > 2 and chinese_scripts(simplified)[0] > 2
+    for text, code, wrong in (
+        (traditional, "zh", True), (simplified, "zh", False),
+        (traditional, "zh_Hant", False), (simplified, "zh_Hant", True),
+    ):  # fmt: skip
+        found = reason(identify_pairs, "A sentence.", text, IdentifyOptions(), ("en", code))
+        assert found == ("target: wrong Chinese script" if wrong else None)
+
+
+def hashes(*pairs):
+    made = fingerprints(batch(*pairs), DedupOptions())
+    assert made.schema.names == list(COLUMNS)
+    return {name: made.column(name).to_numpy() for name in COLUMNS}
+
+
+def duplicates(*pairs, score=None, priority=None, languages=None, options=None):
+    n = len(pairs)
+    found = survivors(
+        hashes(*pairs), np.zeros(n, int) if languages is None else np.array(languages),
+        np.zeros(n, int) if priority is None else np.array(priority),
+        np.full(n, np.nan) if score is None else np.array(score, float), options or DedupOptions(),
+    )  # fmt: skip
+    return [REASONS[code] for code in found]
+
+
+def test_a_simhash_is_the_majority_of_its_shingles_bits():
+    from xplus_fast.data.steps.dedup import _mix
+
+    def alone(text):
+        total = np.zeros(64, int)
+        padded = f" {text} "
+        for i in range(len(padded) - 2):
+            gram = np.zeros(1, np.uint64)
+            for c in padded[i : i + 3]:
+                gram = _mix(gram ^ np.uint64(ord(c)))
+            bits = [(int(gram[0]) >> b) & 1 for b in range(64)]
+            total += 2 * np.array(bits) - 1
+        return sum(1 << b for b in range(64) if total[b] > 0)
+
+    texts = ["a", "Hello there.", "\u0628\u0633\u0645", "x" * 300]
+    assert simhash(texts).tolist() == [alone(t) for t in texts]
+    assert simhash(texts[::-1]).tolist() == simhash(texts).tolist()[::-1]
+    assert len(simhash([])) == 0
+
+
+def test_the_survivor_does_not_depend_on_the_order():
+    pair, other = ("The house is red.", "La maison est rouge."), ("It rains.", "Il pleut.")
+    shouted = ("THE HOUSE IS RED", "la maison est rouge!")
+    assert duplicates(pair, other, shouted)[1] == ""
+    assert duplicates(pair, other, shouted).count("exact duplicate") == 1
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        pairs = [(pair, other, shouted)[i] for i in order]
+        scores = [(0.5, 0.1, 0.9)[i] for i in order]
+        kept = [p for p, r in zip(pairs, duplicates(*pairs, score=scores), strict=True) if not r]
+        assert set(kept) == {shouted, other}  # the better score
+        priority = [(0, 0, 1)[i] for i in order]
+        found = duplicates(*pairs, score=scores, priority=priority)
+        assert {p for p, r in zip(pairs, found, strict=True) if not r} == {pair, other}
+
+
+def test_variants_of_one_side_and_other_languages():
+    a = ("The quick brown fox jumps over it.", "Le rapide renard brun saute par-dessus.")
+    b = (a[0], "Le rapide renard brun saute par-dessous.")
+    c = (a[0], "Voici tout autre chose, sans aucun rapport.")
+    assert sorted(duplicates(a, b, c)) == ["", "", "near duplicate: same source"]
+    assert duplicates(a, a, languages=[0, 1]) == ["", ""]
+    only_exact = DedupOptions(near=-1)
+    assert duplicates(a, b, c, options=only_exact) == ["", "", ""]
+
+
+def test_evaluation_sets_are_found_whole_and_in_parts():
+    line = "We now have four month old mice that are non diabetic that used to be diabetic he added"
+    chinese = (
+        "\u201c\u6211\u4eec\u73b0\u5728\u6709\u56db\u4e2a\u6708\u5927\u6ca1\u6709"
+        "\u7cd6\u5c3f\u75c5\u7684\u8001\u9f20\u3002\u201d"
+    )
+    index = build_index([line + ".\n", chinese])
+
+    def found(source, target):
+        made = decontaminate_pairs(batch((source, target)), DecontaminateOptions(), index)
+        return made.reason[0].as_py()
+
+    said = "in an evaluation set"
+    assert found(line.upper() + "!", "x") == found("x", chinese) == said
+    assert found("And then: " + line, "x") == said  # most of its n-grams
+    assert found("x", chinese[1:20]) == said
+    assert found("We now have four month old cats.", "Nous avons des chats.") is None
+    assert found(line[:30], "x") is None  # too little to tell
+
+
+def test_conversations_in_both_directions():
+    pairs = batch(("Good day.", "Bonjour."), ("Yes.", "Oui."), corpus="c", where="f:1")
+    options = InstructOptions(prompts=["{src}>{tgt}: {text}", "Say in {tgt}: {text}"], system="S")
+    there = instruct_pairs(pairs, options, direction="forward", seed=0).to_pylist()
+    back = instruct_pairs(pairs, options, direction="backward", seed=0).to_pylist()
+    assert [m["role"] for m in there[0]["messages"]] == ["system", "user", "assistant"]
+    assert there[0]["messages"][1]["content"] in (
+        "English>French: Good day.",
+        "Say in French: Good day.",
+    )
+    assert back[0]["messages"][2]["content"] == "Good day."
+    assert (there[0]["src"], there[0]["tgt"], back[0]["src"]) == ("en", "fr", "fr")
+    assert there[0]["pair"] == back[0]["pair"] != there[1]["pair"]
+    assert there[0]["corpus"] == "c" and there[0]["where"] == "f:1"
+    # the template is the pair's, wherever it stands
+    alone = instruct_pairs(pairs.slice(1), options, direction="forward", seed=0).to_pylist()
+    assert alone == there[1:]
+    many = batch(*((f"Sentence {i}.", f"Phrase {i}.") for i in range(200)))
+    made = instruct_pairs(many, options, direction="forward", seed=0).to_pylist()
+    first = sum(row["messages"][1]["content"].startswith("English>") for row in made)
+    assert 70 < first < 130
+
+
+def test_quality_by_score_threshold_and_best():
+    pairs = make_batch(
+        {"source": "a", "target": "b", "source_language": "en", "target_language": t, "score": s}
+        for t, s in (("fr", 1.2), ("fr", 1.0), ("fr", None), ("sw", 1.1))
+    )
+    options = QualityOptions(method="score", threshold=1.06, best=1)
+    scored = score_pairs(pairs, options)
+    assert scored.schema.names == [*SCHEMA.names, "quality", "margin"]
+    quality = scored.column("quality").to_numpy(False).astype(float)
+    languages, tie = np.array([0, 0, 0, 1]), np.arange(4)
+    found = judge(quality, np.full(4, np.nan), languages, tie, options)
+    assert found == [None, "low quality", "not among the best", None]
+    unbounded = judge(quality, np.full(4, np.nan), languages, tie, QualityOptions(method="score"))
+    assert unbounded == [None] * 4
+
+
+def test_cometkiwi_runs_in_its_own_environment(tmp_path):
+    """A Python that has a `comet` of ours: what is asked of it, and what it answers."""
+    import sys
+
+    fake = tmp_path / "comet.py"
+    fake.write_text(
+        "def download_model(name):\n    assert name == 'a/model'\n    return 'path'\n"
+        "class Model:\n    def predict(self, data, **options):\n"
+        "        return {'scores': [len(d['src']) / len(d['mt']) for d in data]}\n"
+        "def load_from_checkpoint(path):\n    return Model()\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = QualityOptions(method="cometkiwi", python=str(python), model="a/model")
+    scored = score_pairs(batch(("four", "xx"), ("a", "b")), options)
+    assert scored.column("quality").to_pylist() == [2.0, 1.0]
+    fake.unlink()
+    with pytest.raises(UserError, match="cometkiwi does not run in .* No module named 'comet'"):
+        score_pairs(batch(("a", "b")), options)
