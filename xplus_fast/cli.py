@@ -1,4 +1,4 @@
-"""`xplus-fast`: prepare · plan · train · export · verify · bench."""
+"""`xplus-fast`: prepare · plan · train · export · verify · sensitivity · bench."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
 
-BENCHMARKS = ("kernels",)  # modules of benchmarks/ whose main takes arguments
+BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="for programs")
     sensitivity.set_defaults(run=_sensitivity, overrides=[])
 
-    bench = commands.add_parser("bench", help="time the kernels (in a checkout of the source)")
+    bench = commands.add_parser(
+        "bench", help="time kernels and training steps (in a checkout of the source)"
+    )
     bench.add_argument("what", choices=BENCHMARKS, help="what to time")
     bench.add_argument(
         "arguments", nargs=argparse.REMAINDER, help=f"see: xplus-fast bench {BENCHMARKS[0]} --help"

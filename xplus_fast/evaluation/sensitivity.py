@@ -6,7 +6,7 @@ tokens) with respect to a tensor w. Over B rows, of a part of a layer (all its t
     gradient = 1/B sum_b |g_b| / |w|             how strong the pull is, for the size of the weights
     fisher   = 1/B sum_b |g_b|^2                 the trace of the diagonal of the empirical Fisher
 
-The second is F_i = 1/B sum_b g_b,i^2 of FISH Mask (Sung et al. 2021, arXiv 2111.09839, eq. 4),
+The second is F_i = 1/B sum_b g_b,i^2 of FISH Mask (Sung et al. 2021, arXiv 2111.09839),
 summed over the part, with one row where they have one example: rows average over many sentences,
 so that it is smaller than theirs and weighs what sentences have in common.
 
@@ -104,8 +104,15 @@ def analyse(
         cuda=place.device.type == "cuda",
     )  # fmt: skip
     layout = Layout((LayerLayout(trains=True, activations=policy),) * shape.layers)
-    loaded = load_model(Weights(files), config, layout, dtype=place.dtype, device=place.device)
-    seen = measure(loaded, (corpus.train[int(i)] for i in chosen), total=len(chosen), show=show)
+    kind: dict[str, Any] = {"dtype": place.dtype, "device": place.device}
+    try:
+        loaded = load_model(Weights(files), config, layout, **kind)
+        picked = (corpus.train[int(i)] for i in chosen)
+        seen = measure(loaded, picked, total=len(chosen), show=show)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"{str(e).split('. ')[0]}; take smaller rows (data.pack_tokens of a recipe)"
+        ) from None
     about = {
         "model": model,
         "data": list(data),

@@ -1,0 +1,165 @@
+"""One training step of ours under torch's profiler: where its time goes, part by part of a block.
+
+    python -m benchmarks.profile --stage stage2 --frozen fp8      (writes a table and a trace)
+    python -m benchmarks.profile --smoke                          (a toy model on the CPU)
+
+Kernels are grouped by what they compute; a GEMM's share of its limit is that of the FLOPs which the
+selection makes necessary of that part, at the rate measured in the same run.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from benchmarks.environment import describe_environment
+from benchmarks.fit import make_config
+from benchmarks.timing import measure_limits
+from benchmarks.train_contestants import CONTESTANTS
+from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, describe_steps, make_steps
+from xplus_fast.model.families import shape_of
+from xplus_fast.planning.cards import local_card
+from xplus_fast.planning.flops import causal_pairs, necessary_flops
+from xplus_fast.planning.selection import resolve_layers
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "benchmarks/results"
+# Group -> parts of kernels' and ops' names, in lower case; the first group that fits takes it
+GROUPS = {
+    "copies": ("memcpy", "memset", "aten::copy_", "aten::to", "aten::_to_copy", "aten::fill_"),
+    "attention": ("flash", "fmha", "attention", "bmm", "baddbmm", "softmax"),
+    "optimizer": ("adamw", "adam", "foreach_norm", "multi_tensor"),
+    "head": ("cross_entropy", "log_softmax", "nll", "logsumexp"),
+    "qk_norm_rope": ("qk_norm", "rope"),
+    "norms": ("rms_norm",),
+    "swiglu": ("swiglu", "silu"),
+    "quantize": ("quantize", "transpose_fp8", "fp8"),
+    "GEMMs": ("gemm", "cutlass", "cublas", "nvjet", "matmul", "aten::mm", "addmm", "scaled_mm",
+              "mkl", "aten::linear"),
+}  # fmt: skip
+
+
+def group(name: str) -> str:
+    low = name.lower()
+    return next((g for g, parts in GROUPS.items() if any(p in low for p in parts)), "other")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("8B", "14B"), default="8B")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="stage2")
+    parser.add_argument("--mix", choices=MIXES, default="pairs")
+    parser.add_argument("--frozen", choices=("bf16", "int8", "fp8", "nf4"), default="bf16")
+    parser.add_argument("--out", type=Path, default=OUT, help="a folder for table and trace")
+    parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
+    options = parser.parse_args(arguments)
+    if not options.smoke and not torch.cuda.is_available():
+        print("profile: no CUDA GPU here; --smoke profiles a toy model", file=sys.stderr)
+        return 2
+    scale = SMOKE if options.smoke else Scale(options.model)
+    layers = dict(scale.stages).get(options.stage, "top:2" if options.smoke else "")
+    result = measure(scale, layers, options.mix, options.frozen, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    print(f"written to {options.out}: profile.json, trace.json (chrome://tracing, Perfetto)")
+    return 0
+
+
+def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict[str, Any]:
+    """Profile the third optimizer step."""
+    cuda = scale.model != "tiny"
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    limits = measure_limits(device, tiny=not cuda)
+    ours = next(c for n, c in CONTESTANTS.items() if n.startswith(f"ours, {frozen}"))
+    torch.manual_seed(0)
+    card = local_card() if cuda else None
+    make = ours.train(scale, layers, device, card, **dict(ours.options))
+    config = make_config(scale.model)
+    steps = make_steps(scale, mix, 3, config.vocab_size)
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    recorder = profile(activities=kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(steps, folder)
+        trainer.add_callback(_OneStep(recorder, at=2))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    out.mkdir(parents=True, exist_ok=True)
+    recorder.export_chrome_trace(str(out / "trace.json"))
+    groups: dict[str, dict[str, float]] = {}
+    for event in recorder.key_averages():
+        seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        if cuda and event.device_type.name != "CUDA" or not seconds:
+            continue
+        found = groups.setdefault(group(event.key), {"seconds": 0.0, "calls": 0})
+        found["seconds"] += seconds
+        found["calls"] += event.count
+    about = describe_steps(steps)
+    shape = shape_of(config)
+    flops = necessary_flops(
+        shape, resolve_layers(layers, shape.layers), tokens=about["tokens"][2],
+        supervised=about["supervised"][2], pairs=causal_pairs(about["lengths"][2]),
+    )  # fmt: skip
+    necessary = {"GEMMs": flops.linear + flops.head, "attention": flops.attention}
+    rate = limits["fp8_flops" if frozen == "fp8" and "fp8_flops" in limits else "bf16_flops"]
+    for name, n in necessary.items():
+        if name in groups:
+            best = n / (rate if name == "GEMMs" else limits["bf16_flops"])
+            groups[name]["share_of_limit"] = best / groups[name]["seconds"]
+    return {
+        **describe_environment(), "model": scale.model, "layers": layers, "mix": mix,
+        "frozen": frozen, "tokens": about["tokens"][2], "limits": limits, "groups": groups,
+        "smoke": not cuda,
+    }  # fmt: skip
+
+
+class _OneStep(TrainerCallback):
+    """Records one optimizer step."""
+
+    def __init__(self, recorder: Any, at: int) -> None:
+        self.recorder, self.at = recorder, at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at:
+            self.recorder.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at + 1:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.recorder.stop()
+
+
+def table(result: dict[str, Any]) -> str:
+    groups = sorted(result["groups"].items(), key=lambda item: -item[1]["seconds"])
+    total = sum(found["seconds"] for _, found in groups)
+    where = (
+        "on the GPU" if not result["smoke"] else "on the CPU, a toy model: proves the path alone"
+    )
+    lines = [
+        f"{result['model']}, {result['layers']}, {result['mix']}, frozen layers {result['frozen']}:"
+        f" {result['tokens']:,} tokens, {total:.3f} s {where}",
+        "",
+        "| part | seconds | share | calls | of its limit |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in groups:
+        limit = found.get("share_of_limit")
+        of = f"{limit:.0%}" if limit is not None and not result["smoke"] else "-"
+        lines.append(
+            f"| {name} | {found['seconds']:.4f} | {found['seconds'] / total:.0%} |"
+            f" {found['calls']:,} | {of} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""Training steps of selected layers, ours against every peer that runs here, on one card.
+
+Each contestant trains each stage in a process of its own: random weights, the same for all, and two
+mixes of lengths; first steps to warm up, then steps that are timed. A loss that is not the others'
+disqualifies. Results go into benchmarks/results/train.json, tables and pictures are made of it
+(`python -m benchmarks.report`).
+
+    python -m benchmarks.train                               (8B, under 9 minutes on an H200)
+    python -m benchmarks.train --model 14B --only "ours, bf16,tuned"
+    python -m benchmarks.train --smoke                       (no GPU: every contestant, a toy model)
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from benchmarks.environment import describe_environment
+from benchmarks.fit import make_config
+from benchmarks.timing import clocks, measure_limits
+from benchmarks.train_contestants import CONTESTANTS, CannotRun, Contestant
+from benchmarks.train_report import draw, table
+from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, describe_steps, make_steps
+from xplus_fast.errors import UserError
+from xplus_fast.model.families import Shape, shape_of
+from xplus_fast.planning.cards import Card, local_card
+from xplus_fast.planning.flops import causal_pairs, necessary_flops
+from xplus_fast.planning.selection import resolve_layers
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/train.json"
+MINUTES = 8.5  # in which the last process is begun
+CHILD_SECONDS = 240
+PARTS = ("prefix forward", "forward", "head", "backward", "optimizer")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("8B", "14B"), default="8B")
+    parser.add_argument("--stages", default="stage1,stage2", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--mixes", default=",".join(MIXES), help="of pairs, full")
+    parser.add_argument("--only", default="", help="contestants, comma-separated (by their starts)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after these")
+    parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
+    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    scale = SMOKE if options.smoke else Scale(options.model)
+    if not options.smoke and not torch.cuda.is_available():
+        print("train: no CUDA GPU here; --smoke runs every contestant on the CPU", file=sys.stderr)
+        return 2
+    stages = [s for s, _ in scale.stages if options.smoke or s in options.stages.split(",")]
+    mixes = options.mixes.split(",")
+    names = list(CONTESTANTS)
+    if options.only:
+        asked = [o.strip() for o in options.only.replace(", ", "\0").split(",")]
+        asked = [o.replace("\0", ", ") for o in asked]
+        names = [n for n in names if any(n.startswith(o) for o in asked)]
+    bad = [s for s in options.stages.split(",") if s not in STAGES]
+    bad += [m for m in mixes if m not in MIXES]
+    if bad or not names or not stages:
+        print(f"train: {bad[0] if bad else options.only!r} is not known", file=sys.stderr)
+        return 2
+    if options.child:
+        # one contestant, one stage
+        found = run_child(names[0], scale, stages[0], mixes)
+        options.child.write_text(json.dumps(found))
+        return 0
+    out = options.out or (Path(tempfile.mkdtemp()) / "train.json" if options.smoke else RESULTS)
+    result = race(scale, names, stages, mixes, options.minutes, options.smoke, out)
+    print(table(result))
+    print("\n".join(draw(result, out.with_suffix(""))))
+    print(f"written to {out}")
+    return int(any(row["status"] == "wrong loss" for row in result["rows"]))
+
+
+def race(
+    scale: Scale, names: Sequence[str], stages: Sequence[str], mixes: Sequence[str],
+    minutes: float, smoke: bool, out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Every contestant at every stage; what is there is written after each."""
+    start = time.monotonic()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() and not smoke else None
+    limits = measure_limits(device or torch.device("cpu"), tiny=device is None)
+    if device is not None:
+        torch.cuda.empty_cache()
+    result: dict[str, Any] = {
+        **describe_environment(), "model": scale.model, "tokens_per_step": scale.step,
+        "warm": scale.warm, "timed": scale.timed, "limits": limits, "smoke": smoke,
+        "settings": {n: CONTESTANTS[n].settings for n in names}, "rows": [],
+    }  # fmt: skip
+    for stage in stages:
+        rows: list[dict[str, Any]] = []
+        for name in names:
+            if (time.monotonic() - start) / 60 > minutes:
+                found = {"status": "not begun", "why": f"after {minutes} minutes"}
+            elif smoke:
+                found = run_child(name, scale, stage, mixes)
+            else:
+                found = _spawn(name, scale.model, stage, mixes)
+            base = {"contestant": name, "stage": stage, "layers": dict(scale.stages)[stage]}
+            for mix in mixes:
+                more = found.get("mixes", {}).get(mix, {})
+                rows.append({**base, "mix": mix, **_outer(found), **more})
+            said = [_say(row) for row in rows[-len(mixes) :]]
+            print("\n".join(said), file=sys.stderr, flush=True)
+        judge(rows, scale, limits)
+        result["rows"] += rows
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _outer(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in found.items() if k != "mixes"}
+
+
+def _say(row: dict[str, Any]) -> str:
+    name = f"{row['stage']} {row['mix']}: {row['contestant']}"
+    if row["status"] != "ok":
+        return f"{name}: {row['status']}: {row['why']}"
+    return f"{name}: {row['tokens_per_s']:,.0f} tokens/s, loss {row['losses'][0]:.4f}"
+
+
+def _spawn(name: str, model: str, stage: str, mixes: Sequence[str]) -> dict[str, Any]:
+    """A contestant in a process of its own: its memory is gone after it, whatever happens."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        command = [
+            sys.executable, "-m", "benchmarks.train", "--model", model, "--stages", stage,
+            "--mixes", ",".join(mixes), "--only", name, "--child", str(file),
+        ]  # fmt: skip
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        try:
+            run = subprocess.run(
+                command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True,
+                text=True, timeout=CHILD_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "why": f"not done after {CHILD_SECONDS} s"}
+        if run.returncode or not file.exists():
+            said = [line for line in run.stderr.splitlines() if line.strip()][-1:]
+            return {"status": "failed", "why": " ".join(said)[:300] or f"exit {run.returncode}"}
+        return json.loads(file.read_text())
+
+
+def run_child(name: str, scale: Scale, stage: str, mixes: Sequence[str]) -> dict[str, Any]:
+    """One contestant at one stage: built once, then every mix."""
+    device = torch.device("cuda", 0) if scale.model != "tiny" else torch.device("cpu")
+    try:
+        return {"status": "ok", "mixes": _measure(CONTESTANTS[name], scale, stage, mixes, device)}
+    except CannotRun as e:
+        return {"status": "not run", "why": str(e)}
+    except (UserError, ImportError, NotImplementedError) as e:
+        return {"status": "not run", "why": " ".join(str(e).split())[:300]}
+    except torch.OutOfMemoryError as e:
+        free, total = torch.cuda.mem_get_info()
+        why = str(e).split(". ")[0]
+        return {"status": "out of memory", "why": f"of {total / 1e9:.0f} GB: {why}"}
+
+
+def _measure(
+    contestant: Contestant, scale: Scale, stage: str, mixes: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    card: Card | None = local_card() if device.type == "cuda" else None
+    layers = dict(scale.stages)[stage]
+    options = dict(contestant.options)
+    if device.type == "cpu" and "budget" in options:
+        options["budget"] = 0  # a CPU has none to hold to; the plan is the leanest one instead
+        options |= {"activations": "recompute", "states": "host", "gradients": "host"}
+    make = contestant.train(scale, layers, device, card, **options)
+    config, found, warm = make_config(scale.model), {}, scale.warm
+    vocabulary, lowest = config.vocab_size, min(resolve_layers(layers, config.num_hidden_layers))
+    for mix in mixes:
+        steps = make_steps(scale, mix, scale.warm + scale.timed, vocabulary)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make(steps, folder)
+            clock = Clock(trainer, device, lowest=lowest, warm=scale.warm)
+            trainer.add_callback(clock)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        clock.close()
+        about = describe_steps(steps)
+        seconds = clock.seconds[warm:]
+        found[mix] = {
+            "losses": losses,
+            "seconds": seconds,
+            "tokens": about["tokens"][warm:],
+            "supervised": about["supervised"][warm:],
+            "pairs": [causal_pairs(x) for x in about["lengths"][warm:]],
+            "tokens_per_s": statistics.median(
+                n / s for n, s in zip(about["tokens"][warm:], seconds, strict=True)
+            ),
+            "split": clock.split(warm),
+            "peak": clock.peak(),
+            "clocks": clocks(device),
+        }
+    return found
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step, and where in it they went.
+
+    On CUDA by events that the host does not wait for until the end. Forward hooks also run when a
+    checkpointed layer is recomputed: that is backward.
+    """
+
+    def __init__(self, trainer: Any, device: torch.device, *, lowest: int, warm: int) -> None:
+        self.cuda, self.warm = device.type == "cuda", warm
+        self.marks: list[list[tuple[str, Any]]] = []  # of each step
+        self._forward = False
+        whole = trainer.model
+        inner = whole
+        while not hasattr(inner, "layers"):
+            inner = inner.model
+        self._hooks = [
+            whole.register_forward_pre_hook(lambda *_: self._begin()),
+            inner.layers[lowest].register_forward_pre_hook(lambda *_: self._mark("prefix forward")),
+            inner.layers[-1].register_forward_hook(lambda *_: self._mark("forward")),
+            whole.register_forward_hook(lambda *_: self._end()),
+        ]
+        self.device = device
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self) -> None:
+        self._forward = True
+        if len(self.marks[-1]) > 1:  # what came before was the last micro-batch's backward
+            self.marks[-1].append(("backward", self._now()))
+
+    def _mark(self, name: str) -> None:
+        if self._forward:
+            self.marks[-1].append((name, self._now()))
+
+    def _end(self) -> None:
+        self._mark("head")
+        self._forward = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.cuda and state.global_step == self.warm:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.marks.append([("begin", self._now())])
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.marks[-1].append(("backward", self._now()))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.marks[-1].append(("optimizer", self._now()))
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _between(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+    @property
+    def seconds(self) -> list[float]:
+        return [self._between(step[0][1], step[-1][1]) for step in self.marks]
+
+    def split(self, warm: int) -> dict[str, float]:
+        """Seconds of the median step by part; clipping counts to the backward, as it ends it."""
+        parts = []
+        for step in self.marks[warm:]:
+            part = dict.fromkeys(PARTS, 0.0)
+            for (_, a), (name, b) in zip(step, step[1:], strict=False):
+                part[name] += self._between(a, b)
+            parts.append(part)
+        return {name: statistics.median(p[name] for p in parts) for name in PARTS}
+
+    def peak(self) -> dict[str, int] | None:
+        if not self.cuda:
+            return None
+        return {
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
+
+
+def judge(rows: list[dict[str, Any]], scale: Scale, limits: dict[str, Any]) -> None:
+    """The gate, and each row's share of what the card could do."""
+    shape = shape_of(make_config(scale.model))
+    for mix in {row["mix"] for row in rows}:
+        ran = [r for r in rows if r["mix"] == mix and r["status"] == "ok"]
+        exact = [r["losses"][0] for r in ran if CONTESTANTS[r["contestant"]].loose < 0.01]
+        if not exact:
+            continue
+        right = statistics.median(exact)
+        for row in ran:
+            off = row["losses"][0] / right - 1
+            row["loss_off"] = off
+            row["limit_seconds"] = _limit(shape, row, limits)
+            row["share"] = row["limit_seconds"] / statistics.median(row["seconds"])
+            if not abs(off) <= CONTESTANTS[row["contestant"]].loose or not all(
+                map(math.isfinite, row["losses"])
+            ):
+                row["status"], row["why"] = "wrong loss", f"{off:+.2%} off the others'"
+
+
+def _limit(shape: Shape, row: dict[str, Any], limits: dict[str, Any]) -> float:
+    """Seconds of the necessary FLOPs of the median step at the rates measured in this run."""
+    layers = resolve_layers(row["layers"], shape.layers)
+    middle = sorted(range(len(row["seconds"])), key=lambda i: row["seconds"][i])
+    i = middle[len(middle) // 2]
+    flops = necessary_flops(
+        shape, layers, tokens=row["tokens"][i], supervised=row["supervised"][i],
+        pairs=row["pairs"][i],
+    )  # fmt: skip
+    bf16 = limits["bf16_flops"]
+    frozen = CONTESTANTS[row["contestant"]].rate == "fp8" and "fp8_flops" in limits
+    if not frozen:
+        return flops.total / bf16
+    weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
+    own = 6 * row["tokens"][i] * weights * len(layers)  # trained layers: forward, dX and dW
+    return (flops.linear - own) / limits["fp8_flops"] + (flops.total - flops.linear + own) / bf16
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Who trains in the training benchmark, and with which settings.
+
+All of them are trained by `transformers.Trainer` or a subclass, on the same steps of the same
+sequences in the same order; what differs is said in `settings`, and is each one's best.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from benchmarks.fit import make_config
+from benchmarks.train_workloads import NamedWeights, Scale
+from benchmarks.train_workloads import Sequence as Sentence
+from xplus_fast.config import MemoryConfig
+from xplus_fast.data.corpus import PackCollator
+from xplus_fast.model.families import shape_of
+from xplus_fast.model.load import load_model
+from xplus_fast.planning.cards import Card
+from xplus_fast.planning.from_recipe import USABLE, free_memory
+from xplus_fast.planning.plan import plan_stage
+from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.training.place import cap
+from xplus_fast.training.planned import PlannedTrainer
+
+Steps = list[list[list[Sentence]]]
+RATE = 1e-5
+
+
+class CannotRun(Exception):
+    """Why a contestant is not in the race."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    settings: str  # for the table's notes
+    train: Callable[..., Any]  # see `_ours`, `_stock`
+    options: tuple[tuple[str, Any], ...] = ()
+    rate: str = "bf16"  # whose GEMM rate the frozen layers' limit is
+    loose: float = 0.005  # how far the first loss may be off the unrounded one's
+
+
+def _need(module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise CannotRun("not importable here")
+
+
+class _InOrder:
+    """Mixin: the sequences come as they are listed."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
+
+
+class _Ours(_InOrder, PlannedTrainer):
+    pass
+
+
+class _Stock(_InOrder, Trainer):
+    pass
+
+
+def _arguments(folder: str, device: torch.device, steps: int, micro: int, **more: Any) -> Any:
+    return TrainingArguments(
+        folder, use_cpu=device.type == "cpu", max_steps=steps, learning_rate=RATE,
+        per_device_train_batch_size=1, gradient_accumulation_steps=micro, logging_steps=1,
+        save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
+        logging_nan_inf_filter=False, max_grad_norm=1.0, weight_decay=0.01, **more,
+    )  # fmt: skip
+
+
+def _ours(
+    scale: Scale, layers: str, device: torch.device, card: Card | None, *, budget: int = 0,
+    **memory: Any,
+) -> Callable[[Steps, str], Any]:  # fmt: skip
+    """Ours: planned for the card (or a budget), packed rows, one process."""
+    config = make_config(scale.model)
+    shape = shape_of(config)
+    room = int(card.memory * USABLE) if card else None
+    plan = plan_stage(
+        shape, resolve_layers(layers, shape.layers), (), MemoryConfig(**memory),
+        card=card, dtype_bytes=2, pack_tokens=scale.row, tokens_per_step=scale.step,
+        budget=budget or room, host=free_memory(),
+    )  # fmt: skip
+    if budget:
+        cap(device, budget)
+    weights: Any = NamedWeights(shape, device)
+    model = load_model(weights, config, plan.layout, dtype=torch.bfloat16, device=device)
+
+    def trainer(steps: Steps, folder: str) -> Any:
+        rows = [
+            {
+                "input_ids": torch.cat([s.ids for s in row]),
+                "labels": torch.cat([s.labels for s in row]),
+                "lengths": [len(s) for s in row],
+            }
+            for step in steps for row in step
+        ]  # fmt: skip
+        together = max(1, plan.micro_batch_tokens // scale.row)
+        count = scale.step // scale.row // together
+        batches = [rows[i : i + together] for i in range(0, len(rows), together)]
+        return _Ours(
+            model, _arguments(folder, device, len(steps), count), train_dataset=batches,
+            data_collator=lambda items: PackCollator()(items[0]), plan=plan, activations=None,
+            say=lambda line: None,
+        )  # fmt: skip
+
+    return trainer
+
+
+def _stock(
+    scale: Scale, layers: str, device: torch.device, card: Card | None, *,
+    tuned: bool = False, liger: bool = False, compiled: bool = False, rank: int = 0,
+    rows: int = 0,
+) -> Callable[[Steps, str], Any]:  # fmt: skip
+    """Hugging Face's model and Trainer; see `CONTESTANTS` for what the flags mean.
+
+    rows: packed rows' worth of sentences that a micro-batch holds, 0: 8 sentences as they come.
+    """
+    if liger:
+        _need("liger_kernel")
+        if device.type != "cuda":
+            raise CannotRun("needs CUDA")
+    if rank:
+        _need("peft")
+    config = make_config(scale.model)
+    config.use_cache = False
+    shape = shape_of(config)
+    attention = "flash_attention_2" if tuned and _flash(device) else "sdpa"
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
+    weights = NamedWeights(shape, device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights.read((name,), torch.bfloat16))
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3(model=model)
+    ids = resolve_layers(layers, shape.layers)
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        )
+        model.enable_input_require_grads()
+    else:
+        model.requires_grad_(False)
+        for i in ids:
+            model.model.layers[i].requires_grad_(True)
+    more: dict[str, Any] = {
+        "optim": "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
+    }
+    if tuned:
+        # only what passes a gradient is checkpointed, and no input is made to require one
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with suppress(AttributeError):
+            model.disable_input_require_grads()
+        for i, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = i >= min(ids)
+    else:
+        more["gradient_checkpointing"] = True
+    if compiled:
+        for layer in model.model.layers:
+            # its forward, not its call: hooks that time it would break the graph
+            layer.forward = torch.compile(
+                layer.forward, backend="inductor" if device.type == "cuda" else "eager"
+            )
+
+    def trainer(steps: Steps, folder: str) -> Any:
+        groups = []
+        for step in steps:
+            sentences = [s for row in step for s in row]
+            if rows:
+                sentences.sort(key=len)  # padding is least among equals
+                size = -(-len(sentences) * rows * scale.row // scale.step)
+            else:
+                size = min(8, -(-len(sentences) * scale.row // scale.step))
+            groups.append([sentences[i : i + size] for i in range(0, len(sentences), size)])
+        micro = _even(groups)
+        batches = [batch for group in groups for batch in group]
+        return _Stock(
+            model, _arguments(folder, device, len(steps), micro, **more), train_dataset=batches,
+            data_collator=lambda items: _pad(items[0]),
+        )  # fmt: skip
+
+    return trainer
+
+
+def _flash(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+
+
+def _even(groups: list[list[list[Sentence]]]) -> int:
+    """Cut batches in two until every step has as many as any; returns how many."""
+    most = max(len(group) for group in groups)
+    for group in groups:
+        while len(group) < most:
+            largest = max(range(len(group)), key=lambda i: len(group[i]))
+            whole = group[largest]
+            if len(whole) < 2:
+                raise CannotRun("steps of unequal numbers of sentences")
+            group[largest : largest + 1] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+    return most
+
+
+def _pad(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
+    """[B, longest], padded on the right."""
+    width = max(len(s) for s in sentences)
+    shape = (len(sentences), width)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for i, s in enumerate(sentences):
+        ids[i, : len(s)], labels[i, : len(s)], mask[i, : len(s)] = s.ids, s.labels, 1
+    if mask.all():
+        return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def _absent(module: str) -> Callable[..., Any]:
+    def train(*_: Any, **__: Any) -> Any:
+        _need(module)
+        raise CannotRun("importable, but this benchmark does not drive it yet")
+
+    return train
+
+
+_TUNED = (
+    "no input-gradient hook, checkpointing from the lowest trained layer up, micro-batches of"
+    " {} tokens of length-sorted sentences, SDPA (FlashAttention 2 where installed), fused AdamW"
+)
+CONTESTANTS: dict[str, Contestant] = {
+    "ours, bf16": Contestant(
+        "fp32 master weights; planned for the whole card, all frozen layers bf16 and on it", _ours,
+        (("frozen", "bf16"), ("placement", "device"), ("head", "bf16")),
+    ),
+    "ours, int8 frozen": Contestant(
+        "the same, frozen layers in INT8", _ours, (("frozen", "int8"), ("placement", "device")),
+        loose=0.01,
+    ),
+    "ours, fp8 frozen": Contestant(
+        "the same, frozen layers and head in FP8", _ours,
+        (("frozen", "fp8"), ("placement", "device"), ("head", "fp8")), "fp8", 0.02,
+    ),
+    "ours, nf4 frozen": Contestant(
+        "the same, frozen layers in NF4", _ours, (("frozen", "nf4"), ("placement", "device")),
+        loose=0.05,
+    ),
+    "ours, 24 GB": Contestant(
+        "planned for 24 GB, and capped to them", _ours, (("budget", 24 * 10**9),), loose=0.01
+    ),
+    "ours, 16 GB": Contestant(
+        "planned for 16 GB, and capped to them", _ours, (("budget", 16 * 10**9),), loose=0.01
+    ),
+    "stock Trainer": Contestant(
+        "bf16 weights, gradient_checkpointing=True, batches of 8 sentences as they come, SDPA,"
+        " fused AdamW", _stock,
+    ),
+    "tuned": Contestant(_TUNED.format("4096"), _stock, (("tuned", True), ("rows", 1))),
+    "tuned + Liger": Contestant(
+        _TUNED.format("16384") + "; Liger's kernels and fused loss", _stock,
+        (("tuned", True), ("liger", True), ("rows", 4)),
+    ),
+    "tuned + compile": Contestant(
+        _TUNED.format("4096") + "; torch.compile of each layer", _stock,
+        (("tuned", True), ("compiled", True), ("rows", 1)),
+    ),
+    "LoRA r64": Contestant(
+        "PEFT on all linears of all layers, gradient_checkpointing=True, batches of 8", _stock,
+        (("rank", 64),),
+    ),
+    "Unsloth": Contestant("-", _absent("unsloth")),
+    "torchtune": Contestant("-", _absent("torchtune")),
+}  # fmt: skip

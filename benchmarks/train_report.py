@@ -1,0 +1,151 @@
+"""Tables and pictures of a training benchmark, and its history over commits."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured on a GPU"
+OURS, THEIRS = "#1f6f8b", "#b8c4cc"
+PART_COLORS = ("#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d")
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each contestant, stage and mix."""
+    lines = [
+        "| stage | sequences | contestant | tokens/s | against tuned + Liger | step, s | peak GB"
+        " (reserved) | share of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        head = f"| {row['stage']} ({row['layers']}) | {row['mix']} | {row['contestant']} |"
+        if row["status"] != "ok":
+            lines.append(f"{head} {row['status']}: {row['why']} | | | | |")
+            continue
+        rival = best(result, row["stage"], row["mix"], "tuned + Liger")
+        ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x" if rival else "-"
+        peak = row["peak"]
+        memory = f"{peak['allocated'] / 1e9:.1f} ({peak['reserved'] / 1e9:.1f})" if peak else "-"
+        share = f"{row['share']:.0%}" if "share" in row and not result["smoke"] else "-"
+        seconds = statistics.median(row["seconds"])
+        lines.append(
+            f"{head} {row['tokens_per_s']:,.0f} | {ratio} | {seconds:.2f} | {memory} | {share} |"
+        )
+    lines += ["", note(result), ""]
+    lines += [f"- {name}: {settings}." for name, settings in result["settings"].items()]
+    return "\n".join(lines)
+
+
+def note(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    toy = (
+        "A toy model, to prove the benchmark: its figures mean nothing. " if result["smoke"] else ""
+    )
+    return (
+        f"{toy}Qwen3-{result['model']} of random weights, {result['tokens_per_step']:,} tokens a"
+        f" step, medians of {result['timed']} steps; real tokens, padding not counted."
+        f" {result['device']['name']}; {versions}; commit {result['commit']}."
+    )
+
+
+def best(result: dict[str, Any], stage: str, mix: str, name: str) -> dict[str, Any] | None:
+    found = [
+        r for r in result["rows"]
+        if (r["stage"], r["mix"], r["contestant"], r["status"]) == (stage, mix, name, "ok")
+    ]  # fmt: skip
+    return found[0] if found else None
+
+
+def readme_section(result: dict[str, Any] | None) -> str:
+    """What README.md says: a table, or that there is none."""
+    if result is None or result["smoke"]:
+        return f"Training steps against peers (`python -m benchmarks.train`): {NOT_MEASURED}."
+    return table(result)
+
+
+def draw(result: dict[str, Any], stem: Path) -> list[str]:
+    """Bars of tokens/s and memory, and of where a step's time goes."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ["no picture: matplotlib is not installed"]
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ran = [r for r in result["rows"] if r["status"] == "ok"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in ran:
+        groups.setdefault((row["stage"], row["mix"]), []).append(row)
+    if not groups:
+        return ["no picture: nothing ran"]
+    made = []
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    height = 0.9 + 0.27 * max(map(len, groups.values()))
+    with plt.rc_context(style):
+        figure, grid = plt.subplots(
+            len(groups), 3, figsize=(13, height * len(groups)), squeeze=False, layout="constrained"
+        )
+        for axes, ((stage, mix), rows) in zip(grid, groups.items(), strict=True):
+            names = [r["contestant"] for r in rows][::-1]
+            colors = [OURS if n.startswith("ours") else THEIRS for n in names]
+            speed = [r["tokens_per_s"] for r in rows][::-1]
+            axes[0].barh(names, speed, color=colors)
+            axes[0].set_title(f"{stage}, {mix}: tokens/s", loc="left")
+            memory = [(r["peak"] or {"allocated": 0})["allocated"] / 1e9 for r in rows][::-1]
+            axes[1].barh(names, memory, color=colors)
+            axes[1].set_title("peak memory, GB", loc="left")
+            left = [0.0] * len(rows)
+            for part, color in zip(rows[0]["split"], PART_COLORS, strict=True):
+                widths = [r["split"][part] for r in rows][::-1]
+                axes[2].barh(names, widths, left=left, color=color, label=part)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            axes[2].set_title("seconds of a step", loc="left")
+            for i, (value, x) in enumerate(zip(speed, memory, strict=True)):
+                axes[0].text(value, i, f" {value:,.0f}", va="center", fontsize=8)
+                axes[1].text(x, i, f" {x:.1f}" if x else " no GPU", va="center", fontsize=8)
+            for other in axes[1:]:
+                other.set_yticks([])
+        grid[-1][2].legend(
+            frameon=False, ncols=5, fontsize=8, loc="upper right", bbox_to_anchor=(1, -0.12)
+        )
+        path = stem.with_name(stem.name + ".png")
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        made.append(f"picture: {path}")
+    return made
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Earlier results, oldest first: train.json and train-*.json of a folder."""
+    found = [json.loads(p.read_text()) for p in sorted(folder.glob("train*.json"))]
+    return sorted((r for r in found if not r["smoke"]), key=lambda r: r["time"])
+
+
+def draw_history(folder: Path, out: Path) -> list[str]:
+    """Tokens/s of ours and of the best peer over commits, a line for each stage and mix."""
+    runs = history(folder)
+    if len(runs) < 2:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    kinds = sorted({(r["stage"], r["mix"]) for run in runs for r in run["rows"]})
+    for i, (stage, mix) in enumerate(kinds):
+        for name, line in (("ours, bf16", "-"), ("tuned + Liger", ":")):
+            points = [
+                (run["commit"], row["tokens_per_s"])
+                for run in runs
+                if (row := best(run, stage, mix, name)) is not None
+            ]
+            axes.plot(
+                [p[0] for p in points], [p[1] for p in points], line, marker="o",
+                color=f"C{i}", label=f"{name}: {stage}, {mix}",
+            )  # fmt: skip
+    axes.set_title("tokens/s over commits", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return [f"picture: {out}"]

@@ -1,0 +1,162 @@
+"""The training benchmark on a toy model: who runs, who is disqualified, what is told of it."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare, profile, report, train, train_report
+from benchmarks.fit import make_config
+from benchmarks.train_contestants import CONTESTANTS
+from benchmarks.train_workloads import (
+    SMOKE,
+    NamedWeights,
+    Scale,
+    describe_steps,
+    make_steps,
+)
+from xplus_fast.model.families import shape_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    pytest.importorskip("bitsandbytes", reason="makes the NF4 codes")
+    out = tmp_path_factory.mktemp("train") / "train.json"
+    assert train.main(["--smoke", "--out", str(out)]) == 0
+    return json.loads(out.read_text()), out
+
+
+def test_every_contestant_runs_or_says_why(smoke):
+    result, out = smoke
+    by_name = {(r["contestant"], r["mix"]): r for r in result["rows"]}
+    assert {name for name, _ in by_name} == set(CONTESTANTS)
+    for (name, _), row in by_name.items():
+        if row["status"] == "ok":
+            assert row["tokens_per_s"] > 0 and len(row["losses"]) == 3
+            assert all(map(math.isfinite, row["losses"]))
+            assert sum(row["split"].values()) == pytest.approx(
+                sorted(row["seconds"])[len(row["seconds"]) // 2], rel=0.5
+            )
+            assert row["split"]["backward"] > 0 < row["split"]["head"]
+            assert row["share"] > 0 and abs(row["loss_off"]) <= CONTESTANTS[name].loose
+        else:
+            assert row["why"] and row["status"] == "not run", (name, row)
+    ran = {name for (name, _), r in by_name.items() if r["status"] == "ok"}
+    assert {"ours, bf16", "ours, int8 frozen", "ours, fp8 frozen", "ours, nf4 frozen",
+            "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile"} <= ran  # fmt: skip
+    assert by_name["tuned + Liger", "pairs"]["why"] == "needs CUDA" or torch.cuda.is_available()
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_contestants_train_on_the_same_tokens(smoke):
+    rows = [r for r in smoke[0]["rows"] if r["status"] == "ok" and r["mix"] == "pairs"]
+    assert len({tuple(r["tokens"]) for r in rows}) == 1
+    exact = [r["losses"][0] for r in rows if CONTESTANTS[r["contestant"]].loose < 0.01]
+    assert max(exact) - min(exact) < 2e-3 * exact[0]
+
+
+def test_a_wrong_loss_disqualifies(smoke):
+    rows = copy.deepcopy([r for r in smoke[0]["rows"] if r["mix"] == "pairs"])
+    cheat = next(r for r in rows if r["contestant"] == "tuned")
+    cheat["losses"][0] *= 1.02
+    train.judge(rows, SMOKE, smoke[0]["limits"])
+    assert cheat["status"] == "wrong loss" and "+2.0" in cheat["why"]
+    assert sum(r["status"] == "wrong loss" for r in rows) == 1
+    shown = train_report.table({**smoke[0], "rows": rows})
+    assert "| tuned | wrong loss: +2.0" in shown
+
+
+def test_steps_are_full_and_the_same_every_time():
+    scale = Scale("8B")
+    for mix in ("pairs", "full"):
+        steps = make_steps(scale, mix, 2, 1000)
+        again = make_steps(scale, mix, 2, 1000)
+        about = describe_steps(steps)
+        assert all(0.97 * 16384 < n <= 16384 for n in about["tokens"])
+        for step, other in zip(steps, again, strict=True):
+            assert len(step) == 4
+            for row, same in zip(step, other, strict=True):
+                assert sum(map(len, row)) <= 4096
+                assert all(torch.equal(a.ids, b.ids) for a, b in zip(row, same, strict=True))
+    assert describe_steps(make_steps(scale, "full", 1, 10))["lengths"] == [[4096] * 4]
+
+
+def test_weights_are_those_of_their_names():
+    shape = shape_of(make_config("tiny"))
+    weights = NamedWeights(shape, torch.device("cpu"))
+    names = tuple(f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv")
+    whole = weights.read(names, torch.float32)
+    assert torch.equal(whole, torch.cat([weights.read((n,), torch.float32) for n in names]))
+    assert not torch.equal(whole[:32], whole[-32:])
+
+
+def test_limits_count_trained_layers_in_bf16(smoke):
+    row = next(r for r in smoke[0]["rows"] if r["contestant"] == "ours, bf16")
+    shape = shape_of(make_config("tiny"))
+    limits = {"bf16_flops": 1e9, "fp8_flops": 2e9}
+    bf16 = train._limit(shape, row, limits)
+    fp8 = train._limit(shape, {**row, "contestant": "ours, fp8 frozen"}, limits)
+    assert 0.5 * bf16 < fp8 < bf16
+    doubled = {"bf16_flops": 2e9, "fp8_flops": 2e9}
+    assert train._limit(shape, row, doubled) == pytest.approx(bf16 / 2)
+
+
+def test_without_a_gpu_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.main([]) == 2 and profile.main([]) == 2
+    err = capsys.readouterr().err
+    assert "train: no CUDA GPU here" in err and "profile: no CUDA GPU here" in err
+    assert train.main(["--smoke", "--only", "nobody"]) == 2
+    assert train.main(["--smoke", "--mixes", "many"]) == 2
+
+
+def test_compare_flags_what_became_worse(smoke, tmp_path, capsys):
+    result, out = smoke
+    slower = copy.deepcopy(result)
+    row = next(r for r in slower["rows"] if r["status"] == "ok")
+    row["tokens_per_s"] *= 0.9
+    (tmp_path / "new.json").write_text(json.dumps(slower))
+    assert compare.main([str(out), str(out)]) == 0
+    assert compare.main([str(out), str(tmp_path / "new.json")]) == 1
+    said = capsys.readouterr().out
+    assert f"WORSE   -10.0%  {row['stage']} {row['mix']}: {row['contestant']}, tokens/s" in said
+    assert compare.main([str(tmp_path / "new.json"), str(out)]) == 0  # faster
+    assert compare.main([str(out), str(tmp_path / "no.json")]) == 2
+    (tmp_path / "other.json").write_text(json.dumps({**result, "device": {"name": "another"}}))
+    assert compare.main([str(out), str(tmp_path / "other.json")]) == 2
+
+
+def test_a_history_over_commits(smoke, tmp_path):
+    for i, commit in enumerate(("aaa", "bbb")):
+        run = {**smoke[0], "smoke": False, "commit": commit, "time": str(i)}
+        (tmp_path / f"train-{commit}.json").write_text(json.dumps(run))
+    assert [r["commit"] for r in train_report.history(tmp_path)] == ["aaa", "bbb"]
+    train_report.draw_history(tmp_path, tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_groups_what_a_step_computes(tmp_path, capsys):
+    assert profile.main(["--smoke", "--out", str(tmp_path)]) == 0
+    groups = json.loads((tmp_path / "profile.json").read_text())["groups"]
+    assert groups["GEMMs"]["seconds"] > 0 < groups["attention"]["calls"]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "| GEMMs |" in capsys.readouterr().out
+    kernels = {
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNT": "GEMMs", "_rms_norm_fwd_kernel": "norms",
+        "pytorch_flash::flash_bwd_dq_dk_dv_loop": "attention", "_adamw_kernel": "optimizer",
+        "Memcpy HtoD (Pinned -> Device)": "copies", "_qk_norm_rope_fwd_kernel": "qk_norm_rope",
+        "_quantize_fp8_kernel": "quantize", "something": "other",
+    }  # fmt: skip
+    assert {name: profile.group(name) for name in kernels} == kernels
+
+
+def test_the_documents_show_the_results_files():
+    for path, text in report.rewritten().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: python -m benchmarks.report"
+    assert report.main(["--check"]) == 0
+    assert "not measured on a GPU" in train_report.readme_section(None)
