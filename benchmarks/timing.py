@@ -7,6 +7,7 @@ time; each call takes the next of several sets of inputs and the last outputs ar
 between two uses of a set more than twice the L2 cache has gone by.
 """
 
+import ctypes
 import math
 import subprocess
 import time
@@ -174,3 +175,23 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     values = [v.strip() for v in done.stdout.strip().split(",")]
     names = fields.split(",")
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
+
+
+def energy(device: torch.device) -> float | None:
+    """Joules that the card has used since its driver was loaded, as NVML counts; else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+        # NVML knows cards by their bus, whatever CUDA_VISIBLE_DEVICES says
+        bus = torch.cuda.get_device_properties(device)
+        name = f"{bus.pci_domain_id:08x}:{bus.pci_bus_id:02x}:{bus.pci_device_id:02x}.0"
+        calls = (
+            nvml.nvmlInit_v2(),
+            nvml.nvmlDeviceGetHandleByPciBusId_v2(name.encode(), ctypes.byref(handle)),
+            nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)),
+        )
+    except (OSError, AttributeError):
+        return None
+    return millijoules.value / 1e3 if not any(calls) else None

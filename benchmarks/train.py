@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.environment import describe_environment
 from benchmarks.fit import make_config
-from benchmarks.timing import clocks, measure_limits
+from benchmarks.timing import clocks, energy, measure_limits
 from benchmarks.train_contestants import CONTESTANTS, CannotRun, Contestant
 from benchmarks.train_report import draw, table
 from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, describe_steps, make_steps
@@ -207,6 +207,7 @@ def _measure(
             ),
             "split": clock.split(warm),
             "peak": clock.peak(),
+            "joules": clock.joules,  # of the timed steps together
             "clocks": clocks(device),
         }
     return found
@@ -223,6 +224,7 @@ class Clock(TrainerCallback):
         self.cuda, self.warm = device.type == "cuda", warm
         self.marks: list[list[tuple[str, Any]]] = []  # of each step
         self._forward = False
+        self.joules: float | None = None
         whole = trainer.model
         inner = whole
         while not hasattr(inner, "layers"):
@@ -259,6 +261,7 @@ class Clock(TrainerCallback):
         if self.cuda and state.global_step == self.warm:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            self.joules = energy(self.device)
         self.marks.append([("begin", self._now())])
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -272,6 +275,8 @@ class Clock(TrainerCallback):
             hook.remove()
         if self.cuda:
             torch.cuda.synchronize()
+            now = energy(self.device)
+            self.joules = None if now is None or self.joules is None else now - self.joules
 
     def _between(self, a: Any, b: Any) -> float:
         return a.elapsed_time(b) / 1e3 if self.cuda else b - a

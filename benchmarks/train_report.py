@@ -14,13 +14,13 @@ def table(result: dict[str, Any]) -> str:
     """A row for each contestant, stage and mix."""
     lines = [
         "| stage | sequences | contestant | tokens/s | against tuned + Liger | step, s | peak GB"
-        " (reserved) | share of the limit |",
-        "|---|---|---|---|---|---|---|---|",
+        " (reserved) | share of the limit | J a 1000 tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         head = f"| {row['stage']} ({row['layers']}) | {row['mix']} | {row['contestant']} |"
         if row["status"] != "ok":
-            lines.append(f"{head} {row['status']}: {row['why']} | | | | |")
+            lines.append(f"{head} {row['status']}: {row['why']} | | | | | |")
             continue
         rival = best(result, row["stage"], row["mix"], "tuned + Liger")
         ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x" if rival else "-"
@@ -28,8 +28,11 @@ def table(result: dict[str, Any]) -> str:
         memory = f"{peak['allocated'] / 1e9:.1f} ({peak['reserved'] / 1e9:.1f})" if peak else "-"
         share = f"{row['share']:.0%}" if "share" in row and not result["smoke"] else "-"
         seconds = statistics.median(row["seconds"])
+        joules = row["joules"]
+        energy = "-" if joules is None else f"{1e3 * joules / sum(row['tokens']):.0f}"
         lines.append(
             f"{head} {row['tokens_per_s']:,.0f} | {ratio} | {seconds:.2f} | {memory} | {share} |"
+            f" {energy} |"
         )
     lines += ["", note(result), ""]
     lines += [f"- {name}: {settings}." for name, settings in result["settings"].items()]
