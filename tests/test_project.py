@@ -15,6 +15,7 @@ from packaging.version import Version
 from benchmarks import cpu_step
 from xplus_fast.config import load_recipe
 from xplus_fast.data.preparation.recipe import load_prepare_recipe
+from xplus_fast.evaluation.recipe import load_evaluate_recipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -74,6 +75,12 @@ def test_preparation_recipes_load() -> None:
     mined = [c.path for c in whole.corpora if "nllb" in c.path]
     assert len(mined) == 16 and len(whole.corpora) == 31  # OPUS-100 has no Swahili
     load_prepare_recipe(ROOT / "recipes/prepare-small.yaml")
+
+
+def test_evaluation_recipes_load() -> None:
+    whole = load_evaluate_recipe(ROOT / "recipes/evaluate-xplus.yaml")
+    assert len(whole.translation.sets[0].directions) == 32  # 17 languages with English
+    load_evaluate_recipe(ROOT / "recipes/evaluate-demo.yaml")
 
 
 @pytest.mark.parametrize("size", ["8b", "14b"])

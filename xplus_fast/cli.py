@@ -109,6 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="for programs")
     sensitivity.set_defaults(run=_sensitivity, overrides=[])
 
+    evaluate = commands.add_parser(
+        "evaluate", help="translation gained, reasoning kept: a model against its base"
+    )
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a finished run, or a model folder")
+    evaluate.add_argument("recipe", type=Path, help="YAML file, see recipes/evaluate-xplus.yaml")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch_size=32")
+    evaluate.add_argument("--base", default="", help="to compare with: a folder or hub id")
+    evaluate.add_argument(
+        "--fail-if", default="", metavar="CONDITION", help="exit code 1 if, e.g. 'reasoning < -2'"
+    )
+    evaluate.add_argument("--json", action="store_true", help="for programs")
+    evaluate.set_defaults(run=_evaluate)
+
     bench = commands.add_parser(
         "bench", help="time kernels and training steps (in a checkout of the source)"
     )
@@ -187,6 +200,26 @@ def _export(options: argparse.Namespace) -> int:
     for dtype in {files.dtype(n) for n in tensors} - {t.dtype for t in tensors.values()}:
         print(f"the trained tensors are rounded to {dtype}, in which the base stores them")
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from xplus_fast.evaluation.recipe import load_evaluate_recipe
+
+    recipe = load_evaluate_recipe(options.recipe, options.overrides)
+    _quiet()
+    from xplus_fast.evaluation import verdict
+    from xplus_fast.evaluation.evaluate import evaluate, model_folder
+    from xplus_fast.model.checkpoint_files import resolve_model
+
+    if options.fail_if:
+        if not options.base:
+            raise UserError("--fail-if is about changes: it goes with --base")
+        verdict.parse_condition(options.fail_if)
+    model = model_folder(options.model, Path(recipe.output).expanduser())
+    base = resolve_model(options.base) if options.base else None
+    result = evaluate(model, base, recipe)
+    print(json.dumps(result, indent=2) if options.json else verdict.describe(recipe.output, result))
+    return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -5,20 +5,20 @@ only by what was trained in between.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xplus_fast.config import DataConfig, EvaluationConfig
 from xplus_fast.data.chat import prompt_text
 from xplus_fast.data.corpus import PackCollator, pack_examples, pack_texts
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation.generate import answers, greedy
 
 # "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
 _DIRECTION = re.compile(r"[a-z]{2,3}([-_][A-Z]\w+)?-[a-z]{2,3}([-_][A-Z]\w+)?")
@@ -62,7 +62,7 @@ def measure(
     # disable=None: no bar where standard error is no terminal
     quiet = None if show else True
     bar = tqdm(total=work, disable=quiet, ascii=True, leave=False, dynamic_ncols=True)
-    with _evaluating(model, tokenizer, config), bar:
+    with greedy(model, tokenizer, config.max_new_tokens), bar:
         for tag in tags:
             result["loss"][tag], _ = _loss(model, rows[tag], bar, f"held-out {tag}")
         if retention:
@@ -84,35 +84,6 @@ def measure(
                 for e, r, o in shown
             ]
     return result
-
-
-@contextmanager
-def _evaluating(model: Any, tokenizer: Any, config: EvaluationConfig) -> Iterator[None]:
-    """Evaluation mode, greedy generation, no gradients; all put back at the end.
-
-    The model's own generation config is set aside rather than overridden: a sampling temperature
-    left in it warns, and a repetition penalty would change what greedy means.
-    """
-    training, use_cache = model.training, model.config.use_cache
-    generation, pad = model.generation_config, tokenizer.pad_token_id
-    ends = getattr(generation, "eos_token_id", None)
-    both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    ends = sorted(end for end in both if end is not None)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if pad is None and ends else pad,
-        use_cache=True,
-    )
-    model.eval()
-    try:
-        with torch.no_grad():  # inference_mode would leave tensors that training cannot use
-            yield
-    finally:
-        model.train(training)
-        model.config.use_cache = use_cache
-        model.generation_config = generation
 
 
 def _loss(model: Any, rows: list[dict[str, Any]], bar: Any, what: str) -> tuple[float, int]:
@@ -138,39 +109,16 @@ def _loss(model: Any, rows: list[dict[str, Any]], bar: Any, what: str) -> tuple[
 
 
 def _translate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    batch_size: int,
-    bar: Any,
-    what: str,
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int, bar: Any, what: str
 ) -> tuple[list[str], int]:
     """Greedy answers in the order of the prompts; and how many stopped only at the token limit."""
     bar.set_description_str(what)
-    model.config.use_cache = True
-    generation = model.generation_config
-    tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
     outputs, truncated = [""] * len(prompts), 0
-    # Longest first: a batch too large for the memory fails at once, not in the last minute
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    for at in range(0, len(order), batch_size):
-        ids = order[at : at + batch_size]
-        width = len(tokens[ids[0]])
-        # [B, width], padded on the left, so that every row's next token is the last column's
-        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
-        mask = torch.zeros_like(input_ids)
-        for b, i in enumerate(ids):
-            input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])
-            mask[b, width - len(tokens[i]) :] = 1
-        answers = model.generate(
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)
-        )
-        for i, answer in zip(ids, answers[:, width:].tolist(), strict=True):
-            ends = generation.eos_token_id or []
-            end = next((n for n, token in enumerate(answer) if token in ends), None)
-            truncated += end is None
-            outputs[i] = tokenizer.decode(answer[:end], skip_special_tokens=True).strip()
-        bar.update(len(ids))
+    for batch in answers(model, tokenizer, prompts, batch_size):
+        for i, text, cut in batch:
+            outputs[i] = text
+            truncated += cut
+        bar.update(len(batch))
     return outputs, truncated
 
 

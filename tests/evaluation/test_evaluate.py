@@ -1,0 +1,331 @@
+"""`xplus-fast evaluate` on tiny models: scores, cache, verdict, and what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.assets import load_tokenizer, save_small_tokenizer, save_tiny_model
+from xplus_fast import cli
+from xplus_fast.errors import UserError
+from xplus_fast.evaluation import generate, translation, verdict
+from xplus_fast.evaluation.recipe import TestSet, TranslationConfig
+
+SENTENCES = {
+    "en": ["Good morning.", "The house is red.", "It rains today.", "She has two dogs."],
+    "fr": ["Bonjour.", "La maison est rouge.", "Il pleut aujourd'hui.", "Elle a deux chiens."],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models that differ, a test set, a task of lm-evaluation-harness."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_small_tokenizer(folder / "tokenizer")
+    save_tiny_model(folder / "base", folder / "tokenizer")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    for p in model.model.layers[0].parameters():
+        p.data *= 1.5
+    model.save_pretrained(folder / "tuned")
+    load_tokenizer(folder / "tokenizer").save_pretrained(folder / "tuned")
+    for code, lines in SENTENCES.items():
+        (folder / f"{code}.devtest").write_text("\n".join(lines) + "\n")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    rows = [{"q": f"{a}+{b}=", "c": [str(a + b), str(a * b + 7)], "a": 0}
+            for a in range(2) for b in range(3)]  # fmt: skip
+    (tasks / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = {
+        "task": "sums", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}},
+        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def recipe(place, out, **options):
+    tree = {
+        "output": str(out),
+        "translation": {
+            "sets": [{"name": "mine", "files": str(place / "{lang}.devtest"),
+                      "directions": ["en-fr", "fr-en"]}],
+            "metrics": ["chrf", "bleu"], "max_new_tokens": 6,
+        },
+        "bootstrap": 50,
+    }  # fmt: skip
+    for key, value in options.items():
+        if isinstance(value, dict) and key in tree:
+            tree[key] = {**tree[key], **value}
+        else:
+            tree[key] = value
+    path = Path(out).parent / f"{Path(out).name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def run(capsys, *arguments):
+    code = cli.main(["evaluate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_side_by_side_and_again_from_the_cache(place, tmp_path, capsys, monkeypatch):
+    path = recipe(place, tmp_path / "out")
+    arguments = (place / "tuned", path, "--base", place / "base")
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    result = json.loads(out)
+    rows = {(r["name"], r["metric"]): r for r in result["rows"]}
+    assert set(rows) == {(f"mine:{d}", m) for d in ("en-fr", "fr-en") for m in ("chrf", "bleu")}
+    for r in rows.values():
+        assert r["change"] == pytest.approx(r["tuned"] - r["base"])
+        assert r["low"] <= r["high"] and r["verdict"] in ("better", "same", "worse")
+    assert result["counts"]["tuned mine:en-fr"]["truncated"] == 4  # 6 tokens end no sentence
+    texts = (tmp_path / "out/tuned.mine.en-fr.txt").read_text().splitlines()
+    assert len(texts) == 4
+    for name in ("verdict.md", "verdict.csv", "verdict.json", "verdict.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    assert "| mine:en-fr | chrf |" in (tmp_path / "out/verdict.md").read_text()
+    # again: nothing is loaded, nothing generated
+    monkeypatch.setattr(generate, "_load", lambda *a: pytest.fail("a model was loaded"))
+    assert json.loads(run(capsys, *arguments, "--json")[1]) == result
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and "mine:en-fr chrf" in out and "verdict.md" in out
+
+
+def test_scores_are_those_of_sacrebleus_command_line(place, tmp_path, capsys):
+    path = recipe(place, tmp_path / "out", translation={"max_new_tokens": 24})
+    code, out, _ = run(capsys, place / "tuned", path, "--json")
+    result = json.loads(out)
+    for r in result["rows"]:
+        direction = r["name"].partition(":")[2]
+        reference = place / f"{direction.partition('-')[2]}.devtest"
+        hypothesis = tmp_path / f"out/tuned.mine.{direction}.txt"
+        options = ["-m", r["metric"]] + ["--chrf-word-order", "2"] * (r["metric"] == "chrf")
+        ran = subprocess.run(
+            [sys.executable, "-m", "sacrebleu", str(reference), "-i", str(hypothesis), *options,
+             "-w", "4"], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        theirs = json.loads(ran.stdout)
+        assert f"{theirs['score']:.4f}" == f"{r['tuned']:.4f}"
+        assert r["base"] is None and r["verdict"] == ""
+        # the command line names its one corpus; all else of the signature is equal
+        assert theirs["signature"] in result["signatures"][f"{r['metric']} {r['name']}"]
+
+
+def test_a_killed_run_generates_nothing_twice(place, tmp_path):
+    tokenizer_folder = place / "tuned"
+    options = dict(engine="generate", batch_size=1, max_new_tokens=4, dtype="auto", device="cpu")
+    asked = [f"prompt {i}" for i in range(4)]
+    first = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    whole = first.answer(asked, "x")
+    assert first.made == 4
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:2]) + "\n" + lines[2][:9])  # killed while it wrote
+    again = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    assert again.answer([*asked, asked[0]], "x") == [*whole, whole[0]] and again.made == 2
+    third = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    assert third.answer(asked, "x") == whole and third.made == 0
+    other = generate.Generator(place / "base", tmp_path, show=False, **options)
+    other.answer(asked[:1], "x")
+    assert other.made == 1  # another model's answers are its own
+
+
+def test_batches_sorted_by_length_answer_in_order(place):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "tuned")
+    tokenizer = load_tokenizer(place / "tokenizer")
+    asked = ["a", "a much longer prompt than the others are", "two words", "x y z"]
+    with generate.greedy(model, tokenizer, 5):
+        alone = [next(generate.answers(model, tokenizer, [p], 1))[0][1:] for p in asked]
+        together = {}
+        for batch in generate.answers(model, tokenizer, asked, 3):
+            together |= {i: (text, cut) for i, text, cut in batch}
+    assert [together[i] for i in range(4)] == alone
+
+
+def test_lm_evaluation_harness_says_the_same_itself(place, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="runs the tasks: pip install 'xplus-fast[reasoning]'")
+    path = recipe(
+        place, tmp_path / "out", translation={"sets": []}, batch_size=2,
+        reasoning={"tasks": ["sums", "humaneval", "nonsense"], "chat": False,
+                   "include_path": str(place / "tasks")},
+    )  # fmt: skip
+    # against itself: one run of the harness takes ten seconds, and a model is run once
+    both = (place / "tuned", path, "--base", place / "tuned")
+    code, out, _ = run(capsys, *both, "--json")
+    assert code == 0
+    result = json.loads(out)
+    (row,) = result["rows"]
+    assert (row["kind"], row["name"], row["metric"]) == ("reasoning", "sums", "acc")
+    assert (row["low"], row["change"], row["high"], row["verdict"]) == (0, 0, 0, "same")
+    assert result["missing"]["humaneval"].startswith("it executes what the model writes")
+    assert "nonsense" in result["missing"]["nonsense"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+         f"pretrained={place / 'tuned'},dtype=auto", "--tasks", "sums", "--include_path",
+         str(place / "tasks"), "--output_path", str(tmp_path / "theirs"), "--batch_size", "2"],
+        capture_output=True, text=True, env=os.environ,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    (file,) = (tmp_path / "theirs").glob("**/results_*.json")
+    theirs = json.loads(file.read_text())["results"]["sums"]["acc,none"]
+    assert row["tuned"] == 100 * theirs
+    tree = yaml.safe_load(Path(path).read_text())
+    tree["reasoning"]["tasks"] = ["sums"]  # there already
+    Path(path).write_text(yaml.safe_dump(tree))
+    assert run(capsys, *both, "--fail-if", "reasoning > -1")[0] == 1
+    assert run(capsys, *both, "--fail-if", "reasoning < -1")[0] == 0
+
+
+def test_the_code_of_a_model_runs_in_limits(tmp_path):
+    from xplus_fast.evaluation import reasoning
+
+    write = f"open({str(tmp_path / 'big')!r}, 'wb').write(bytes(3 << 20))"
+    ran = subprocess.run(
+        [sys.executable, "-c", write], preexec_fn=lambda: reasoning._limit(5, 4 << 30),
+        capture_output=True,
+    )  # fmt: skip
+    assert ran.returncode == 0
+    ran = subprocess.run(
+        [sys.executable, "-c", "x = bytearray(8 << 30)"],
+        preexec_fn=lambda: reasoning._limit(5, 4 << 30), capture_output=True, text=True,
+    )  # fmt: skip
+    assert "MemoryError" in ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", "while True: pass"], preexec_fn=lambda: reasoning._limit(1, 4 << 30)
+    )
+    assert ran.returncode < 0
+    if prefix := reasoning.without_network():
+        reach = "import socket; socket.create_connection(('127.0.0.1', 9), 1)"
+        code = f"try:\n    {reach}\nexcept OSError as e:\n    print(e.errno)"
+        ran = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True)
+        assert ran.stdout.strip() in ("101", "99")  # unreachable: not even its own
+
+
+def test_intervals_by_hand():
+    a, b = np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 1.0, 1.0])
+    found = verdict.difference(
+        verdict.mean_scorer(a), verdict.mean_scorer(b), 4, samples=2000, confidence=0.95, seed=0
+    )
+    assert found[0] == 0.5 and found[1] == 0.0 and found[2] == 1.0
+    assert verdict.judge(*found) == "same"
+    assert verdict.judge(1.0, 0.5, 1.5) == "better" and verdict.judge(-1.0, -2, -0.5) == "worse"
+    assert verdict.judge(1.0, 0.5, 1.5, lower_is_better=True) == "worse"
+    same = verdict.difference(verdict.mean_scorer(a), verdict.mean_scorer(a), 4, samples=10,
+                              confidence=0.9, seed=0)  # fmt: skip
+    assert same == (0.0, 0.0, 0.0)
+
+
+def test_resampled_corpus_scores_are_sacrebleus():
+    from sacrebleu.metrics import BLEU, CHRF
+
+    outputs, references = SENTENCES["en"], [s.replace("is", "was") for s in SENTENCES["en"]]
+    for metric in (CHRF(word_order=2), BLEU()):
+        scored = verdict.corpus_scorer(metric, outputs, references)
+        for chosen in ([0, 1, 2, 3], [2, 2, 0, 1]):
+            right = metric.corpus_score([outputs[i] for i in chosen],
+                                        [[references[i] for i in chosen]]).score  # fmt: skip
+            assert scored(np.array(chosen)) == pytest.approx(right, abs=1e-9)
+
+
+def test_conditions():
+    changes = {"reasoning": -2.5, "translation": 3.0, "mine:en-fr:chrf": 1.0}
+    assert verdict.failed("reasoning < -2", changes)
+    assert not verdict.failed("translation<=2.9", changes)
+    assert verdict.failed("mine:en-fr:chrf > 0.5", changes)
+    with pytest.raises(UserError, match="does not read like"):
+        verdict.failed("reasoning is bad", changes)
+    with pytest.raises(UserError, match="no change of 'speed' was measured; there is reasoning"):
+        verdict.failed("speed < 0", changes)
+
+
+def test_off_target_and_empty_answers_are_counted():
+    pytest.importorskip("py3langid", reason="identifies languages")
+    lines = translation.Lines("x:en-fr", ("en", "fr"), ["a", "b", "c"], ["r", "r", "r"])
+    french = "Ceci est une phrase fran\u00e7aise assez longue."
+    english = "This is rather a long English sentence, clearly."
+    assert translation.off_target(lines, [french, english, ""]).tolist() == [0, 1, 1]
+
+
+def test_spbleu_trusts_no_file_but_the_right_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SACREBLEU", str(tmp_path))
+    with pytest.raises(UserError, match="flores200sacrebleuspm is missing; sacrebleu downloads it"):
+        translation.check_spm("flores200")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/flores200sacrebleuspm").write_bytes(b"another model")
+    with pytest.raises(UserError, match="is not the model of flores200"):
+        translation.check_spm("flores200")
+
+
+def test_a_metric_without_its_model_costs_that_metric(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SACREBLEU", str(tmp_path / "nothing"))
+    path = recipe(
+        place, tmp_path / "out",
+        translation={"metrics": ["chrf", "spbleu", "xcomet"], "comet_python": "no-such-python"},
+    )  # fmt: skip
+    code, out, _ = run(capsys, place / "tuned", path, "--json")
+    result = json.loads(out)
+    assert code == 0 and {r["metric"] for r in result["rows"]} == {"chrf"}
+    assert "is missing" in result["missing"]["mine:en-fr spbleu"]
+    assert "no-such-python" in result["missing"]["mine:en-fr xcomet"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"translation": {"sets": []}}, "something to evaluate is wanted"),
+        ({"translation": {"sets": [{"name": "m", "files": "x.en", "directions": ["en-fr"]}]}},
+         "translation.sets.0.files: {lang} is wanted"),
+        ({"translation": {"sets": [{"name": "m", "files": "no/{lang}", "directions": ["en-fr"]}]}},
+         "no/en: no such file"),
+        ({"translation": {"sets": [{"name": "m", "files": "{lang}", "directions": ["en-xx1"]}]}},
+         "'en-xx1' is not two languages"),
+        ({"translation": {"metrics": ["rouge"]}}, "translation.metrics.0: one of chrf, bleu"),
+        ({"engine": "tgi"}, "engine: one of auto, vllm, generate"),
+        ({"confidence": 2.0}, "confidence: from 0.5 to below 1"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_one_line(place, tmp_path, capsys, options, message):
+    code, _, err = run(capsys, place / "tuned", recipe(place, tmp_path / "out", **options))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_bad_files_models_and_conditions_are_one_line(place, tmp_path, capsys):
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "en.devtest").write_text("one\n")
+    (short / "fr.devtest").write_text("un\ndeux\n")
+    path = recipe(short, tmp_path / "out")
+    code, _, err = run(capsys, place / "tuned", path)
+    assert code == 2 and "mine en-fr: 1 lines and 2: equally many are wanted" in err
+    path = recipe(place, tmp_path / "out")
+    code, _, err = run(capsys, tmp_path / "nowhere", path)
+    assert code == 2 and "nowhere" in err and err.count("\n") == 1
+    code, _, err = run(capsys, place / "tuned", path, "--fail-if", "reasoning < 1")
+    assert code == 2 and "it goes with --base" in err
+    code, _, err = run(
+        capsys, place / "tuned", path, "--base", place / "base", "--fail-if", "reasoning"
+    )
+    assert code == 2 and "does not read like" in err
+
+
+def test_prompts_are_the_trainings_own_with_thinking_off(place):
+    tokenizer = load_tokenizer(place / "tokenizer")
+    sets = [TestSet("m", str(place / "{lang}.devtest"), ["en-fr"], limit=1)]
+    (lines,) = translation.read_sets(sets)
+    (prompt,) = translation.prompts(lines, TranslationConfig(), tokenizer)
+    assert "Translate the following text from English to French." in prompt
+    assert "English source: Good morning." in prompt
+    assert prompt.endswith("<think>\n\n</think>\n\n")

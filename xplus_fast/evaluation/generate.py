@@ -1,0 +1,203 @@
+"""Greedy answers, each made once: what was generated is kept, and found again.
+
+Thinking is off whatever the model was trained with: a base Qwen3 would think through its budget of
+tokens, score near zero, and every gain over it would be an artefact. The full answer is kept.
+"""
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from xplus_fast.errors import UserError
+
+CHUNK = 1 << 22  # bytes of a file hashed at a time
+LATE = 0.5  # seconds between two writes of the cache's tail
+
+
+@contextmanager
+def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """Evaluation mode, greedy generation, no gradients; all put back at the end.
+
+    The model's own generation config is set aside rather than overridden: a sampling temperature
+    left in it warns, and a repetition penalty would change what greedy means.
+    """
+    training, use_cache = model.training, model.config.use_cache
+    generation, pad = model.generation_config, tokenizer.pad_token_id
+    ends = getattr(generation, "eos_token_id", None)
+    both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ends = sorted(end for end in both if end is not None)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if pad is None and ends else pad,
+        use_cache=True,
+    )
+    model.eval()
+    try:
+        with torch.no_grad():  # inference_mode would leave tensors that training cannot use
+            yield
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+        model.generation_config = generation
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int
+) -> Iterator[list[tuple[int, str, bool]]]:
+    """Batches of (index of the prompt, answer, whether it stopped only at the token limit).
+
+    In `greedy`. Longest prompts first: a batch too large for the memory fails at once.
+    """
+    model.config.use_cache = True
+    generation = model.generation_config
+    tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
+    for at in range(0, len(order), batch_size):
+        ids = order[at : at + batch_size]
+        width = len(tokens[ids[0]])
+        # [B, width], padded on the left, so that every row's next token is the last column's
+        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
+        mask = torch.zeros_like(input_ids)
+        for b, i in enumerate(ids):
+            input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])
+            mask[b, width - len(tokens[i]) :] = 1
+        made = model.generate(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)
+        )
+        batch = []
+        for i, answer in zip(ids, made[:, width:].tolist(), strict=True):
+            ends = generation.eos_token_id or []
+            end = next((n for n, token in enumerate(answer) if token in ends), None)
+            text = tokenizer.decode(answer[:end], skip_special_tokens=True).strip()
+            batch.append((i, text, end is None))
+        yield batch
+
+
+class Generator:
+    """A model's answers, out of a cache where they have been made before.
+
+    folder: of the model. cache: a folder; an answer is known by the model's bytes, the prompt, the
+    token limit and the engine. The model is loaded when the first answer is missing.
+    """
+
+    def __init__(
+        self, folder: Path, cache: Path, *, engine: str, batch_size: int, max_new_tokens: int,
+        dtype: str, device: str, show: bool,
+    ) -> None:  # fmt: skip
+        found = importlib.util.find_spec("vllm") is not None
+        if engine == "vllm" and not found:
+            raise UserError("engine: vllm is not installed: pip install vllm, or engine=generate")
+        self.folder, self.show = folder, show
+        self.engine = "vllm" if engine != "generate" and found else "generate"
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.dtype, self.device = dtype, device
+        self.made = 0  # answers that were not in the cache
+        identity = f"{model_digest(folder)}|{self.engine}|{max_new_tokens}|{dtype}"
+        self._file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+        self._known: dict[str, tuple[str, bool]] = {}
+        if self._file.exists():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                try:
+                    key, text, cut = json.loads(line)
+                except ValueError:  # the last line of a process that was killed
+                    continue
+                self._known[key] = (text, cut)
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        return self._tokenizer
+
+    def answer(self, prompts: Sequence[str], what: str) -> list[tuple[str, bool]]:
+        """(answer, cut off at the token limit) of each prompt, in order."""
+        keys = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
+        missing = [i for i, k in enumerate(dict.fromkeys(keys)) if k not in self._known]
+        wanted = {k: p for k, p in zip(keys, prompts, strict=True) if k not in self._known}
+        if wanted:
+            self._make(list(wanted), list(wanted.values()), what)
+        self.made += len(missing)
+        return [self._known[k] for k in keys]
+
+    def _make(self, keys: list[str], prompts: list[str], what: str) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=len(keys), desc=what, unit="sentences", ascii=True, leave=False,
+                   dynamic_ncols=True, disable=None if self.show else True)  # fmt: skip
+        with bar, open(self._file, "a", encoding="utf-8") as f:
+            f.write("\n" if self._file.stat().st_size else "")  # after a line that was cut off
+            flushed = time.monotonic()
+            for batch in self._batches(prompts):
+                for i, text, cut in batch:
+                    self._known[keys[i]] = (text, cut)
+                    f.write(json.dumps([keys[i], text, cut], ensure_ascii=False) + "\n")
+                if time.monotonic() - flushed > LATE:
+                    f.flush()
+                    flushed = time.monotonic()
+                bar.update(len(batch))
+
+    def _batches(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
+        if self.engine == "vllm":
+            yield self._vllm(prompts)
+            return
+        if self._model is None:
+            self._model = _load(self.folder, self.dtype, self.device)
+        with greedy(self._model, self.tokenizer, self.max_new_tokens):
+            yield from answers(self._model, self.tokenizer, prompts, self.batch_size)
+
+    def _vllm(self, prompts: list[str]) -> list[tuple[int, str, bool]]:
+        from vllm import LLM, SamplingParams
+
+        if self._model is None:
+            dtype = "auto" if self.dtype == "auto" else self.dtype
+            self._model = LLM(str(self.folder), dtype=dtype)
+        options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens)
+        ids = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+        made = self._model.generate([{"prompt_token_ids": i} for i in ids], options, use_tqdm=False)
+        outputs = [r.outputs[0] for r in made]
+        return [(i, o.text.strip(), o.finish_reason == "length") for i, o in enumerate(outputs)]
+
+
+def _load(folder: Path, dtype: str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted: Any = dtype
+    if dtype == "auto":
+        wanted = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: no model ({' '.join(str(e).split())[:200]})") from None
+    return model.to(device)
+
+
+def model_digest(folder: Path) -> str:
+    """A hash of a model's weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise UserError(f"{folder}: no safetensors in it; a model folder or a run's is wanted")
+    for path in files:
+        if path.name == "xplus.json":  # a record, which says when
+            continue
+        digest.update(path.name.encode())
+        with open(path, "rb") as f:
+            while chunk := f.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
