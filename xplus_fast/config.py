@@ -98,6 +98,8 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    every: int = 0  # steps between two evaluations while a stage trains; 0: none
+    few: int = 8  # held-out examples of each direction that they look at
     samples: int = 4  # translations shown in the report, per direction
     translate: int = 32  # held-out sentences translated per direction for chrF++; 0: none
     max_new_tokens: int = 128
@@ -165,6 +167,8 @@ def _check(recipe: Recipe) -> None:
         ("training.save_total_limit", recipe.training.save_total_limit, 1),
         ("training.max_grad_norm", recipe.training.max_grad_norm, 0),
         ("training.weight_decay", recipe.training.weight_decay, 0),
+        ("evaluation.every", recipe.evaluation.every, 0),
+        ("evaluation.few", recipe.evaluation.few, 1),
         ("evaluation.samples", recipe.evaluation.samples, 0),
         ("evaluation.translate", recipe.evaluation.translate, 0),
         ("evaluation.batch_size", recipe.evaluation.batch_size, 1),

@@ -49,7 +49,8 @@ def test_every_contestant_runs_or_says_why(smoke):
     ran = {name for (name, _), r in by_name.items() if r["status"] == "ok"}
     assert {"ours, bf16", "ours, int8 frozen", "ours, fp8 frozen", "ours, nf4 frozen",
             "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile"} <= ran  # fmt: skip
-    assert by_name["tuned + Liger", "pairs"]["why"] == "needs CUDA" or torch.cuda.is_available()
+    liger = by_name["tuned + Liger", "pairs"]
+    assert liger["why"] in ("needs CUDA", "not importable here"), liger
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from xplus_fast.data.corpus import describe
 from xplus_fast.errors import UserError
+from xplus_fast.training import watch
 from xplus_fast.training.progress import duration, si
 
 _RETENTION = "retention text"  # its row's name, among those of the directions
@@ -56,6 +57,7 @@ def write_report(run: Path) -> str:
         "## Training",
         "![training loss and learning rate](loss.png)",
         _training(steps, about),
+        watch.section(run),
         "## Data",
         *_data(about["stages"]),
         _samples(measured),

@@ -74,6 +74,7 @@ from xplus_fast.training.run_folder import (
     throw_away,
     write_json,
 )
+from xplus_fast.training.watch import Watch
 
 FINAL = "final"
 
@@ -158,7 +159,9 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
             load_tensors(model, read_checkpoint(done).tensors["trained"])
             say(f"stage {name}: trained before, taken from {done}")
         else:
-            memory = _train_stage(recipe, i, model, corpora[i], plan, run, place)
+            memory = _train_stage(
+                recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout
+            )
         weights.cover(read_header(done / "trained.safetensors"))
         stages.append(
             {
@@ -260,8 +263,9 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path, place: Place
-) -> dict[str, int]:
+    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path, place: Place,
+    tokenizer: Any, heldout: dict[str, Any],
+) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
     folder = run / name
@@ -316,6 +320,8 @@ def _train_stage(
         train_dataset=corpus.train, data_collator=PackCollator(), callbacks=[log],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    if recipe.evaluation.every and heldout:
+        trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
     try:

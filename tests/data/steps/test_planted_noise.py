@@ -5,6 +5,7 @@ otherwise; each kind of noise is made of pairs that the same steps keep when the
 """
 
 import gzip
+import os
 import random
 import re
 from collections import defaultdict
@@ -21,7 +22,7 @@ from xplus_fast.data.steps.identify import IdentifyOptions, identify_pairs
 from xplus_fast.data.steps.quality import QualityOptions, judge, score_pairs
 
 pytest.importorskip("py3langid", reason="identifies languages")
-SHARED = Path(__file__).parents[4] / "shared/data/parallel"
+SHARED = Path(os.environ.get("XPLUS_DATA", Path(__file__).parents[4] / "shared/data")) / "parallel"
 LANGUAGES = "ar bn cs de es fr hu ja ko ru sr sw te th vi zh".split()
 EACH = 150  # pairs of a language
 # Django has few sentences in some languages, and they are dialogues of an interface

@@ -59,7 +59,7 @@ _STOPS = re.compile(
     "[.!?:;\u2026\u3002\uff01\uff1f\uff0e\uff1a\uff1b\u0964\u0965\u061f\u06d4]"
     "[\"'\u2019\u201d\u00bb\u300d\u300f)\\]]*$"
 )
-SHORTER = 0.1  # ln of the lengths: a text that breaks off is shorter than expected
+SHORTER = 0.3  # ln of the lengths: a text that breaks off is shorter than expected
 _LINK = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+|\b\w+\.(?:com|org|net|html?|php)\b\S*")
 _GROUPS = re.compile(r"(?<=\d)[.,\u00a0\u202f\u066b\u066c' ](?=\d)")
 _NUMBER = re.compile(r"\d+")
