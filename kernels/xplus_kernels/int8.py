@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from xplus_kernels.backend import jit, tl, triton
+from xplus_kernels.nf4 import BLOCK, DTYPES, check_blocks, check_out
 from xplus_kernels.rms_norm import on_triton
 
-BLOCK = 64  # weights that share a scale
 LARGEST = 127  # codes are symmetric: -127 to 127
 FLOOR = 1e-12  # of a block's absmax: a block of zeros divides by no zero
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Int8Weight:
     scale: Tensor
 
     def __post_init__(self) -> None:
-        _check_shape("codes", self.codes.shape)
+        check_blocks("codes", self.codes.shape)
         for name, t, dtype, shape in (
             ("codes", self.codes, torch.int8, self.codes.shape),
             ("scale", self.scale, torch.float32, (self.codes.numel() // BLOCK,)),
@@ -69,7 +68,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     """
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: dtype {weight.dtype}; allowed: bfloat16, float16, float32")
-    _check_shape("weight", weight.shape)
+    check_blocks("weight", weight.shape)
     blocks = weight.detach().contiguous().view(-1, BLOCK).float()
     scale = blocks.abs().amax(1).clamp_(min=FLOOR) / LARGEST
     # absmax / (absmax / 127) may round to above 127
@@ -104,28 +103,13 @@ def dequantize_int8(weight: Int8Weight, *, out: Tensor) -> Tensor:
     Raises TypeError or ValueError, naming the argument, where out is of another dtype, shape,
     layout or device.
     """
-    if out.dtype not in DTYPES:
-        raise TypeError(f"out: dtype {out.dtype}; allowed: bfloat16, float16, float32")
-    if out.shape != weight.shape or not out.is_contiguous():
-        raise ValueError(
-            f"out: shape {list(out.shape)}, strides {list(out.stride())}; the weight needs "
-            f"{list(weight.shape)}, contiguous"
-        )
-    if out.device != weight.codes.device:
-        raise ValueError(f"out: on {out.device}; the weight is on {weight.codes.device}")
+    check_out(out, weight.shape, weight.codes.device)
     if not on_triton(out):
         return dequantize_int8_ref(weight, out=out)
     blocks = len(weight.scale)
     grid = (triton.cdiv(blocks, TILE["BLOCKS"]),)
     _dequantize_int8_kernel[grid](weight.codes, weight.scale, out, blocks, BLOCK=BLOCK, **TILE)
     return out
-
-
-def _check_shape(name: str, shape: Any) -> None:
-    if len(shape) != 2 or shape[0] * shape[1] % BLOCK or not shape[0] * shape[1]:
-        raise ValueError(
-            f"{name}: {list(shape)}; allowed: [N, K] with N * K > 0 a multiple of {BLOCK}"
-        )
 
 
 def aot_cases() -> list[Any]:

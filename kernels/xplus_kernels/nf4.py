@@ -47,7 +47,7 @@ class Nf4Weight:
 
     def __post_init__(self) -> None:
         n, k = self.shape
-        _check_shape("shape", self.shape)
+        check_blocks("shape", self.shape)
         for name, t, dtype, size in (
             ("codes", self.codes, torch.uint8, n * k // 2),
             ("absmax", self.absmax, torch.float32, n * k // BLOCK),
@@ -89,7 +89,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     """
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: dtype {weight.dtype}; allowed: bfloat16, float16, float32")
-    _check_shape("weight", weight.shape)
+    check_blocks("weight", weight.shape)
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError as e:
@@ -143,15 +143,7 @@ def dequantize_nf4(weight: Nf4Weight, *, out: Tensor) -> Tensor:
     Raises TypeError or ValueError, naming the argument, where out is of another dtype, shape,
     layout or device.
     """
-    if out.dtype not in DTYPES:
-        raise TypeError(f"out: dtype {out.dtype}; allowed: bfloat16, float16, float32")
-    if out.shape != weight.shape or not out.is_contiguous():
-        raise ValueError(
-            f"out: shape {list(out.shape)}, strides {list(out.stride())}; the weight needs "
-            f"{list(weight.shape)}, contiguous"
-        )
-    if out.device != weight.codes.device:
-        raise ValueError(f"out: on {out.device}; the weight is on {weight.codes.device}")
+    check_out(out, weight.shape, weight.codes.device)
     if not on_triton(out):
         return dequantize_nf4_ref(weight, out=out)
     words = weight.codes.view(torch.int32)
@@ -160,7 +152,20 @@ def dequantize_nf4(weight: Nf4Weight, *, out: Tensor) -> Tensor:
     return out
 
 
-def _check_shape(name: str, shape: Any) -> None:
+def check_out(out: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """See that a weight of that shape, there, can be written into out."""
+    if out.dtype not in DTYPES:
+        raise TypeError(f"out: dtype {out.dtype}; allowed: bfloat16, float16, float32")
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out: shape {list(out.shape)}, strides {list(out.stride())}; the weight needs "
+            f"{list(shape)}, contiguous"
+        )
+    if out.device != device:
+        raise ValueError(f"out: on {out.device}; the weight is on {device}")
+
+
+def check_blocks(name: str, shape: Any) -> None:
     if len(shape) != 2 or shape[0] * shape[1] % BLOCK or not shape[0] * shape[1]:
         raise ValueError(
             f"{name}: {list(shape)}; allowed: [N, K] with N * K > 0 a multiple of {BLOCK}"

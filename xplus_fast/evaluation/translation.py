@@ -1,10 +1,7 @@
 """Translation quality: test sets, answers, and the metrics of sacrebleu and of this project."""
 
 import hashlib
-import json
 import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from xplus_fast.data.files import Rejected, read_lines
 from xplus_fast.data.languages import canonical, language_name
 from xplus_fast.data.readers import Example
 from xplus_fast.data.records import say
+from xplus_fast.data.steps.quality import comet_scores
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.recipe import TestSet, TranslationConfig
 
@@ -160,36 +158,10 @@ def off_target(lines: Lines, texts: Sequence[str]) -> NDArray[np.float64]:
     return np.array(wrong, float)
 
 
-# Runs in another environment: nothing of ours can be imported there
-_XCOMET = """
-import json, sys
-from comet import download_model, load_from_checkpoint
-name, inside, outside = sys.argv[1:]
-path = name if name.endswith(".ckpt") else download_model(name)
-data = [json.loads(line) for line in open(inside, encoding="utf-8")]
-made = load_from_checkpoint(path).predict(data, batch_size=8, progress_bar=False)
-json.dump(made["scores"], open(outside, "w"))
-"""
-
-
 def xcomet(lines: Lines, texts: Sequence[str], config: TranslationConfig) -> list[float]:
     """Sentence scores of XCOMET, 0 to 1, by unbabel-comet in its own environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder) / "triples.jsonl", Path(folder) / "scores.json"
-        rows = zip(lines.sources, texts, lines.references, strict=True)
-        text = "".join(json.dumps({"src": s, "mt": t, "ref": r}) + "\n" for s, t, r in rows)
-        given.write_text(text, encoding="utf-8")
-        command = [config.comet_python, "-c", _XCOMET, config.comet_model, str(given), str(made)]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True)
-        except OSError as e:
-            raise UserError(
-                f"translation.comet_python: {config.comet_python}: {e.strerror}"
-            ) from None
-        if ran.returncode or not made.exists():
-            said = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"xcomet does not run in {config.comet_python} ({said});"
-                " translation.comet_python names a Python that has unbabel-comet"
-            )
-        return json.loads(made.read_text())
+    triples = zip(lines.sources, texts, lines.references, strict=True)
+    rows = [{"src": s, "mt": t, "ref": r} for s, t, r in triples]
+    return comet_scores(
+        rows, config.comet_python, config.comet_model, option="translation.comet_python"
+    )

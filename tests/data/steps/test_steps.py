@@ -283,5 +283,5 @@ def test_cometkiwi_runs_in_its_own_environment(tmp_path):
     scored = score_pairs(batch(("four", "xx"), ("a", "b")), options)
     assert scored.column("quality").to_pylist() == [2.0, 1.0]
     fake.unlink()
-    with pytest.raises(UserError, match="cometkiwi does not run in .* No module named 'comet'"):
+    with pytest.raises(UserError, match="a/model does not run in .* No module named 'comet'"):
         score_pairs(batch(("a", "b")), options)

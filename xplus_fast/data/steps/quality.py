@@ -134,26 +134,35 @@ json.dump(made["scores"], open(outside, "w"))
 
 
 def _cometkiwi(source: list[str], target: list[str], options: QualityOptions) -> list[float]:
-    if not source:
+    rows = [{"src": s, "mt": t} for s, t in zip(source, target, strict=True)]
+    return comet_scores(rows, options.python, options.model, option="quality.python")
+
+
+def comet_scores(
+    rows: Sequence[dict[str, str]], python: str, model: str, *, option: str
+) -> list[float]:
+    """Scores by a model of unbabel-comet, in a process of the Python that has it.
+
+    rows: "src", "mt" and, for models that want one, "ref". option: names the Python in a recipe.
+    Raises `UserError` where that Python or its unbabel-comet does not run.
+    """
+    if not rows:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder) / "pairs.jsonl", Path(folder) / "scores.json"
-        lines = (json.dumps({"src": s, "mt": t}) for s, t in zip(source, target, strict=True))
-        given.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [options.python, "-c", _COMET, options.model, str(given), str(made)]
+        given, made = Path(folder) / "rows.jsonl", Path(folder) / "scores.json"
+        given.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        command = [python, "-c", _COMET, model, str(given), str(made)]
         try:
             ran = subprocess.run(command, capture_output=True, text=True)
         except OSError as e:
-            raise UserError(f"quality.python: {options.python}: {e.strerror}") from None
+            raise UserError(f"{option}: {python}: {e.strerror}") from None
         if ran.returncode or not made.exists():
             said = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(
-                f"quality: cometkiwi does not run in {options.python} ({said}); it needs an"
-                " environment with unbabel-comet: quality.python names its Python"
+                f"{model} does not run in {python} ({said}); it needs an environment with"
+                f" unbabel-comet: {option} names its Python"
             )
         scores = json.loads(made.read_text())
-    if len(scores) != len(source):
-        raise UserError(
-            f"quality: {options.model} gave {len(scores)} scores to {len(source)} pairs"
-        )
+    if len(scores) != len(rows):
+        raise UserError(f"{model}: {len(scores)} scores of {len(rows)} rows")
     return scores
