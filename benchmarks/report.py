@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fit_report, frozen_formats, kernel_report, prepare, train_report
+from benchmarks import (
+    fit_report,
+    frozen_formats,
+    kernel_report,
+    prepare,
+    recipe_report,
+    train_report,
+)
 from benchmarks.environment import fill
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +48,10 @@ SECTIONS = (
             fit_report.table),
     Section("docs/memory.md", "frozen_formats.json", frozen_formats.BEGIN, frozen_formats.END,
             lambda r: frozen_formats.table(r) if r else "Not measured yet."),
+    Section("README.md", "recipe.json", recipe_report.BEGIN, recipe_report.END,
+            lambda r: recipe_report.summary(r) if r else "Not measured yet."),
+    Section("docs/recipe.md", "recipe.json", recipe_report.BEGIN, recipe_report.END,
+            lambda r: recipe_report.table(r) if r else "Not measured yet."),
     Section("docs/preparation.md", "prepare.json", prepare.BEGIN, prepare.END,
             lambda r: prepare.table(r) if r else "Not measured yet."),
 )  # fmt: skip
