@@ -1,11 +1,12 @@
 """Training steps of selected layers, ours against every peer that runs here, on one card.
 
-Each contestant trains each stage in a process of its own: random weights, the same for all, and two
-mixes of lengths; first steps to warm up, then steps that are timed. A loss that is not the others'
-disqualifies. Results go into benchmarks/results/train.json, tables and pictures are made of it
-(`python -m benchmarks.report`).
+Each contestant trains each stage in a process of its own, from the same random weights, on
+sequences of real lengths ("pairs") or of 4096 tokens ("full"): steps to warm up, then steps that
+are timed. A loss that is not the others' disqualifies. Results go into
+benchmarks/results/train.json; tables and pictures are made of it (`python -m benchmarks.report`).
 
     python -m benchmarks.train                               (8B, under 9 minutes on an H200)
+    python -m benchmarks.train --mixes full --out benchmarks/results/train-full.json
     python -m benchmarks.train --model 14B --only "ours, bf16,tuned"
     python -m benchmarks.train --smoke                       (no GPU: every contestant, a toy model)
 """
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("8B", "14B"), default="8B")
     parser.add_argument("--stages", default="stage1,stage2", help=f"of {', '.join(STAGES)}")
-    parser.add_argument("--mixes", default=",".join(MIXES), help="of pairs, full")
+    parser.add_argument("--mixes", default="", help="of pairs, full; default: pairs")
     parser.add_argument("--only", default="", help="contestants, comma-separated (by their starts)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after these")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("train: no CUDA GPU here; --smoke runs every contestant on the CPU", file=sys.stderr)
         return 2
     stages = [s for s, _ in scale.stages if options.smoke or s in options.stages.split(",")]
-    mixes = options.mixes.split(",")
+    # a toy runs both in no time
+    mixes = (options.mixes or (",".join(MIXES) if options.smoke else "pairs")).split(",")
     names = list(CONTESTANTS)
     if options.only:
         asked = [o.strip() for o in options.only.replace(", ", "\0").split(",")]
@@ -101,9 +103,8 @@ def race(
         "warm": scale.warm, "timed": scale.timed, "limits": limits, "smoke": smoke,
         "settings": {n: CONTESTANTS[n].settings for n in names}, "rows": [],
     }  # fmt: skip
-    for stage in stages:
-        rows: list[dict[str, Any]] = []
-        for name in names:
+    for name in names:
+        for stage in stages:
             if (time.monotonic() - start) / 60 > minutes:
                 found = {"status": "not begun", "why": f"after {minutes} minutes"}
             elif smoke:
@@ -113,13 +114,13 @@ def race(
             base = {"contestant": name, "stage": stage, "layers": dict(scale.stages)[stage]}
             for mix in mixes:
                 more = found.get("mixes", {}).get(mix, {})
-                rows.append({**base, "mix": mix, **_outer(found), **more})
-            said = [_say(row) for row in rows[-len(mixes) :]]
-            print("\n".join(said), file=sys.stderr, flush=True)
-        judge(rows, scale, limits)
-        result["rows"] += rows
+                result["rows"].append({**base, "mix": mix, **_outer(found), **more})
+                print(_say(result["rows"][-1]), file=sys.stderr, flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    result["rows"].sort(key=lambda row: (stages.index(row["stage"]), mixes.index(row["mix"])))
+    judge(result["rows"], scale, limits)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -307,8 +308,8 @@ class Clock(TrainerCallback):
 def judge(rows: list[dict[str, Any]], scale: Scale, limits: dict[str, Any]) -> None:
     """The gate, and each row's share of what the card could do."""
     shape = shape_of(make_config(scale.model))
-    for mix in {row["mix"] for row in rows}:
-        ran = [r for r in rows if r["mix"] == mix and r["status"] == "ok"]
+    for kind in {(row["stage"], row["mix"]) for row in rows}:
+        ran = [r for r in rows if (r["stage"], r["mix"]) == kind and r["status"] == "ok"]
         exact = [r["losses"][0] for r in ran if CONTESTANTS[r["contestant"]].loose < 0.01]
         if not exact:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, profile, report, train, train_report
+from benchmarks import compare, profile, report, train, train_contestants, train_report
 from benchmarks.fit import make_config
 from benchmarks.train_contestants import CONTESTANTS
 from benchmarks.train_workloads import (
@@ -85,6 +85,31 @@ def test_steps_are_full_and_the_same_every_time():
                 assert sum(map(len, row)) <= 4096
                 assert all(torch.equal(a.ids, b.ids) for a, b in zip(row, same, strict=True))
     assert describe_steps(make_steps(scale, "full", 1, 10))["lengths"] == [[4096] * 4]
+
+
+def test_peers_see_every_sentence_once_with_little_padding():
+    (step,) = make_steps(Scale("8B"), "pairs", 1, 1000)
+    sentences = [s for row in step for s in row]
+    tuned = train_contestants._batches(step, 4096, flat=False)
+    assert sorted(len(s) for b in tuned for s in b) == sorted(map(len, sentences))
+    padded = [len(b) * max(map(len, b)) for b in tuned]
+    assert max(padded) <= 4096 and sum(padded) < 1.25 * sum(map(len, sentences))
+    stock = train_contestants._batches(step, 0, flat=False)
+    assert [s for b in stock for s in b] == sentences and max(map(len, stock)) == 8
+    assert train_contestants._batches(step, 4096, flat=True) == step
+
+
+def test_padding_free_means_the_same():
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config("tiny"), dtype=torch.float32)
+    ((row, *_),) = make_steps(SMOKE, "pairs", 1, 256)
+    flat, padded = (
+        float(model(**f(row), num_items_in_batch=7).loss)
+        for f in (train_contestants._flatten, train_contestants._pad)
+    )
+    assert flat == pytest.approx(padded, rel=1e-5)
 
 
 def test_weights_are_those_of_their_names():
