@@ -4,7 +4,7 @@
 |---|---|
 | lines | two line-aligned files, plain or gzip, with or without a file of scores |
 | moses | a zip of OPUS: two line-aligned members named by language, and maybe one of scores |
-| nllb | the gzip TSV of mined bitext: source, target, LASER score, and a language of each side |
+| nllb | the gzip TSV of mined bitext: source, target, LASER score, and more |
 | translation | JSONL or Parquet of {"translation": {...}} or {"en": ..., "sw": ...} |
 | tmx | translation memories |
 | gettext | .po catalogs |
@@ -34,7 +34,7 @@ from xplus_fast.data.records import Unfit, translation
 from xplus_fast.errors import UserError
 
 Row = dict[str, Any]  # a row of `steps.batch.SCHEMA`
-NLLB_COLUMNS = 3  # source, target, LASER score; more follow, of which the languages come next
+NLLB_COLUMNS = 3  # source, target, LASER score; probabilities of the languages and origins follow
 _NLLB_NAME = re.compile(r"([a-z]{3}_[A-Z][a-z]{3})-([a-z]{3}_[A-Z][a-z]{3})")
 XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 
@@ -67,15 +67,15 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
         if codes[0] == codes[1]:
             yield Rejected(pair.where, "one language twice", codes[0])
             continue
-        for text in pair.texts:
-            if "\ud800" <= max(text, default="") <= "\udfff":
-                yield Rejected(pair.where, "a lone surrogate")
-                break
-        else:
-            yield {
-                "source": pair.texts[0], "target": pair.texts[1], "source_language": codes[0],
-                "target_language": codes[1], "corpus": name, "where": pair.where, "score": score,
-            }  # fmt: skip
+        try:
+            "".join(pair.texts).encode()
+        except UnicodeEncodeError:
+            yield Rejected(pair.where, "a lone surrogate")
+            continue
+        yield {
+            "source": pair.texts[0], "target": pair.texts[1], "source_language": codes[0],
+            "target_language": codes[1], "corpus": name, "where": pair.where, "score": score,
+        }  # fmt: skip
 
 
 def corpus_format(corpus: Corpus) -> str:
@@ -237,6 +237,11 @@ def _records(
             pair = Pair(where, *translation(record, corpus.languages, where))
         except Unfit as e:
             yield Rejected(where, *e.args)
+            continue
+        except UserError as e:  # of the record, unless the recipe names the languages
+            if corpus.languages:
+                raise
+            yield Rejected(where, "odd languages", str(e).removeprefix(f"{where}: "))
             continue
         score = next((record[k] for k in ("score", "laser_score") if k in record), None)
         yield pair, float(score) if isinstance(score, int | float) else None

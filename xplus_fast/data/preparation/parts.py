@@ -8,29 +8,36 @@ import glob
 import heapq
 import json
 import os
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from xplus_fast.data.files import Rejected, read_lines
 from xplus_fast.data.preparation.balance import count_tokens
 from xplus_fast.data.preparation.recipe import EvaluationSets, PrepareRecipe
-from xplus_fast.data.steps.batch import Judged
+from xplus_fast.data.steps.batch import SCHEMA, Judged
 from xplus_fast.data.steps.clean import clean_pairs
 from xplus_fast.data.steps.decontaminate import Index, build_index, decontaminate_pairs
 from xplus_fast.data.steps.dedup import fingerprints, text_hash
 from xplus_fast.data.steps.format import format_pairs
 from xplus_fast.data.steps.identify import identify_pairs
+from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
+from xplus_fast.data.steps.instruct import Direction, instruct_pairs
 from xplus_fast.data.steps.quality import score_pairs
 from xplus_fast.errors import UserError
 
 STEPS = ("format", "clean", "identify", "decontaminate")  # of a part; the others see all parts
+CONVERSATIONS = ".conversations.parquet"
 SAMPLES = 20  # rejects kept of each reason
+SLICE = 2000  # pairs that go through the steps together: what these hold at once stays small
 EDGES = (10, 20, 40, 80, 160, 320, 640, 1280)  # of the length histogram, characters
 
 
@@ -38,8 +45,11 @@ EDGES = (10, 20, 40, 80, 160, 320, 640, 1280)  # of the length histogram, charac
 class Part:
     """A run of pairs of one corpus, and where its result goes."""
 
-    name: str  # "00003-00012": corpus and part
+    name: str  # "00003-000012": corpus and part
     folder: str
+
+    def file(self, suffix: str) -> Path:
+        return Path(self.folder) / f"{self.name}{suffix}"
 
 
 def judge(batch: pa.RecordBatch, step: str, recipe: PrepareRecipe) -> Judged:
@@ -57,46 +67,59 @@ def judge(batch: pa.RecordBatch, step: str, recipe: PrepareRecipe) -> Judged:
 def filter_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> str:
     """Steps 1 to 3 and decontamination; then fingerprints and token counts. Returns the name."""
     counts: dict[str, Any] = {
-        "read": per_pair(batch), "steps": {}, "rejects": {}, "lengths": {}, "languages": {},
+        "read": per_pair(batch), "steps": {step: Counter() for step in STEPS}, "rejects": {},
+        "lengths": {},
     }  # fmt: skip
+    made = [
+        _filter(batch.slice(at, SLICE), recipe, counts) for at in range(0, batch.num_rows, SLICE)
+    ]
+    write_table(pa.Table.from_batches(made), part.file(".parquet"))
+    # last: its being there says that the part is whole
+    write_json(counts, part.file(".json"))
+    return part.name
+
+
+def _filter(batch: pa.RecordBatch, recipe: PrepareRecipe, counts: dict[str, Any]) -> pa.RecordBatch:
     for step in STEPS:
         found = judge(batch, step, recipe)
         _note_rejects(counts["rejects"], step, found)
         batch = found.kept
-        counts["steps"][step] = per_pair(batch)
-    for side in ("source", "target"):
-        for code, text in zip(
-            batch.column(f"{side}_language").to_pylist(), batch.column(side).to_pylist(),
-            strict=True,
-        ):  # fmt: skip
-            bins = counts["lengths"].setdefault(code, [0] * (len(EDGES) + 1))
-            bins[sum(len(text) >= edge for edge in EDGES)] += 1
+        counts["steps"][step].update(per_pair(batch))
     hashes = fingerprints(batch, recipe.dedup)
-    table = pa.Table.from_batches([batch])
     for name, column in zip(hashes.schema.names, hashes.columns, strict=True):
-        table = table.append_column(name, column)
+        batch = batch.append_column(name, column)
     for side in ("source", "target"):
-        tokens = count_tokens(
-            batch.column(side).to_pylist(), batch.column(f"{side}_language").to_pylist(),
-            recipe.balance.tokenizer,
-        )  # fmt: skip
-        table = table.append_column(f"{side}_tokens", pa.array(tokens, pa.int32()))
-    write_table(table, Path(part.folder) / f"{part.name}.parquet")
-    # last: its being there says that the part is whole
-    write_json(counts, Path(part.folder) / f"{part.name}.json")
+        texts, codes = (batch.column(n).to_pylist() for n in (side, f"{side}_language"))
+        for code, text in zip(codes, texts, strict=True):
+            bins = counts["lengths"].setdefault(code, [0] * (len(EDGES) + 1))
+            bins[bisect_right(EDGES, len(text))] += 1
+        tokens = count_tokens(texts, codes, recipe.balance.tokenizer)
+        batch = batch.append_column(f"{side}_tokens", pa.array(tokens, pa.int32()))
+    return batch
+
+
+def quality_part(part: Part, kept: NDArray[np.bool_], recipe: PrepareRecipe) -> str:
+    """Step 5's scores for the rows of a finished part that deduplication left."""
+    table = pq.read_table(part.file(".parquet"), columns=SCHEMA.names)
+    # one batch: neighbours, which a margin is taken against, are the part's
+    batches = table.filter(pa.array(kept)).combine_chunks().to_batches()
+    scored = [score_pairs(b, recipe.quality).select(["quality", "margin"]) for b in batches]
+    schema = pa.schema([("quality", pa.float32()), ("margin", pa.float32())])
+    write_table(pa.Table.from_batches(scored, schema=schema), part.file(".quality.parquet"))
     return part.name
 
 
-def quality_part(part: Part, keep: list[bool], recipe: PrepareRecipe) -> str:
-    """Step 5's scores for the rows of a finished part that deduplication left."""
-    table = pq.read_table(Path(part.folder) / f"{part.name}.parquet")
-    batches = table.filter(pa.array(keep)).combine_chunks().to_batches()
-    scored = [score_pairs(b, recipe.quality).select(["quality", "margin"]) for b in batches]
-    schema = pa.schema([("quality", pa.float32()), ("margin", pa.float32())])
-    write_table(
-        pa.Table.from_batches(scored, schema=schema),
-        Path(part.folder) / f"{part.name}.quality.parquet",
-    )
+def instruct_part(
+    part: Part, chosen: dict[Direction, NDArray[np.bool_]], recipe: PrepareRecipe
+) -> str:
+    """Step 6: conversations from the chosen rows of a finished part, direction by direction."""
+    table = pq.read_table(part.file(".parquet"), columns=SCHEMA.names)
+    made = [
+        instruct_pairs(batch, recipe.instruct, direction=direction, seed=recipe.seed)
+        for direction, rows in chosen.items()
+        for batch in table.filter(pa.array(rows)).to_batches(SLICE)
+    ]
+    write_table(pa.Table.from_batches(made, schema=CONVERSATION), part.file(CONVERSATIONS))
     return part.name
 
 
