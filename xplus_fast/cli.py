@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--explain", nargs=2, metavar=("SOURCE", "TARGET"), help="what each step thinks of a pair"
     )
     prepare.add_argument(
-        "--languages", default="", metavar="A-B", help="of the pair to explain, e.g. en-sw"
+        "--languages", metavar="A-B", help="of that pair, e.g. en-sw; default: as they look"
     )
     prepare.set_defaults(run=_prepare)
 
@@ -138,14 +138,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
     recipe = load_prepare_recipe(options.recipe, options.overrides)
     if options.explain:
-        from xplus_fast.data.languages import two_languages
         from xplus_fast.data.preparation.explain import explain_pair
 
-        if not options.languages:
-            raise UserError("--explain goes with --languages, such as --languages en-sw")
-        languages = two_languages(options.languages.split("-"), "--languages")
         source, target = options.explain
-        print(explain_pair(recipe, source, target, languages))
+        print(explain_pair(recipe, source, target, options.languages))
         return 0
     from xplus_fast.data.preparation.run import prepare
 

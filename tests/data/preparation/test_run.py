@@ -226,8 +226,13 @@ def test_a_pair_explained(corpus, tmp_path, capsys):
     assert "so it stays, as" in out and "English source:" in out
     code, out, _ = run(capsys, *arguments, "Hello there.", "Hello there.")
     assert "clean          copy of the source" in out and "so it goes, at the step clean" in out
-    code, _, err = run(capsys, path, "--explain", "a", "b")
-    assert code == 2 and "--explain goes with --languages" in err
+    sides = ("The weather is fine today.", "Il fait tr\u00e8s beau aujourd'hui.")
+    code, out, _ = run(capsys, path, "--explain", *sides)
+    assert code == 0 and "languages      English - French, as they look" in out
+    code, _, err = run(capsys, path, "--explain", sides[0], "The weather is fine.")
+    assert code == 2 and "both texts look like English" in err
+    code, _, err = run(capsys, path, "--languages", "en-e!", "--explain", *sides)
+    assert code == 2 and "--languages: 'e!': unknown language code" in err
 
 
 @pytest.mark.parametrize(

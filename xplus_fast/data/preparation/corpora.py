@@ -250,15 +250,17 @@ def _records(
 def _hub(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
+    i = 0
     try:
         stream = datasets.load_dataset(
             str(corpus.path), corpus.subset, split=corpus.split, streaming=True
         )
+        for i, record in enumerate(stream, 1):
+            yield f"{corpus.path}:{i}", record
     except Exception as e:  # of many kinds: network, names, formats
         said = " ".join(str(e).split())[:200]
-        raise UserError(f"{corpus.path}: cannot be loaded from the hub ({said})") from None
-    for i, record in enumerate(stream, 1):
-        yield f"{corpus.path}:{i}", record
+        place = f"{corpus.path}:{i + 1}" if i else corpus.path
+        raise UserError(f"{place}: cannot be loaded from the hub ({said})") from None
 
 
 def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:

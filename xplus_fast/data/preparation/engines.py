@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 from xplus_fast.errors import UserError
@@ -59,12 +60,20 @@ def _local(function: Callable[..., Any], calls: Iterable[Call], workers: int) ->
 
 
 def _alone() -> None:
-    """A worker is one thread: there are as many workers as cores."""
+    """A worker is one thread, as there are as many as cores; and it ends with its parent."""
+    parent = parent_process()
+    if parent is not None:  # which, killed, cannot say so: its workers would wait for ever
+        Thread(target=_end_after, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import pyarrow
 
     pyarrow.set_cpu_count(1)
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _ray(function: Callable[..., Any], calls: Iterable[Call], workers: int | None) -> Iterator[Any]:

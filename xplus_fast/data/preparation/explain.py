@@ -1,6 +1,6 @@
 """What each step thinks of one pair: `xplus-fast prepare RECIPE --explain SOURCE TARGET`."""
 
-from xplus_fast.data.languages import canonical
+from xplus_fast.data.languages import canonical, language_name, two_languages
 from xplus_fast.data.preparation.balance import count_tokens
 from xplus_fast.data.preparation.parts import STEPS, judge
 from xplus_fast.data.preparation.recipe import PrepareRecipe
@@ -9,24 +9,40 @@ from xplus_fast.data.steps.dedup import fingerprints
 from xplus_fast.data.steps.identify import advantage
 from xplus_fast.data.steps.instruct import instruct_pairs
 from xplus_fast.data.steps.quality import score_pairs
+from xplus_fast.errors import UserError
 
 
 def explain_pair(
-    recipe: PrepareRecipe, source: str, target: str, languages: tuple[str, str]
+    recipe: PrepareRecipe, source: str, target: str, languages: str | None = None
 ) -> str:
-    """A line for each step, whatever the steps before it thought."""
-    codes = [canonical(code) for code in languages]
+    """A line for each step, whatever the steps before it thought.
+
+    `languages` is such as "en-sw"; None: those that the texts look most like. Raises `UserError`
+    where these are one, or are none.
+    """
+    if languages is None:
+        found = [_likeliest(text) for text in (source, target)]
+        if found[0] == found[1]:
+            raise UserError(
+                f"--explain: both texts look like {language_name(found[0])}; --languages en-sw"
+                " would say what they are"
+            )
+    else:
+        found = list(two_languages(languages.split("-"), "--languages"))
+    codes = [canonical(code) for code in found]
     batch = make_batch(
         [{"source": source, "target": target, "source_language": codes[0],
           "target_language": codes[1]}]
     )  # fmt: skip
-    lines, gone = [], ""
+    names = " - ".join(language_name(code) for code in codes)
+    looks = "" if languages else ", as they look (--languages en-sw would say)"
+    lines, gone = [f"{'languages':14} {names}{looks}"], ""
     for step in STEPS:
-        found = judge(batch, step, recipe)
-        reason, detail = found.reason[0].as_py(), found.detail[0].as_py()
+        verdict = judge(batch, step, recipe)
+        reason, detail = verdict.reason[0].as_py(), verdict.detail[0].as_py()
         said = f"{reason} ({detail})" if detail else reason or "stays"
         gone = gone or (step if reason else "")
-        before, batch = batch, found.batch
+        before, batch = batch, verdict.batch
         if step == "identify" and not reason:
             gaps = [advantage(batch.column(s)[0].as_py(), codes[i].partition("_")[0])
                     for i, s in enumerate(("source", "target"))]  # fmt: skip
@@ -60,6 +76,11 @@ def explain_pair(
     for message in made.column("messages")[0].as_py():
         lines += [f"  {message['role']}: " + message["content"].replace("\n", "\n  ")]
     return "\n".join(lines)
+
+
+def _likeliest(text: str) -> str:
+    gap, other = advantage(text, "en")
+    return other if gap > 0 else "en"
 
 
 def _thresholds(recipe: PrepareRecipe) -> str:

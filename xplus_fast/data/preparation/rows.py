@@ -1,12 +1,12 @@
 """What is known of all rows at once: fingerprints, tokens, languages; never their texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -16,10 +16,12 @@ from xplus_fast.data.preparation.recipe import PrepareRecipe
 from xplus_fast.data.steps.dedup import COLUMNS, REASONS, survivors, text_hash
 from xplus_fast.data.steps.quality import judge as judge_quality
 
+_FACTS = ("source_language", "target_language", "score", "source_tokens", "target_tokens")
+
 
 @dataclass
 class Rows:
-    """What is known of all rows at once: 70 bytes a row."""
+    """What is known of all rows at once: 53 bytes a row."""
 
     work: Path  # the folder of the parts
     names: list[str]  # of the parts, in order
@@ -34,33 +36,32 @@ class Rows:
 
     @staticmethod
     def load(work: Path, names: list[str]) -> "Rows":
-        columns = [*COLUMNS, "source_language", "target_language", "score", "source_tokens",
-                   "target_tokens"]  # fmt: skip
-        pairs: dict[str, int] = {}
-        made = (*COLUMNS, "pair", "corpus", "score", "tokens")
-        parts: dict[str, list[Any]] = {name: [] for name in made}
-        sizes = []
-        for name in names:
-            table = pq.read_table(work / f"{name}.parquet", columns=columns)
-            sizes.append(table.num_rows)
-            for column in COLUMNS:
-                parts[column].append(table.column(column).to_numpy())
-            codes = (table.column(f"{s}_language").to_pylist() for s in ("source", "target"))
-            found = [pairs.setdefault("-".join(p), len(pairs)) for p in zip(*codes, strict=True)]
-            parts["pair"].append(np.array(found, np.int16))
-            parts["corpus"].append(np.full(table.num_rows, int(name[:5]), np.int16))
-            parts["score"].append(table.column("score").to_numpy().astype(np.float32))
-            tokens = [table.column(f"{s}_tokens").to_numpy() for s in ("source", "target")]
-            parts["tokens"].append((tokens[0] + tokens[1]).astype(np.int32))
-        joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-        # numbered by their names: duplicates are decided by hashes that these numbers go into
-        names_of = sorted(pairs)
-        number = np.array([names_of.index(pair) for pair in pairs], np.int16)
-        joined["pair"] = number[joined["pair"]]
-        return Rows(
-            work, names, sizes, {c: joined[c] for c in COLUMNS}, names_of, joined["pair"],
-            joined["corpus"], joined["score"], joined["tokens"], np.ones(sum(sizes), bool),
+        sizes = [pq.read_metadata(work / f"{name}.parquet").num_rows for name in names]
+        total = sum(sizes)
+        rows = Rows(
+            work, names, sizes, {c: np.empty(total, np.uint64) for c in COLUMNS}, [],
+            np.empty(total, np.int16), np.empty(total, np.int16), np.empty(total, np.float32),
+            np.empty(total, np.int32), np.ones(total, bool),
         )  # fmt: skip
+        pairs: dict[str, int] = {}
+        for name, at, size in zip(names, np.cumsum([0, *sizes]), sizes, strict=False):
+            table = pq.read_table(work / f"{name}.parquet", columns=[*COLUMNS, *_FACTS])
+            here = slice(at, at + size)
+            for column in COLUMNS:
+                rows.hashes[column][here] = table[column].to_numpy()
+            codes = pc.binary_join_element_wise(
+                table["source_language"], table["target_language"], "-"
+            )
+            known = codes.combine_chunks().dictionary_encode()
+            numbers = [pairs.setdefault(pair, len(pairs)) for pair in known.dictionary.to_pylist()]
+            rows.pair[here] = np.array(numbers, np.int16)[known.indices.to_numpy()]
+            rows.corpus[here] = int(name[:5])
+            rows.score[here] = table["score"].to_numpy()
+            rows.tokens[here] = pc.add(table["source_tokens"], table["target_tokens"]).to_numpy()
+        # numbered by their names: duplicates are decided by hashes that these numbers go into
+        rows.pairs = sorted(pairs)
+        rows.pair = np.array([rows.pairs.index(p) for p in pairs], np.int16)[rows.pair]
+        return rows
 
     def by_part(self, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
         at = 0
@@ -72,18 +73,21 @@ class Rows:
         found = np.bincount(self.pair[self.kept], minlength=len(self.pairs))
         return {pair: int(n) for pair, n in zip(self.pairs, found, strict=True)}
 
-    def _note(self, counts: dict[str, Any], step: str, reasons: dict[int, str]) -> None:
-        """Count rejects {row: reason}, with samples of the smallest hashes."""
-        wanted: dict[str, list[int]] = {}
-        for row, reason in reasons.items():
-            note = counts["rejects"].setdefault(f"{step}: {reason}", {"pairs": {}, "samples": []})
-            pair = self.pairs[self.pair[row]]
-            note["pairs"][pair] = note["pairs"].get(pair, 0) + 1
-            wanted.setdefault(f"{step}: {reason}", []).append(row)
-        for reason, found in wanted.items():
-            key = self.hashes["source_hash"][found] ^ self.hashes["target_hash"][found]
-            chosen = [found[i] for i in np.argsort(key, kind="stable")[:SAMPLES]]
-            counts["rejects"][reason]["samples"] = smallest(list(self._samples(sorted(chosen))))
+    def _drop(
+        self, counts: dict[str, Any], step: str, found: NDArray[np.integer], reasons: Sequence[str]
+    ) -> None:
+        """Count rows by their reasons (an index for each row, 0 where it stays), with samples."""
+        self.kept &= found == 0
+        for code, reason in enumerate(reasons):
+            gone = np.flatnonzero(found == code)
+            if code == 0 or not len(gone):
+                continue
+            pairs = np.bincount(self.pair[gone], minlength=len(self.pairs)).tolist()
+            first = np.argsort(self._hash(gone), kind="stable")[:SAMPLES]
+            counts["rejects"][f"{step}: {reason}"] = {
+                "pairs": {pair: n for pair, n in zip(self.pairs, pairs, strict=True) if n},
+                "samples": smallest(list(self._samples(np.sort(gone[first]).tolist()))),
+            }
         counts["steps"][step] = self.per_pair()
 
     def _samples(self, rows: list[int]) -> Iterator[list[Any]]:
@@ -97,38 +101,41 @@ class Rows:
 
     def drop_duplicates(self, recipe: PrepareRecipe, counts: dict[str, Any]) -> None:
         found = survivors(self.hashes, self.pair, self.corpus, self.score, recipe.dedup)
-        self.kept &= found == 0
-        self._note(counts, "dedup", {int(i): REASONS[found[i]] for i in np.flatnonzero(found)})
+        self._drop(counts, "dedup", found, REASONS)
 
     def drop_poor(
         self, recipe: PrepareRecipe, counts: dict[str, Any], bar: Callable[..., Any]
     ) -> None:
-        calls = [
-            (Part(name, str(self.work)), kept.tolist(), recipe)
+        calls = (
+            (Part(name, str(self.work)), kept, recipe)
             for name, kept in self.by_part(self.kept)
             if not (self.work / f"{name}.quality.parquet").exists()
-        ]
-        with bar("quality", len(calls), "parts") as progress:
+        )
+        with bar("quality", len(self.names), "parts") as progress:
             for _ in run_calls(recipe.engine, quality_part, calls, recipe.workers):
                 progress.update()
-        tables = [pq.read_table(self.work / f"{n}.quality.parquet") for n in self.names]
-        table = pa.concat_tables(tables)
         rows = np.flatnonzero(self.kept)
-        quality, margin = (
-            table.column(n).to_numpy().astype(np.float64) for n in ("quality", "margin")
-        )
-        reasons = judge_quality(
-            quality, margin, self.pair[rows], self._hash()[rows], recipe.quality
-        )
-        gone = {int(row): r for row, r in zip(rows, reasons, strict=True) if r is not None}
-        self.kept[list(gone)] = False
-        self._note(counts, "quality", gone)
+        quality, margin = (np.empty(len(rows), np.float32) for _ in range(2))
+        at = 0
+        for name in self.names:
+            table = pq.read_table(self.work / f"{name}.quality.parquet")
+            here = slice(at, at + table.num_rows)
+            quality[here], margin[here] = (table[n].to_numpy() for n in ("quality", "margin"))
+            at += table.num_rows
+        judged = judge_quality(quality, margin, self.pair[rows], self._hash(rows), recipe.quality)
+        reasons = ["", *sorted({reason for reason in judged if reason})]
+        number = {reason or None: i for i, reason in enumerate(reasons)}
+        found = np.zeros(len(self.kept), np.uint8)
+        found[rows] = [number[reason] for reason in judged]
+        self._drop(counts, "quality", found, reasons)
 
-    def _hash(self) -> NDArray[np.uint64]:
-        return self.hashes["source_hash"] ^ (self.hashes["target_hash"] >> np.uint64(1))
+    def _hash(self, rows: Any) -> NDArray[np.uint64]:
+        source, target = (self.hashes[f"{side}_hash"][rows] for side in ("source", "target"))
+        return source ^ (target >> np.uint64(1))
 
-    def order(self, seed: int) -> NDArray[np.uint64]:
-        """A hash of each row and the seed: an order that no file decides."""
+    def order(self, rows: NDArray[np.intp], seed: int) -> NDArray[np.uint64]:
+        """A hash of each of the rows and the seed: an order that no file decides."""
         with np.errstate(over="ignore"):
-            mixed = (self._hash() ^ np.uint64(text_hash(str(seed)))) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = self._hash(rows) ^ np.uint64(text_hash(str(seed)))
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15)
         return mixed ^ (mixed >> np.uint64(29))

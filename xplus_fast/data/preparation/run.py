@@ -7,16 +7,19 @@ Parts that are finished are not worked on again; what looks at all parts is quic
 them alone. So a run that was cut off goes on, and gives what an undisturbed one gives.
 """
 
+import glob
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,22 +33,24 @@ from xplus_fast.data.preparation.balance import allot, choose
 from xplus_fast.data.preparation.corpora import corpus_files, read_corpus
 from xplus_fast.data.preparation.engines import run_calls
 from xplus_fast.data.preparation.parts import (
+    CONVERSATIONS,
     Part,
     evaluation_files,
     filter_part,
+    instruct_part,
     smallest,
     write_json,
 )
-from xplus_fast.data.preparation.recipe import Corpus, PrepareRecipe, corpus_name
+from xplus_fast.data.preparation.recipe import Corpus, EvaluationSets, PrepareRecipe, corpus_name
 from xplus_fast.data.preparation.report import write_report
 from xplus_fast.data.preparation.rows import Rows
 from xplus_fast.data.steps.batch import SCHEMA
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
-from xplus_fast.data.steps.instruct import instruct_pairs
+from xplus_fast.data.steps.instruct import Direction
 from xplus_fast.errors import UserError
 from xplus_fast.options import to_dict
 
-MANIFEST, WORK = "manifest.json", ".work"
+MANIFEST, QUARANTINE, WORK = "manifest.json", "quarantine.jsonl", ".work"
 PROMPT_TOKENS = 24  # of the words around a sentence in a conversation
 # Options that change how the work is done, not what comes out
 FREE = ("engine", "workers", "output")
@@ -70,18 +75,43 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     if _finished(out, digest, restart):
         return f"{out}: done already, from the same sources and options; --restart does it again"
     # the parts depend on less than the whole recipe, but one folder a recipe is easy to trust
-    work = out / WORK / digest
+    work = out.resolve() / WORK / digest
+    about |= {"digest": digest, "recipe": to_dict(recipe)}
     try:
         work.mkdir(parents=True, exist_ok=True)
         (out / PREPARED).touch()
+        for other in (out / WORK).iterdir():
+            if other != work:
+                shutil.rmtree(other)
+        manifest = _carry_out(_anywhere(recipe, evaluation), about, work, show)
+        shutil.rmtree(out / WORK)
     except OSError as e:
-        raise UserError(f"output: {out}: cannot be written ({e.strerror})") from None
-    for other in (out / WORK).iterdir():
-        if other != work:
-            shutil.rmtree(other)
+        raise UserError(f"output: {out}: cannot be written ({e.strerror or e})") from None
+    return _summary(out, manifest)
 
-    reading = Reading(recipe, work)
-    names = _filter(recipe, work, reading, show)
+
+def _anywhere(recipe: PrepareRecipe, evaluation: list[Path]) -> PrepareRecipe:
+    """The recipe with the paths that workers open, whatever folder they run in."""
+    files = [glob.escape(str(path.resolve())) for path in evaluation]
+    tokenizer = recipe.balance.tokenizer
+    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
+        tokenizer = str(Path(tokenizer).expanduser().resolve())
+    return replace(
+        recipe,
+        output=str(Path(recipe.output).expanduser().resolve()),
+        evaluation=EvaluationSets(files=files, flores=[]),
+        balance=replace(recipe.balance, tokenizer=tokenizer),
+    )
+
+
+def _carry_out(
+    recipe: PrepareRecipe, about: dict[str, Any], work: Path, show: bool
+) -> dict[str, Any]:
+    """All phases; returns the manifest."""
+    out = Path(recipe.output)
+    with open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
+        reading = Reading(recipe, work, quarantine)
+        names = _filter(recipe, work, reading, show)
     rows = Rows.load(work, names)
     counts = _totals(work, names)
     counts["read"] = dict(reading.read)
@@ -89,27 +119,25 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     if recipe.quality.method != "none":
         rows.drop_poor(recipe, counts, partial(_bar, show=show))
     chosen = _balance(recipe, rows, counts)
-    shards = _write_shards(recipe, out, work, names, chosen, show)
+    shards = _write_shards(recipe, out, rows, chosen, show)
     manifest = {
-        "digest": digest, **about, "counts": counts, "quarantined": reading.summary(),
-        "shards": shards, "recipe": to_dict(recipe),
+        **about, "counts": counts, "quarantined": dict(reading.aside), "shards": shards,
     }  # fmt: skip
-    if reading.lines:
-        quarantine = "\n".join(json.dumps(line, ensure_ascii=False) for line in reading.lines)
-        (out / "quarantine.jsonl").write_text(quarantine + "\n", encoding="utf-8")
+    (out / QUARANTINE).unlink(missing_ok=True)
+    if reading.aside:
+        os.replace(work / QUARANTINE, out / QUARANTINE)
     write_report(out, manifest)
     write_json(manifest, out / MANIFEST)  # last: its being there says that all is
-    shutil.rmtree(out / WORK)
-    return _summary(out, manifest)
+    return manifest
 
 
 class Reading:
     """The pass over the corpora: parts for the workers, and what could not be read."""
 
-    def __init__(self, recipe: PrepareRecipe, work: Path) -> None:
-        self.recipe, self.work = recipe, work
+    def __init__(self, recipe: PrepareRecipe, work: Path, quarantine: TextIO) -> None:
+        self.recipe, self.work, self.quarantine = recipe, work, quarantine
         self.names: list[str] = []
-        self.lines: list[dict[str, str]] = []  # quarantined
+        self.aside: Counter[str] = Counter()  # "corpus: reason" -> records or files
         self.read: Counter[str] = Counter()  # corpus -> pairs
 
     def calls(self) -> Iterator[tuple[Part, pa.RecordBatch, PrepareRecipe]]:
@@ -143,10 +171,9 @@ class Reading:
             yield rows
 
     def _set_aside(self, corpus: str, where: str, reason: str, detail: str) -> None:
-        self.lines.append({"corpus": corpus, "where": where, "reason": reason, "detail": detail})
-
-    def summary(self) -> dict[str, int]:
-        return dict(Counter(f"{line['corpus']}: {line['reason']}" for line in self.lines))
+        self.aside[f"{corpus}: {reason}"] += 1
+        line = {"corpus": corpus, "where": where, "reason": reason, "detail": detail}
+        self.quarantine.write(json.dumps(line) + "\n")
 
 
 def _filter(recipe: PrepareRecipe, work: Path, reading: Reading, show: bool) -> list[str]:
@@ -166,13 +193,14 @@ def _filter(recipe: PrepareRecipe, work: Path, reading: Reading, show: bool) -> 
 
 def _balance(
     recipe: PrepareRecipe, rows: Rows, counts: dict[str, Any]
-) -> dict[str, NDArray[np.bool_]]:
+) -> dict[Direction, NDArray[np.bool_]]:
     """Which rows become conversations, by direction: "forward" and "backward"."""
     options = recipe.balance
-    ends = {"both": ("forward", "backward")}.get(options.directions, (options.directions,))
+    both: tuple[Direction, ...] = ("forward", "backward")
+    ends = [end for end in both if options.directions in (end, "both")]
     tokens = rows.tokens.astype(np.int64) + PROMPT_TOKENS
     available: dict[str, int] = {}
-    members: dict[tuple[str, str], NDArray[np.intp]] = {}
+    members: dict[tuple[str, Direction], NDArray[np.intp]] = {}
     for i, pair in enumerate(rows.pairs):
         member = np.flatnonzero(rows.kept & (rows.pair == i))
         for end in ends:
@@ -182,12 +210,12 @@ def _balance(
             members[direction, end] = member
     given = allot(available, options)
     chosen = {end: np.zeros(len(tokens), bool) for end in ends}
-    order = rows.order(recipe.seed)
     counts["balance"] = {}
     for direction in available:
         parts = [(end, members[d, end]) for d, end in members if d == direction]
         all_rows = np.concatenate([m for _, m in parts])
-        taken = choose(tokens[all_rows], order[all_rows], given[direction])
+        order = rows.order(all_rows, recipe.seed)
+        taken = choose(tokens[all_rows], order, given[direction])
         at = 0
         for end, member in parts:
             chosen[end][member[taken[at : at + len(member)]]] = True
@@ -201,44 +229,31 @@ def _balance(
 
 
 def _write_shards(
-    recipe: PrepareRecipe, out: Path, work: Path, names: list[str],
-    chosen: dict[str, NDArray[np.bool_]], show: bool,
+    recipe: PrepareRecipe, out: Path, rows: Rows, chosen: dict[Direction, NDArray[np.bool_]],
+    show: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The conversations, part by part, in files of `shard_conversations`."""
-    made = work / "shards"
+    """The conversations, made part by part, in files of `shard_conversations`."""
+    parts = [Part(name, str(rows.work)) for name in rows.names]
+    masks = zip(*(rows.by_part(mask) for mask in chosen.values()), strict=True)
+    calls = (
+        (part, {end: mask for end, (_, mask) in zip(chosen, of_part, strict=True)}, recipe)
+        for part, of_part in zip(parts, masks, strict=True)
+        if not part.file(CONVERSATIONS).exists()
+    )
+    with _bar("instructing", len(parts), "parts", show=show) as bar:
+        for _ in run_calls(recipe.engine, instruct_part, calls, recipe.workers):
+            bar.update()
+
+    made = rows.work / "shards"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     shards: list[dict[str, Any]] = []
-    waiting: list[pa.RecordBatch] = []
-    at = 0
-
-    def flush(everything: bool) -> None:
-        nonlocal waiting
-        table = pa.Table.from_batches(waiting, schema=CONVERSATION)
-        size = recipe.shard_conversations
-        while table.num_rows >= size or everything and table.num_rows:
-            path = made / f"data-{len(shards):05}.parquet"
-            try:
-                pq.write_table(table.slice(0, size), path, compression="zstd")
-            except OSError as e:
-                raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
-            shards.append({"name": path.name, "conversations": min(size, table.num_rows),
-                           "sha256": _checksum(path)})  # fmt: skip
-            table = table.slice(size)
-        waiting = table.to_batches()
-
-    for name in tqdm(names, desc="writing", unit="parts", ascii=True, leave=False,
-                     disable=None if show else True):  # fmt: skip
-        table = pq.read_table(work / f"{name}.parquet", columns=SCHEMA.names)
-        for end, mask in chosen.items():
-            rows = table.filter(pa.array(mask[at : at + table.num_rows])).combine_chunks()
-            for batch in rows.to_batches():
-                waiting.append(
-                    instruct_pairs(batch, recipe.instruct, direction=end, seed=recipe.seed)  # type: ignore[arg-type]
-                )
-        at += table.num_rows
-        flush(False)
-    flush(True)
+    tables = (pq.read_table(part.file(CONVERSATIONS)) for part in parts)
+    for table in _cut(tables, recipe.shard_conversations):
+        path = made / f"data-{len(shards):05}.parquet"
+        pq.write_table(table, path, compression="zstd")
+        about = {"name": path.name, "conversations": table.num_rows, "sha256": _checksum(path)}
+        shards.append(about)
     if not shards:
         raise UserError("no pair is left: the report of a run with wider options would say why")
     for old in out.glob("data-*.parquet"):
@@ -246,6 +261,18 @@ def _write_shards(
     for shard in shards:
         (made / shard["name"]).rename(out / shard["name"])
     return shards
+
+
+def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The tables' rows, in tables of `size` rows."""
+    waiting = CONVERSATION.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table])
+        while waiting.num_rows >= size:
+            yield waiting.slice(0, size)
+            waiting = waiting.slice(size)
+    if waiting.num_rows:
+        yield waiting
 
 
 def _totals(work: Path, names: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 WINDOW = 16  # rows of a bucket that each row is compared with: buckets of common hashes stay cheap
 BITS = 64
+AT_ONCE = 300  # texts: 64 bytes a character while they are hashed
 COLUMNS = ("source_hash", "target_hash", "source_simhash", "target_simhash", "pair_simhash")
 REASONS = ("", "exact duplicate", "near duplicate: same source", "near duplicate: same target",
            "near duplicate")  # fmt: skip
@@ -62,6 +63,9 @@ def text_hash(text: str) -> int:
 
 def simhash(texts: list[str], shingle: int = 3) -> Hashes:
     """64-bit SimHashes of texts over their character n-grams; [len(texts)]."""
+    if len(texts) > AT_ONCE:
+        pieces = [texts[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
+        return np.concatenate([simhash(piece, shingle) for piece in pieces])
     if not texts:
         return np.zeros(0, np.uint64)
     padded = [f" {t} ".ljust(shingle) for t in texts]
