@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -42,8 +43,9 @@ from xplus_fast.planning.selection import resolve_layers
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/train.json"
-MINUTES = 8.5  # in which the last process is begun
+MINUTES = 8.5  # after which nothing is begun, and half a minute later nothing goes on
 CHILD_SECONDS = 240
+NORM = 10  # times a loss's tolerance: a gradient's norm's
 PARTS = ("prefix forward", "forward", "head", "backward", "optimizer")
 
 
@@ -55,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="contestants, comma-separated (by their starts)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after these")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
-    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}")
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"default: {RESULTS}; of a part, a temporary file"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     scale = SMOKE if options.smoke else Scale(options.model)
@@ -80,12 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = run_child(names[0], scale, stages[0], mixes)
         options.child.write_text(json.dumps(found))
         return 0
-    out = options.out or (Path(tempfile.mkdtemp()) / "train.json" if options.smoke else RESULTS)
+    whole_table = RESULTS if scale.model == "8B" else RESULTS.with_stem(f"train_{scale.model}")
+    part = options.only or stages != ["stage1", "stage2"] or mixes != ["pairs"]
+    # neither a toy nor a part of the table replaces the table
+    temporary = options.smoke or part
+    out = options.out or (Path(tempfile.mkdtemp()) / "train.json" if temporary else whole_table)
+    if out == whole_table:
+        keep_earlier(out)
     result = race(scale, names, stages, mixes, options.minutes, options.smoke, out)
     print(table(result))
     print("\n".join(draw(result, out.with_suffix(""))))
     print(f"written to {out}")
-    return int(any(row["status"] == "wrong loss" for row in result["rows"]))
+    return int(any(row["status"].startswith("wrong") for row in result["rows"]))
 
 
 def race(
@@ -105,16 +115,20 @@ def race(
     }  # fmt: skip
     for name in names:
         for stage in stages:
-            if (time.monotonic() - start) / 60 > minutes:
+            left = 60 * minutes - (time.monotonic() - start)
+            if left < 0:
                 found = {"status": "not begun", "why": f"after {minutes} minutes"}
             elif smoke:
                 found = run_child(name, scale, stage, mixes)
             else:
-                found = _spawn(name, scale.model, stage, mixes)
+                found = _spawn(name, scale.model, stage, mixes, min(CHILD_SECONDS, left + 30))
+            budget = dict(CONTESTANTS[name].options).get("budget")
             base = {"contestant": name, "stage": stage, "layers": dict(scale.stages)[stage]}
             for mix in mixes:
                 more = found.get("mixes", {}).get(mix, {})
-                result["rows"].append({**base, "mix": mix, **_outer(found), **more})
+                result["rows"].append(
+                    {**base, "mix": mix, "budget": budget, **_outer(found), **more}
+                )
                 print(_say(result["rows"][-1]), file=sys.stderr, flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -122,6 +136,14 @@ def race(
     judge(result["rows"], scale, limits)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def keep_earlier(out: Path) -> None:
+    """Move a result aside that is about to be replaced: the history is made of those."""
+    if out.exists():
+        earlier = json.loads(out.read_text())
+        begun = earlier["time"].partition("+")[0].replace(":", "")
+        out.rename(out.with_name(f"{out.stem}-{begun}-{earlier['commit']}.json"))
 
 
 def _outer(found: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +157,9 @@ def _say(row: dict[str, Any]) -> str:
     return f"{name}: {row['tokens_per_s']:,.0f} tokens/s, loss {row['losses'][0]:.4f}"
 
 
-def _spawn(name: str, model: str, stage: str, mixes: Sequence[str]) -> dict[str, Any]:
+def _spawn(
+    name: str, model: str, stage: str, mixes: Sequence[str], seconds: float
+) -> dict[str, Any]:
     """A contestant in a process of its own: its memory is gone after it, whatever happens."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
@@ -147,10 +171,10 @@ def _spawn(name: str, model: str, stage: str, mixes: Sequence[str]) -> dict[str,
         try:
             run = subprocess.run(
                 command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True,
-                text=True, timeout=CHILD_SECONDS,
+                text=True, timeout=seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"status": "failed", "why": f"not done after {CHILD_SECONDS} s"}
+            return {"status": "failed", "why": f"not done after {seconds:.0f} s"}
         if run.returncode or not file.exists():
             said = [line for line in run.stderr.splitlines() if line.strip()][-1:]
             return {"status": "failed", "why": " ".join(said)[:300] or f"exit {run.returncode}"}
@@ -193,14 +217,16 @@ def _measure(
             trainer.add_callback(clock)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        logged = [line for line in trainer.state.log_history if "loss" in line]
         clock.close()
         about = describe_steps(steps)
         seconds = clock.seconds[warm:]
         found[mix] = {
-            "losses": losses,
+            "losses": [line["loss"] for line in logged],
+            "grad_norms": [line["grad_norm"] for line in logged],
             "seconds": seconds,
             "tokens": about["tokens"][warm:],
+            "computed": clock.computed[warm:],  # padding is computed, too
             "supervised": about["supervised"][warm:],
             "pairs": [causal_pairs(x) for x in about["lengths"][warm:]],
             "tokens_per_s": statistics.median(
@@ -224,6 +250,7 @@ class Clock(TrainerCallback):
     def __init__(self, trainer: Any, device: torch.device, *, lowest: int, warm: int) -> None:
         self.cuda, self.warm = device.type == "cuda", warm
         self.marks: list[list[tuple[str, Any]]] = []  # of each step
+        self.computed: list[int] = []  # tokens of each step, padding among them
         self._forward = False
         self.joules: float | None = None
         whole = trainer.model
@@ -231,7 +258,9 @@ class Clock(TrainerCallback):
         while not hasattr(inner, "layers"):
             inner = inner.model
         self._hooks = [
-            whole.register_forward_pre_hook(lambda *_: self._begin()),
+            whole.register_forward_pre_hook(
+                lambda _, args, named: self._begin(named["input_ids"]), with_kwargs=True
+            ),
             inner.layers[lowest].register_forward_pre_hook(lambda *_: self._mark("prefix forward")),
             inner.layers[-1].register_forward_hook(lambda *_: self._mark("forward")),
             whole.register_forward_hook(lambda *_: self._end()),
@@ -245,8 +274,9 @@ class Clock(TrainerCallback):
         event.record()
         return event
 
-    def _begin(self) -> None:
+    def _begin(self, ids: Tensor) -> None:
         self._forward = True
+        self.computed[-1] += ids.numel()
         if len(self.marks[-1]) > 1:  # what came before was the last micro-batch's backward
             self.marks[-1].append(("backward", self._now()))
 
@@ -263,6 +293,7 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.joules = energy(self.device)
+        self.computed.append(0)
         self.marks.append([("begin", self._now())])
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -310,19 +341,24 @@ def judge(rows: list[dict[str, Any]], scale: Scale, limits: dict[str, Any]) -> N
     shape = shape_of(make_config(scale.model))
     for kind in {(row["stage"], row["mix"]) for row in rows}:
         ran = [r for r in rows if (r["stage"], r["mix"]) == kind and r["status"] == "ok"]
-        exact = [r["losses"][0] for r in ran if CONTESTANTS[r["contestant"]].loose < 0.01]
+        exact = [r for r in ran if CONTESTANTS[r["contestant"]].loose < 0.01]
+        same = [r for r in exact if CONTESTANTS[r["contestant"]].alike]
         if not exact:
             continue
-        right = statistics.median(exact)
+        right = statistics.median(r["losses"][0] for r in exact)
+        norm = statistics.median([r["grad_norms"][0] for r in same] or [math.nan])
         for row in ran:
-            off = row["losses"][0] / right - 1
-            row["loss_off"] = off
+            contestant = CONTESTANTS[row["contestant"]]
+            row["loss_off"] = off = row["losses"][0] / right - 1
             row["limit_seconds"] = _limit(shape, row, limits)
             row["share"] = row["limit_seconds"] / statistics.median(row["seconds"])
-            if not abs(off) <= CONTESTANTS[row["contestant"]].loose or not all(
-                map(math.isfinite, row["losses"])
-            ):
+            if not abs(off) <= contestant.loose or not all(map(math.isfinite, row["losses"])):
                 row["status"], row["why"] = "wrong loss", f"{off:+.2%} off the others'"
+            elif contestant.alike and same:
+                row["norm_off"] = off = row["grad_norms"][0] / norm - 1
+                if not abs(off) <= NORM * contestant.loose:
+                    row["status"] = "wrong gradient"
+                    row["why"] = f"its norm is {off:+.1%} off the others'"
 
 
 def _limit(shape: Shape, row: dict[str, Any], limits: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.fit import make_config
+from benchmarks.train_padding_free import flat, register
 from benchmarks.train_workloads import NamedWeights, Scale
 from benchmarks.train_workloads import Sequence as Sentence
 from xplus_fast.config import MemoryConfig
@@ -43,6 +44,7 @@ class Contestant:
     options: tuple[tuple[str, Any], ...] = ()
     rate: str = "bf16"  # whose GEMM rate the frozen layers' limit is
     loose: float = 0.005  # how far the first loss may be off the unrounded one's
+    alike: bool = True  # trains what the selection says: its gradient's norm is the others', too
 
 
 def _need(module: str) -> None:
@@ -115,9 +117,13 @@ def _ours(
 
 def _stock(
     scale: Scale, layers: str, device: torch.device, card: Card | None, *,
-    tuned: bool = False, liger: bool = False, compiled: bool = False, rank: int = 0,
+    rows: int = 0, liger: bool = False, compiled: bool = False, rank: int = 0, whole: bool = False,
 ) -> Callable[[Steps, str], Any]:  # fmt: skip
-    """Hugging Face's model and Trainer; see `CONTESTANTS` for what the flags mean."""
+    """Hugging Face's model and Trainer; see `CONTESTANTS` for what the flags mean.
+
+    rows: packed rows of a micro-batch, without padding, and only what passes a gradient is
+    checkpointed; 0: as people run it, 8 sentences as they come, padded, all layers checkpointed.
+    """
     if liger:
         _need("liger_kernel")
         if device.type != "cuda":
@@ -127,11 +133,9 @@ def _stock(
     config = make_config(scale.model)
     config.use_cache = False
     shape = shape_of(config)
-    flat = tuned and _flash(device)
-    attention = "flash_attention_2" if flat else "sdpa"
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention
+            config, dtype=torch.bfloat16, attn_implementation=register() if rows else "sdpa"
         )
     weights = NamedWeights(shape, device)
     with torch.no_grad():
@@ -141,68 +145,59 @@ def _stock(
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3
 
         apply_liger_kernel_to_qwen3(model=model)
-    ids = resolve_layers(layers, shape.layers)
+    stack, ids = model.model.layers, resolve_layers(layers, shape.layers)
     if rank:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         )
-        model.enable_input_require_grads()
-    else:
+    elif not whole:
         model.requires_grad_(False)
         for i in ids:
-            model.model.layers[i].requires_grad_(True)
+            stack[i].requires_grad_(True)
     more: dict[str, Any] = {
         "optim": "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
     }
-    if tuned:
+    if rows:
         # only what passes a gradient is checkpointed, and no input is made to require one
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        inner = model.get_base_model() if rank else model
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
         with suppress(AttributeError):
-            model.disable_input_require_grads()
-        for i, layer in enumerate(model.model.layers):
-            layer.gradient_checkpointing = i >= min(ids)
+            inner.disable_input_require_grads()
+        for i, layer in enumerate(stack):
+            layer.gradient_checkpointing = bool(rank) or whole or i >= min(ids)
     else:
         more["gradient_checkpointing"] = True
     if compiled:
-        for layer in model.model.layers:
+        # one for each mixture of frozen and trained, with and without a graph, of lengths
+        torch._dynamo.config.recompile_limit = 64
+        for layer in stack:
             # its forward, not its call: hooks that time it would break the graph
             layer.forward = torch.compile(
                 layer.forward, backend="inductor" if device.type == "cuda" else "eager"
             )
 
     def trainer(steps: Steps, folder: str) -> Any:
-        room = scale.row if tuned else 0
-        groups = [_batches(step, room, flat=flat) for step in steps]
+        groups = [_batches(step, rows, scale) for step in steps]
         micro = _even(groups)
         batches = [batch for group in groups for batch in group]
+        collate = flat if rows else _pad
         return _Stock(
             model, _arguments(folder, device, len(steps), micro, **more), train_dataset=batches,
-            data_collator=lambda items: (_flatten if flat else _pad)(items[0]),
+            data_collator=lambda items: collate(items[0]),
         )  # fmt: skip
 
     return trainer
 
 
-def _flash(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-
-
-def _batches(step: list[list[Sentence]], room: int, *, flat: bool) -> list[list[Sentence]]:
-    """A step's micro-batches: as packed (flat), padded to at most `room` tokens, or of 8."""
-    if flat:
-        return step
+def _batches(step: list[list[Sentence]], rows: int, scale: Scale) -> list[list[Sentence]]:
+    """A step's micro-batches: `rows` packed rows in each, or for 0 at most 8 sentences."""
+    if rows:
+        return [[s for row in step[i : i + rows] for s in row] for i in range(0, len(step), rows)]
     sentences = [s for row in step for s in row]
-    if not room:
-        size = min(8, -(-len(sentences) // len(step)))
-        return [sentences[i : i + size] for i in range(0, len(sentences), size)]
-    batches: list[list[Sentence]] = [[]]
-    for sentence in sorted(sentences, key=len):  # padding is least among equals
-        if batches[-1] and (len(batches[-1]) + 1) * len(sentence) > room:
-            batches.append([])
-        batches[-1].append(sentence)
-    return batches
+    size = min(8, -(-len(sentences) * scale.row // scale.step))
+    return [sentences[i : i + size] for i in range(0, len(sentences), size)]
 
 
 def _even(groups: list[list[list[Sentence]]]) -> int:
@@ -231,16 +226,6 @@ def _pad(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def _flatten(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
-    """[1, T]: positions that restart tell FlashAttention where a sentence begins."""
-    labels = [s.labels.index_fill(0, torch.tensor([0]), -100) for s in sentences]
-    return {
-        "input_ids": torch.cat([s.ids for s in sentences])[None],
-        "labels": torch.cat(labels)[None],
-        "position_ids": torch.cat([torch.arange(len(s)) for s in sentences])[None],
-    }
-
-
 def _absent(module: str) -> Callable[..., Any]:
     def train(*_: Any, **__: Any) -> Any:
         _need(module)
@@ -250,9 +235,9 @@ def _absent(module: str) -> Callable[..., Any]:
 
 
 _TUNED = (
-    "no input-gradient hook, checkpointing from the lowest trained layer up, fused AdamW,"
-    " micro-batches of 4096 tokens: of length-sorted sentences with SDPA, or padding-free where"
-    " FlashAttention 2 is installed"
+    "no padding (packed rows, FlashAttention over each sequence by the kernels that ours uses),"
+    " micro-batches of {} tokens, no input-gradient hook, checkpointing from the lowest layer up"
+    " that trains, fused AdamW"
 )
 # The most telling first: a run that has to stop leaves out the last
 CONTESTANTS: dict[str, Contestant] = {
@@ -261,13 +246,14 @@ CONTESTANTS: dict[str, Contestant] = {
         (("frozen", "bf16"), ("placement", "device"), ("head", "bf16")),
     ),
     "tuned + Liger": Contestant(
-        _TUNED + "; Liger's kernels and fused loss", _stock, (("tuned", True), ("liger", True)),
+        _TUNED.format("16384") + "; Liger's kernels and fused loss", _stock,
+        (("rows", 4), ("liger", True)),
     ),
     "stock Trainer": Contestant(
         "bf16 weights, gradient_checkpointing=True, batches of 8 sentences as they come, SDPA,"
         " fused AdamW", _stock,
     ),
-    "tuned": Contestant(_TUNED, _stock, (("tuned", True),)),
+    "tuned": Contestant(_TUNED.format("4096"), _stock, (("rows", 1),)),
     "ours, fp8 frozen": Contestant(
         "the same, frozen layers and head in FP8", _ours,
         (("frozen", "fp8"), ("placement", "device"), ("head", "fp8")), "fp8", 0.02,
@@ -279,11 +265,16 @@ CONTESTANTS: dict[str, Contestant] = {
         "planned for 16 GB, and capped to them", _ours, (("budget", 16 * 10**9),), loose=0.01
     ),
     "tuned + compile": Contestant(
-        _TUNED + "; torch.compile of each layer", _stock, (("tuned", True), ("compiled", True)),
+        _TUNED.format("4096") + "; torch.compile of each layer", _stock,
+        (("rows", 1), ("compiled", True)),
     ),
     "LoRA r64": Contestant(
-        "PEFT on all linears of all layers, gradient_checkpointing=True, batches of 8", _stock,
-        (("rank", 64),),
+        "PEFT on all linears of all layers; else as tuned", _stock, (("rows", 1), ("rank", 64)),
+        alike=False,
+    ),
+    "full fine-tuning": Contestant(
+        "every parameter trains, bf16 weights and states; else as tuned", _stock,
+        (("rows", 1), ("whole", True)), alike=False,
     ),
     "ours, int8 frozen": Contestant(
         "the same, frozen layers in INT8", _ours, (("frozen", "int8"), ("placement", "device")),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "not measured on a GPU"
-OURS, THEIRS = "#1f6f8b", "#b8c4cc"
+OURS, THEIRS, BUDGET = "#1f6f8b", "#b8c4cc", "#c8553d"
 PART_COLORS = ("#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d")
 
 
@@ -14,13 +14,13 @@ def table(result: dict[str, Any]) -> str:
     """A row for each contestant, stage and mix."""
     lines = [
         "| stage | sequences | contestant | tokens/s | against tuned + Liger | step, s | peak GB"
-        " (reserved) | share of the limit | J a 1000 tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " (reserved) | share of the limit | computed / real tokens | J a 1000 tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         head = f"| {row['stage']} ({row['layers']}) | {row['mix']} | {row['contestant']} |"
         if row["status"] != "ok":
-            lines.append(f"{head} {row['status']}: {row['why']} | | | | | |")
+            lines.append(f"{head} {row['status']}: {row['why']} | | | | | | |")
             continue
         rival = best(result, row["stage"], row["mix"], "tuned + Liger")
         ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x" if rival else "-"
@@ -29,10 +29,11 @@ def table(result: dict[str, Any]) -> str:
         share = f"{row['share']:.0%}" if "share" in row and not result["smoke"] else "-"
         seconds = statistics.median(row["seconds"])
         joules = row["joules"]
+        padding = sum(row["computed"]) / sum(row["tokens"])
         energy = "-" if joules is None else f"{1e3 * joules / sum(row['tokens']):.0f}"
         lines.append(
             f"{head} {row['tokens_per_s']:,.0f} | {ratio} | {seconds:.2f} | {memory} | {share} |"
-            f" {energy} |"
+            f" {padding:.2f} | {energy} |"
         )
     lines += ["", note(result), ""]
     lines += [f"- {name}: {settings}." for name, settings in result["settings"].items()]
@@ -96,7 +97,10 @@ def draw(result: dict[str, Any], stem: Path) -> list[str]:
             axes[0].set_title(f"{stage}, {mix}: tokens/s", loc="left")
             memory = [(r["peak"] or {"allocated": 0})["allocated"] / 1e9 for r in rows][::-1]
             axes[1].barh(names, memory, color=colors)
-            axes[1].set_title("peak memory, GB", loc="left")
+            for i, row in enumerate(rows[::-1]):
+                if row["budget"]:
+                    axes[1].plot([row["budget"] / 1e9] * 2, [i - 0.45, i + 0.45], color=BUDGET)
+            axes[1].set_title("peak memory, GB (red: its budget)", loc="left")
             left = [0.0] * len(rows)
             for part, color in zip(rows[0]["split"], PART_COLORS, strict=True):
                 widths = [r["split"][part] for r in rows][::-1]
@@ -119,9 +123,11 @@ def draw(result: dict[str, Any], stem: Path) -> list[str]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """Earlier results, oldest first: train.json and train-*.json of a folder."""
+    """What compares with train.json, oldest first: itself and train-*.json, on the same card."""
     found = [json.loads(p.read_text()) for p in sorted(folder.glob("train*.json"))]
-    return sorted((r for r in found if not r["smoke"]), key=lambda r: r["time"])
+    runs = sorted((r for r in found if not r["smoke"]), key=lambda r: r["time"])
+    last = next((r for r in runs[::-1] if r["model"] == "8B"), None)
+    return [r for r in runs if last and all(r[k] == last[k] for k in ("model", "device"))]
 
 
 def draw_history(folder: Path, out: Path) -> list[str]:

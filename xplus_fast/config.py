@@ -98,12 +98,12 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 0  # steps between two evaluations while a stage trains; 0: none
-    few: int = 8  # held-out examples of each direction that they look at
     samples: int = 4  # translations shown in the report, per direction
     translate: int = 32  # held-out sentences translated per direction for chrF++; 0: none
     max_new_tokens: int = 128
     batch_size: int = 16
+    every: int = 0  # steps between two evaluations while a stage trains; 0: none
+    few: int = 8  # held-out examples of each direction that they look at
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def linear_cross_entropy_ref(
         counted = target != ignore_index
         at = target.where(counted, 0)[:, None]
         buffer = torch.empty(b - a, vocabulary, dtype=x.dtype, device=x.device)
-        logits = widen(_multiply(part, weight, buffer))  # [chunk, V]
+        logits = widen(head_logits(part, weight, buffer))  # [chunk, V]
         lse = logits.logsumexp(-1)
         loss += (lse - logits.gather(1, at)[:, 0]).where(counted, 0).sum()
         if dx is None and dw is None:
@@ -102,7 +102,7 @@ def _tiles(weight: Fp8Rows, dtype: torch.dtype) -> Iterator[tuple[int, int, Tens
         )
 
 
-def _multiply(x: Tensor, weight: Tensor | Fp8Rows, out: Tensor) -> Tensor:
+def head_logits(x: Tensor, weight: Tensor | Fp8Rows, out: Tensor) -> Tensor:
     """x [chunk, H] -> logits = x @ W.T in out [chunk, V]."""
     if isinstance(weight, Tensor):
         return torch.mm(x, weight.T, out=out)
@@ -221,7 +221,7 @@ def _fused(
     buffer = torch.empty(longest, vocabulary, dtype=x.dtype, device=x.device)
     scale = divisor.reciprocal()
     for a, b in chunks:
-        logits = _multiply(x[a:b], weight, buffer[: b - a])
+        logits = head_logits(x[a:b], weight, buffer[: b - a])
         _softmax_gradient(
             logits, targets[a:b], losses[a:b], scale, ignore_index, need_dx or need_dw
         )

@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import compare, profile, report, train, train_contestants, train_report
 from benchmarks.fit import make_config
 from benchmarks.train_contestants import CONTESTANTS
+from benchmarks.train_padding_free import flat, register
 from benchmarks.train_workloads import (
     SMOKE,
     NamedWeights,
@@ -48,7 +51,8 @@ def test_every_contestant_runs_or_says_why(smoke):
             assert row["why"] and row["status"] == "not run", (name, row)
     ran = {name for (name, _), r in by_name.items() if r["status"] == "ok"}
     assert {"ours, bf16", "ours, int8 frozen", "ours, fp8 frozen", "ours, nf4 frozen",
-            "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile"} <= ran  # fmt: skip
+            "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile",
+            "full fine-tuning"} <= ran  # fmt: skip
     liger = by_name["tuned + Liger", "pairs"]
     assert liger["why"] in ("needs CUDA", "not importable here"), liger
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -59,6 +63,76 @@ def test_all_contestants_train_on_the_same_tokens(smoke):
     assert len({tuple(r["tokens"]) for r in rows}) == 1
     exact = [r["losses"][0] for r in rows if CONTESTANTS[r["contestant"]].loose < 0.01]
     assert max(exact) - min(exact) < 2e-3 * exact[0]
+
+
+def test_no_tuned_contestant_computes_padding(smoke):
+    """A rival that pads would be beaten for nothing: only stock, as people run it, does."""
+    rows = [r for r in smoke[0]["rows"] if r["status"] == "ok" and r["mix"] == "pairs"]
+    assert {r["contestant"] for r in rows if r["computed"] != r["tokens"]} == {"stock Trainer"}
+    stock = next(r for r in rows if r["contestant"] == "stock Trainer")
+    assert sum(stock["computed"]) > 1.5 * sum(stock["tokens"])
+    for rival in ("tuned + Liger", "tuned", "tuned + compile", "LoRA r64", "full fine-tuning"):
+        assert dict(CONTESTANTS[rival].options)["rows"], rival
+
+
+def test_flat_rows_give_the_gradients_of_sentences_by_themselves():
+    """In fp32: one after the other through SDPA, against all in one row."""
+    torch.manual_seed(0)
+    models = []
+    for attention in ("sdpa", register()):
+        model = AutoModelForCausalLM.from_config(
+            make_config("tiny"), dtype=torch.float32, attn_implementation=attention
+        )
+        models.append(model)
+    models[1].load_state_dict(models[0].state_dict())
+    sentences = [s for row in make_steps(SMOKE, "pairs", 1, 256)[0] for s in row]
+    assert len({len(s) for s in sentences}) > 3
+    batch = flat(sentences)
+    supervised = int((batch["labels"][..., 1:] != -100).sum())
+    for s in sentences:
+        own = models[0](input_ids=s.ids[None], labels=s.labels[None], num_items_in_batch=supervised)
+        own.loss.backward()
+    models[1](**batch, num_items_in_batch=supervised).loss.backward()
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_wrong_gradient_disqualifies_what_trains_the_same(smoke):
+    rows = copy.deepcopy([r for r in smoke[0]["rows"] if r["mix"] == "pairs"])
+    for row in rows:
+        if row["contestant"] in ("tuned", "full fine-tuning"):
+            row["grad_norms"][0] *= 1.2
+    train.judge(rows, SMOKE, smoke[0]["limits"])
+    wrong = {r["contestant"]: r["why"] for r in rows if r["status"] == "wrong gradient"}
+    assert list(wrong) == ["tuned"] and "its norm is +" in wrong["tuned"]
+
+
+def test_time_runs_out_for_contestants_not_for_stages(monkeypatch, tmp_path):
+    begun = []
+
+    def child(name, scale, stage, mixes):
+        begun.append((name, stage))
+        return {"status": "not run", "why": "of no matter"}
+
+    monkeypatch.setattr(train, "run_child", child)
+    scale = replace(SMOKE, stages=(("stage1", "bottom:2"), ("stage2", "top:2")))
+    names, out = list(CONTESTANTS), tmp_path / "train.json"
+    result = train.race(scale, names, ["stage1", "stage2"], ["full"], 9, True, out)
+    assert begun[:4] == [
+        ("ours, bf16", "stage1"), ("ours, bf16", "stage2"),
+        ("tuned + Liger", "stage1"), ("tuned + Liger", "stage2"),
+    ]  # fmt: skip
+    assert [r["contestant"] for r in result["rows"]] == names * 2
+    late = train.race(scale, names, ["stage1"], ["full"], -1, True, out)
+    assert {r["status"] for r in late["rows"]} == {"not begun"}
+
+
+def test_an_earlier_result_is_kept_aside(tmp_path):
+    out = tmp_path / "train.json"
+    train.keep_earlier(out)  # there is none yet
+    out.write_text(json.dumps({"commit": "abc", "time": "2026-01-02T03:04:05+00:00"}))
+    train.keep_earlier(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["train-2026-01-02T030405-abc.json"]
 
 
 def test_a_wrong_loss_disqualifies(smoke):
@@ -87,30 +161,15 @@ def test_steps_are_full_and_the_same_every_time():
     assert describe_steps(make_steps(scale, "full", 1, 10))["lengths"] == [[4096] * 4]
 
 
-def test_peers_see_every_sentence_once_with_little_padding():
-    (step,) = make_steps(Scale("8B"), "pairs", 1, 1000)
+def test_peers_see_every_sentence_once():
+    scale = Scale("8B")
+    (step,) = make_steps(scale, "pairs", 1, 1000)
     sentences = [s for row in step for s in row]
-    tuned = train_contestants._batches(step, 4096, flat=False)
-    assert sorted(len(s) for b in tuned for s in b) == sorted(map(len, sentences))
-    padded = [len(b) * max(map(len, b)) for b in tuned]
-    assert max(padded) <= 4096 and sum(padded) < 1.25 * sum(map(len, sentences))
-    stock = train_contestants._batches(step, 0, flat=False)
-    assert [s for b in stock for s in b] == sentences and max(map(len, stock)) == 8
-    assert train_contestants._batches(step, 4096, flat=True) == step
-
-
-def test_padding_free_means_the_same():
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config("tiny"), dtype=torch.float32)
-    model.config.use_cache = False  # with a cache it does not look where sentences begin
-    ((row, *_),) = make_steps(SMOKE, "pairs", 1, 256)
-    flat, padded = (
-        float(model(**f(row), num_items_in_batch=7).loss)
-        for f in (train_contestants._flatten, train_contestants._pad)
-    )
-    assert flat == pytest.approx(padded, rel=1e-5)
+    for rows, count in ((1, 4), (4, 1)):
+        tuned = train_contestants._batches(step, rows, scale)
+        assert [s for batch in tuned for s in batch] == sentences and len(tuned) == count
+    stock = train_contestants._batches(step, 0, scale)
+    assert [s for batch in stock for s in batch] == sentences and max(map(len, stock)) == 8
 
 
 def test_weights_are_those_of_their_names():
@@ -160,8 +219,12 @@ def test_compare_flags_what_became_worse(smoke, tmp_path, capsys):
 
 def test_a_history_over_commits(smoke, tmp_path):
     for i, commit in enumerate(("aaa", "bbb")):
-        run = {**smoke[0], "smoke": False, "commit": commit, "time": str(i)}
+        run = {**smoke[0], "smoke": False, "model": "8B", "commit": commit, "time": str(i)}
         (tmp_path / f"train-{commit}.json").write_text(json.dumps(run))
+    others = {"model": "14B"}, {"device": {"name": "another card"}}
+    for i, other in enumerate(others):
+        run = {**smoke[0], "smoke": False, "commit": "ccc", "time": f"-{i}", **other}
+        (tmp_path / f"train-other{i}.json").write_text(json.dumps(run))
     assert [r["commit"] for r in train_report.history(tmp_path)] == ["aaa", "bbb"]
     train_report.draw_history(tmp_path, tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")

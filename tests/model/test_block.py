@@ -40,7 +40,7 @@ def test_gradcheck(family, policy):
     def block(x, *present):
         rest = iter(present)
         args = [None if w is None else next(rest) for w in weights]
-        spec = BlockSpec(shape, policy, offload=Offload(x.device))
+        spec = BlockSpec(shape, policy, offload=Offload())
         return BlockFunction.apply(x, spec, pack, *args)
 
     assert torch.autograd.gradcheck(block, (x.requires_grad_(), *present), fast_mode=False)

@@ -34,7 +34,7 @@ def run(folder, cls=PlannedTrainer, fail=None, monkeypatch=None, **memory):
     options = {}
     if cls is PlannedTrainer:
         made = plan(model, **memory)
-        set_activations(model, made.layout, CPU)
+        set_activations(model, made.layout)
         options = dict(plan=made, say=said.append)
     if fail is not None:
         for name in ("forward", "backward"):

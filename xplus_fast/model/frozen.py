@@ -148,7 +148,7 @@ class Stream:
             for to, value in zip(tensors_of(on_host[name]), tensors_of(weight), strict=True):
                 to.copy_(value)
         self._host[index] = (flat, on_host)
-        self._slots = []
+        self._drop_slots()
         return Streamed(self, index)
 
     def on_host(self, index: int) -> dict[str, FrozenWeight]:
@@ -161,6 +161,11 @@ class Stream:
 
     def remove(self, index: int) -> None:
         del self._host[index]
+        self._drop_slots()
+
+    def _drop_slots(self) -> None:
+        if self._slots and self._side is not None:  # a layer may be on its way into one
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
         self._slots = []
 
     def fetch(self, index: int, *, backward: bool) -> dict[str, FrozenWeight]:
@@ -184,7 +189,10 @@ class Stream:
     def _after(self, index: int, backward: bool) -> int | None:
         layers = sorted(self._host)
         if not backward:  # the backward begins with the two last ones, which are here then
-            return next((i for i in layers if i > index), None)
+            # none of the last ones is needed before the next micro-batch's first, if all are
+            # below what a backward reaches
+            after = layers[0] if index < self.lowest else None
+            return next((i for i in layers if i > index), after)
         below = [i for i in layers if self.lowest <= i < index]
         return below[-1] if below else layers[0]  # the next micro-batch's first
 

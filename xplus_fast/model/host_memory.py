@@ -13,9 +13,11 @@ class _Pages(mmap.mmap):
     """Memory that the GPU may read and write by itself, as long as somebody looks at it."""
 
     address = 0
+    device: torch.device
 
     def __del__(self) -> None:
         if self.address:
+            torch.cuda.synchronize(self.device)  # a copy may be on its way
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
@@ -34,6 +36,8 @@ def zeros_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     error: object
     try:
         pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # tens of GB of small pages are slow to pin
         flat = torch.frombuffer(pages, dtype=dtype, count=n)
         portable = 1  # pinned for every device
         error = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), size, portable))
@@ -45,5 +49,5 @@ def zeros_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
             f" ({f'CUDA error {error}' if isinstance(error, int) else error}); allow more locked"
             " memory, or keep more on the device"
         )
-    pages.address = flat.data_ptr()
+    pages.address, pages.device = flat.data_ptr(), device
     return flat.view(*shape)

@@ -87,7 +87,8 @@ class Block(nn.Module):
             return BlockFunction.apply(x, self._spec(), pack, *weights)
 
     def _spec(self) -> BlockSpec:
-        return BlockSpec(self.shape, self.activations, self.frozen, self.scratch, self.offload)
+        offload = self.offload if torch.is_grad_enabled() else None  # else nobody takes it back
+        return BlockSpec(self.shape, self.activations, self.frozen, self.scratch, offload)
 
     def forward(
         self,

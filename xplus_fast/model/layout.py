@@ -30,6 +30,13 @@ class Layout:
     head: Literal["bf16", "fp8"] = "bf16"
 
 
+def united(also: tuple[str, ...], *, tied: bool) -> tuple[str, ...]:
+    """`also` of a model: where embedding and head are one tensor, both train or neither."""
+    if not tied or not {"embedding", "head"} & set(also):
+        return also
+    return tuple(dict.fromkeys((*also, "embedding", "head")))
+
+
 @dataclass(frozen=True)
 class UpdateLayout:
     """Gradients and optimizer of what trains."""

@@ -6,6 +6,7 @@ between stages, for the layers whose part changes.
 """
 
 import math
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -28,9 +29,10 @@ from xplus_fast.model.frozen import (
 )
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
-from xplus_fast.model.layout import LayerLayout, Layout
+from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.prepare import prepare_model
+from xplus_kernels.linear_cross_entropy import head_logits
 
 
 class Weights:
@@ -94,14 +96,16 @@ def arrange(
     """
     blocks: list[Block] = list(model.model.layers)
     reaches = [i for i, layer in enumerate(layout.layers) if layer.trains]
-    lowest = 0 if "embedding" in layout.also else min(reaches, default=len(blocks))
+    also = united(layout.also, tied=model.config.tie_word_embeddings)
+    layout = replace(layout, also=also)
+    lowest = 0 if "embedding" in also else min(reaches, default=len(blocks))
     stream = next((b.frozen.stream for b in blocks if isinstance(b.frozen, Streamed)), None)
     stream = stream or Stream(device)
     stream.lowest = lowest
     for block, want in zip(blocks, layout.layers, strict=True):
         _arrange_layer(block, want, weights, stream, dtype, device)
         block.requires_grad_(want.trains)
-    set_activations(model, layout, device)
+    set_activations(model, layout)
     size = 0
     for i, block in enumerate(blocks):
         if block.frozen is not None:
@@ -120,9 +124,10 @@ def arrange(
     weights.close()
 
 
-def set_activations(model: Any, layout: Layout, device: torch.device) -> None:
+def set_activations(model: Any, layout: Layout) -> None:
     """What each block keeps for its backward; all else of the layout is left as it is."""
-    offload = Offload(device)
+    # the one that is there has pinned memory already
+    offload = next((b.offload for b in model.model.layers if b.offload is not None), Offload())
     for block, want in zip(model.model.layers, layout.layers, strict=True):
         block.activations = want.activations
         block.offload = offload if want.activations == "offload" else None
@@ -243,6 +248,7 @@ def _arrange_head(
 
 
 def _fp8_logits(head: Any, x: Tensor) -> Tensor:
-    """Logits of the last hidden states, for `generate()`."""
-    dense = torch.empty(head.rows.data.shape, dtype=x.dtype, device=x.device)
-    return torch.nn.functional.linear(x, ops.dequantize_fp8(head.rows, out=dense))
+    """Logits of the last hidden states, for `generate()`: a piece of the table at a time."""
+    flat = x.reshape(-1, x.shape[-1])
+    logits = torch.empty(len(flat), len(head.rows.data), dtype=x.dtype, device=x.device)
+    return head_logits(flat, head.rows, logits).view(*x.shape[:-1], -1)

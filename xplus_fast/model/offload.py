@@ -21,16 +21,30 @@ class Offload:
     copies share one stream, so a buffer is never filled before it has been read.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None  # made with the first tensor of a GPU
         self.spare: list[Tensor] = []  # uint8
+        self.leaving: tuple[torch.cuda.Event, Tensor] | None = None
         self._last: weakref.ref[Offloaded] | None = None
 
     def put(self, x: Tensor) -> Offloaded:
+        if x.device.type == "cuda":
+            self.stream = self.stream or torch.cuda.Stream(x.device)
+            self.let_go(x.device)
         below = None if self._last is None else self._last()
         sent = Offloaded(x, self, below)
         self._last = weakref.ref(sent)
         return sent
+
+    def let_go(self, device: torch.device) -> None:
+        """Forget the tensor that left last; what is computed next waits until it is away.
+
+        `record_stream` instead would keep its memory until the host has seen the copy end, and the
+        host is most of a forward ahead: nearly all of the inputs would be there at once.
+        """
+        if self.leaving is not None:
+            torch.cuda.current_stream(device).wait_event(self.leaving[0])
+            self.leaving = None
 
     def buffer(self, size: int, device: torch.device) -> Tensor:
         """Host memory of at least `size` bytes, spare or new."""
@@ -58,9 +72,11 @@ class Offloaded:
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self._host.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is taken again only after the copy
+        home.leaving = (stream.record_event(), x.detach())
 
     def __del__(self) -> None:
+        if self._back is not None and self._event is not None:  # of a step that was given up
+            torch.cuda.current_stream(self._device).wait_event(self._event)
         if self._home.stream is not None and hasattr(self, "_buffer"):
             self._home.spare.append(self._buffer)
 
@@ -68,6 +84,7 @@ class Offloaded:
         """The tensor on its device, once; the one below it sets out."""
         if self._home.stream is None:
             return self._host
+        self._home.let_go(self._device)
         self._fetch()
         below = None if self._below is None else self._below()
         if below is not None:
@@ -76,7 +93,6 @@ class Offloaded:
         assert self._back is not None and self._event is not None
         current.wait_event(self._event)
         back, self._back = self._back, None
-        back.record_stream(current)
         return back
 
     def _fetch(self) -> None:
@@ -84,7 +100,9 @@ class Offloaded:
             return
         stream = self._home.stream
         assert stream is not None
+        # memory of the computing stream, that it can use again; what it did with it comes first
+        self._back = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # after its own departure: they share the stream
-            self._back = self._host.to(self._device, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(stream)
+            self._back.copy_(self._host, non_blocking=True)
+            self._event = stream.record_event()

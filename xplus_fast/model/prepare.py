@@ -60,10 +60,10 @@ def prepare_model(
         model.forward = MethodType(_wrap(model, _causal_lm_forward), model)  # type: ignore[method-assign]
         base.forward = MethodType(_wrap(base, _base_forward), base)
     if activations is not None:
-        device = base.embed_tokens.weight.device
+        offload = Offload()
         for block in base.layers:
             block.activations = activations
-            block.offload = Offload(device) if activations == "offload" else None
+            block.offload = offload if activations == "offload" else None
     if layers is not None:
         _select(model, set(layers), set(also))
     elif also:

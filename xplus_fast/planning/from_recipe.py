@@ -115,7 +115,25 @@ def free_memory() -> int | None:
     except OSError:
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(int(found[1]) * 1024 * HOST_SHARE) if found else None
+    if not found:
+        return None
+    free = int(found[1]) * 1024
+    return int(min(free, container_memory() or free) * HOST_SHARE)
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this container may still take (cgroup v2); None where it has no limit.
+
+    Pages of files that could be dropped count as free, as the kernel counts them.
+    """
+    try:
+        most, now = ((root / f"memory.{n}").read_text().strip() for n in ("max", "current"))
+        idle = re.search(r"^inactive_file (\d+)$", (root / "memory.stat").read_text(), re.M)
+    except OSError:
+        return None
+    if not most.isdigit():
+        return None
+    return max(0, int(most) - int(now) + (int(idle[1]) if idle else 0))
 
 
 def read_shape(model: str) -> Shape:

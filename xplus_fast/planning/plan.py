@@ -14,7 +14,7 @@ from typing import Any
 from xplus_fast.config import MemoryConfig
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape
-from xplus_fast.model.layout import FORMATS, Layout, Policy, UpdateLayout
+from xplus_fast.model.layout import FORMATS, Layout, Policy, UpdateLayout, united
 from xplus_fast.planning.candidates import Request, candidates, fp8_fits, stride, with_policies
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import necessary_flops, recompute_flops
@@ -80,7 +80,8 @@ def plan_stage(
         UserError: nothing fits, or a pin that this model or selection does not allow.
     """
     request = Request(
-        shape, tuple(sorted(layers)), tuple(also), memory, card, budget, host, dtype_bytes,
+        shape, tuple(sorted(layers)), united(tuple(also), tied=shape.tied), memory, card, budget,
+        host, dtype_bytes,
         pack_tokens, tokens_per_step,
     )  # fmt: skip
     _check(request)

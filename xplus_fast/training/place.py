@@ -12,6 +12,8 @@ from xplus_fast.errors import UserError
 from xplus_fast.planning.cards import Card, local_card, smallest_card
 from xplus_fast.planning.memory import CONTEXT
 
+SAME_SIZE = 0.1  # share by which a card's memory may differ from the table's
+
 
 @dataclass(frozen=True)
 class Place:
@@ -42,6 +44,11 @@ def find_place(recipe: Recipe) -> Place:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device: cuda is asked for, and there is no usable NVIDIA GPU")
+        if device.index and processes == 1:
+            raise UserError(f"device: {name}: Trainer takes the first GPU; CUDA_VISIBLE_DEVICES="
+                            f"{device.index} with device=cuda chooses another")  # fmt: skip
+        # segments that grow: micro-batches differ in size, and fixed ones would fragment
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     dtype = {
@@ -82,7 +89,9 @@ def card_here(place: Place) -> Card | None:
     about = torch.cuda.get_device_properties(place.device)
     known = local_card()
     if known is not None and known.capability == (about.major, about.minor):
-        return known
+        # a slice of it, or another card of its generation, has another size
+        if abs(about.total_memory / known.memory - 1) < SAME_SIZE:
+            return known
     size = about.total_memory
     like = smallest_card(size)
     return replace(like, name=about.name, memory=size, capability=(about.major, about.minor))

@@ -86,6 +86,8 @@ class PlannedTrainer(XPlusTrainer):
         return torch.stack(losses).sum()  # each is its share of the step's mean
 
     def _step_down(self, said: str) -> None:
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)  # copies of the step that is given up
         step = self.state.global_step + 1
         found = leaner(self.plan)
         if found is None:
@@ -95,7 +97,7 @@ class PlannedTrainer(XPlusTrainer):
             )
         self.plan = found
         model = self.accelerator.unwrap_model(self.model)
-        set_activations(model, found.layout, self.args.device)
+        set_activations(model, found.layout)
         bare_optimizer(self.optimizer).zero_grad()
         torch.cuda.empty_cache()
         self.say(

@@ -76,6 +76,8 @@ class XPlusTrainer(Trainer):
         self._selection = (layers, tuple(also), activations)
         if getattr(args, "use_liger_kernel", False):
             raise UserError("use_liger_kernel: the engine has its own kernels; leave it off")
+        if args is not None and args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would cut packed batches; torchrun takes several GPUs
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)

@@ -81,24 +81,27 @@ def _ray(function: Callable[..., Any], calls: Iterable[Call], workers: int | Non
         import ray
     except ImportError:
         raise UserError("engine: ray needs Ray: pip install 'xplus-fast[ray]'") from None
-    ours = not ray.is_initialized()
-    if ours:  # RAY_ADDRESS names a cluster; without it Ray starts one on this machine
-        ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:  # of a cluster, which has the CPUs that it has
+                ray.init(log_to_driver=False)
+            else:  # Ray starts one on this machine, until we end
+                ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
+        except (OSError, RuntimeError, ValueError) as e:
+            said = " ".join(str(e).split())[:200]
+            raise UserError(f"engine: ray: {address or 'Ray'} does not answer ({said})") from None
     remote = ray.remote(function)
     at_once = AHEAD * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
     stream = iter(calls)
     running: list[Any] = []
-    try:
-        while True:
-            running += [remote.remote(*call) for call in islice(stream, at_once - len(running))]
-            if not running:
-                return
-            done, running = ray.wait(running)
-            for reference in done:
-                try:
-                    yield ray.get(reference)
-                except ray.exceptions.RayTaskError as e:
-                    raise e.cause if isinstance(e.cause, UserError) else e from None
-    finally:
-        if ours:
-            ray.shutdown()
+    while True:
+        running += [remote.remote(*call) for call in islice(stream, at_once - len(running))]
+        if not running:
+            return
+        done, running = ray.wait(running)
+        for reference in done:
+            try:
+                yield ray.get(reference)
+            except ray.exceptions.RayTaskError as e:
+                raise e.cause if isinstance(e.cause, UserError) else e from None
