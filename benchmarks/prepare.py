@@ -5,11 +5,13 @@
 
 The corpus is made of real pairs (Django's messages in all languages it has of the recipe's),
 two joined to one at random, so that pairs differ as sentences do and any number can be had. Every
-run is a process of its own, from reading to shards; those of one and two workers take turns. Memory
-at 10 M pairs is that of the step that sees all rows at once, deduplication, on as many rows.
+run is a process of its own, from reading to shards; those of one and two workers take turns. What
+the steps hold does not grow with the corpus; what the phases hold that see all rows does. So memory
+at 10 M pairs is that of a whole run in which the steps are spared (`benchmarks.prepare_run`).
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -30,39 +32,11 @@ BEGIN, END = "<!-- begin: benchmarks/results/prepare.json -->", "<!-- end -->"
 LANGUAGES = "ar bn cs de es fr hu ja ko ru sr sw te th vi zh_Hans".split()
 BARS = {"pairs_per_s": 2500, "two_cores": 1.7, "bytes": 2e9}
 
-RUN = """
-import json, resource, sys, time
-from xplus_fast.data.preparation.recipe import load_prepare_recipe
-from xplus_fast.data.preparation.run import prepare
-if __name__ == "__main__":
-    start = time.perf_counter()
-    prepare(load_prepare_recipe(sys.argv[1], sys.argv[2:]), restart=True, show=False)
-    own, child = (resource.getrusage(w).ru_maxrss * 1024
-                  for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"seconds": time.perf_counter() - start, "own": own, "worker": child}))
-"""
-DEDUP = """
-import json, resource, sys, time
-import numpy as np
-from xplus_fast.data.steps.dedup import COLUMNS, DedupOptions, survivors
-n, g = int(sys.argv[1]), np.random.default_rng(0)
-hashes = {c: g.integers(0, 2**64, n, np.uint64) for c in COLUMNS}
-half = n // 2  # as many duplicates and near duplicates as mined corpora have
-for c in COLUMNS:
-    hashes[c][half:] = hashes[c][:n - half] ^ (g.random(n - half) < 0.5)
-start = time.perf_counter()
-found = survivors(hashes, g.integers(0, 16, n).astype(np.int16), np.zeros(n, np.int16),
-                  np.full(n, np.nan, np.float32), DedupOptions())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": time.perf_counter() - start, "bytes": peak,
-                  "found": int((found > 0).sum())}))
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=200_000, help="of a run")
-    parser.add_argument("--rows", type=int, default=10_000_000, help="to deduplicate at once")
+    parser.add_argument("--pairs", type=int, default=200_000, help="of a run, up to 10 M")
+    parser.add_argument("--rows", type=int, default=10_000_000, help="of the run with made-up rows")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a small corpus, one round")
@@ -84,14 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, pairs: int, rows: int, rounds: int) -> dict[str, Any]:
-    recipe = write_corpus(folder, pairs)
     result: dict[str, Any] = {**describe_environment(), "pairs": pairs, "runs": []}
-    for _ in range(rounds):
-        for workers in (1, 2):
-            made = _run(RUN, str(recipe), f"workers={workers}")
-            result["runs"].append({"workers": workers, **made})
-            print(f"{workers} workers: {made['seconds']:.1f} s", file=sys.stderr, flush=True)
-    result["dedup"] = {"rows": rows, **_run(DEDUP, str(rows))}
+    recipe = write_corpus(folder, pairs)
+    kinds = [["workers=1"], ["workers=2"]] * rounds
+    if importlib.util.find_spec("ray"):
+        kinds.append(["workers=2", "engine=ray"])
+    for overrides in kinds:
+        made = {"overrides": overrides, "load": os.getloadavg()[0], **_run(recipe, *overrides)}
+        result["runs"].append(made)
+        print(f"{made['seconds']:.1f} s: {overrides}", file=sys.stderr, flush=True)
+    recipe = write_lines(folder, rows)
+    result["all_rows"] = {"rows": rows, **_run(recipe, "--made-up")}
     return result
 
 
@@ -120,30 +97,44 @@ def write_corpus(folder: Path, count: int) -> Path:
     return folder / "recipe.yaml"
 
 
-def _run(script: str, *arguments: str) -> dict[str, Any]:
-    # in a file: spawned workers import the main module
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.py"
-        file.write_text(script)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        }
-        ran = subprocess.run(
-            [sys.executable, str(file), *arguments],
-            stdout=subprocess.PIPE, text=True, check=True, env=environment,
-        )  # fmt: skip
+def write_lines(folder: Path, count: int) -> Path:
+    """`count` short lines in as many languages, for the run whose steps are spared."""
+    corpora = []
+    for code in LANGUAGES:
+        paths = [folder / f"lines.{code}.{side}" for side in ("en", code)]
+        for path in paths:
+            with open(path, "w") as file:
+                file.writelines(f"{i} in {path.name}\n" for i in range(count // len(LANGUAGES)))
+        corpora.append({"path": [str(p) for p in paths], "languages": ["en", code]})
+    tree = {"output": str(folder / "lines"), "corpora": corpora, "evaluation": {"flores": []},
+            "balance": {"tokens": 10 * count}, "workers": 1}  # fmt: skip
+    (folder / "lines.yaml").write_text(json.dumps(tree))
+    return folder / "lines.yaml"
+
+
+def _run(recipe: Path, *arguments: str) -> dict[str, Any]:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.prepare_run", str(recipe), *arguments],
+        stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
 def table(result: dict[str, Any]) -> str:
-    speed, most = {}, {}
-    for workers in (1, 2):
-        runs = [r for r in result["runs"] if r["workers"] == workers]
-        speed[workers] = result["pairs"] / statistics.median(r["seconds"] for r in runs)
-        children = workers if workers > 1 else 0
-        most[workers] = max(r["own"] + children * r["worker"] for r in runs)
-    dedup = result["dedup"]
+    one, two = ([r for r in result["runs"] if r["overrides"] == [f"workers={n}"]] for n in (1, 2))
+    wall, both, cpu = (
+        result["pairs"] / statistics.median(r[key] for r in runs)
+        for runs, key in ((one, "seconds"), (two, "seconds"), (one, "cpu_seconds"))
+    )
+    ray = any("engine=ray" in r["overrides"] for r in result["runs"])
+    same = len({r["digest"] for r in result["runs"]}) == 1
+    most = [max(r["bytes"] for r in runs) / 1e9 for runs in (one, two)]
+    everything = result["all_rows"]
+    load = max(r["load"] for r in result["runs"])
 
     def verdict(kept: bool) -> str:
         return "kept" if kept else "missed"
@@ -152,16 +143,21 @@ def table(result: dict[str, Any]) -> str:
         [
             "| | measured | bar |",
             "|---|---|---|",
-            f"| pairs a second, one core, all steps but embeddings | {speed[1]:,.0f} |"
-            f" {BARS['pairs_per_s']:,}: {verdict(speed[1] >= BARS['pairs_per_s'])} |",
-            f"| two cores over one | {speed[2] / speed[1]:.2f}x |"
-            f" {BARS['two_cores']}x: {verdict(speed[2] / speed[1] >= BARS['two_cores'])} |",
-            f"| memory of a run of {result['pairs']:,} pairs, one and two workers, all processes |"
-            f" {most[1] / 1e9:.2f} and {most[2] / 1e9:.2f} GB | |",
-            f"| memory of deduplicating {dedup['rows']:,} rows ({dedup['seconds']:.0f} s) |"
-            f" {dedup['bytes'] / 1e9:.2f} GB | 2 GB: {verdict(dedup['bytes'] < BARS['bytes'])} |",
+            f"| pairs a second, one worker, all steps but embeddings | {wall:,.0f} |"
+            f" {BARS['pairs_per_s']:,}: {verdict(wall >= BARS['pairs_per_s'])} |",
+            f"| the same, of its CPU time | {cpu:,.0f} | |",
+            f"| two workers over one | {both / wall:.2f}x |"
+            f" {BARS['two_cores']}x: {verdict(both / wall >= BARS['two_cores'])} |",
+            f"| memory of all processes, {result['pairs']:,} pairs, one and two workers |"
+            f" {most[0]:.2f} and {most[1]:.2f} GB | |",
+            f"| memory of a run of {everything['rows']:,} pairs, the steps spared"
+            f" ({everything['seconds']:.0f} s) | {everything['bytes'] / 1e9:.2f} GB |"
+            f" 2 GB: {verdict(everything['bytes'] < BARS['bytes'])} |",
+            f"| one worker, two{', Ray' if ray else ''}: the same rows | {'yes' if same else 'no'}"
+            f" | yes: {verdict(same)} |",
             "",
-            f"Medians of {len(result['runs']) // 2} interleaved runs, {result['device']['name']}.",
+            f"Medians of {len(one)} interleaved runs, {result['device']['name']}, with what else it"
+            f" had to do: a load of up to {load:.1f} before a run.",
         ]
     )
 

@@ -16,11 +16,12 @@ def test_smoke(tmp_path, capsys) -> None:
     out = tmp_path / "prepare.json"
     assert prepare.main(["--smoke", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [r["workers"] for r in result["runs"]] == [1, 2]
-    assert all(r["seconds"] > 0 and r["own"] > 5e7 for r in result["runs"])
-    assert result["dedup"]["rows"] == 20_000 and 0 < result["dedup"]["found"] < 20_000
+    assert [r["overrides"] for r in result["runs"]][:2] == [["workers=1"], ["workers=2"]]
+    assert all(r["seconds"] > 0 and r["bytes"] > 5e7 for r in result["runs"])
+    assert len({r["digest"] for r in result["runs"]}) == 1  # the same rows, however made
+    assert result["all_rows"]["rows"] == 20_000 and result["all_rows"]["bytes"] > 5e7
     shown = capsys.readouterr().out
-    assert "pairs a second, one core" in shown and "missed" in shown  # so few pairs show start-up
+    assert "pairs a second, one worker" in shown and "missed" in shown  # few pairs show start-up
 
 
 def test_the_docs_show_the_results_file() -> None:
