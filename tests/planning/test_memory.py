@@ -1,5 +1,7 @@
 """The plan's arithmetic against the engine's own tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -190,3 +192,13 @@ def test_constants_are_the_kernels_own():
     assert memory.UPDATE_CHUNK == host_state.CHUNK
     for name in ("int8", "nf4"):
         assert import_module(f"xplus_kernels.{name}").BLOCK == 64  # of `layer_bytes`
+
+
+def test_the_heads_gradient_is_there_while_the_layers_are_made():
+    """One micro-batch a step: nothing was there before, and the loss's backward comes first."""
+    layout = Layout(tuple(LayerLayout(i >= 21, activations="recompute") for i in range(36)))
+    b, table = Batch(4096, 4096, steps=1), 2 * 151936 * 4096
+    plain = peak_moment(QWEN3_8B, layout, UpdateLayout(), b)
+    both = peak_moment(QWEN3_8B, replace(layout, also=("head", "final_norm")), UpdateLayout(), b)
+    assert both.total - plain.total >= table + 2 * 4096
+    assert both.gradients >= table

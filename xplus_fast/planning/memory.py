@@ -292,10 +292,17 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     forward, backward = head_peaks(shape, b, layout.head == "fp8", "head" in also)
     at(pack + away + forward)
     at(pack + away + backward)
-    arriving = 0
+    # the head's and the norm's gradients are there while the layers' are made
+    made = beside_gradients(shape, also, b)
+    arriving = made if on_host else 0
+    if not on_host and b.steps == 1:
+        gradients += made
+    # of one tensor, the head's waits for the embedding's to be added
+    table = b.element * shape.vocabulary * shape.hidden if shape.tied and "embedding" in also else 0
+    held = 0 if b.steps == 1 and not on_host else table
     for i, layer in reversed(list(enumerate(layers))[lowest:]):
         away = max(moving[:i], default=0) if moving[i] else 0
-        at(pack + away + x + backwards[id(layer)] + arriving)
+        at(pack + away + x + backwards[id(layer)] + arriving + held)
         saved -= kept[id(layer)]
         arriving = 0
         if layer.trains and on_host:
@@ -303,10 +310,16 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
         elif layer.trains and b.steps == 1:
             gradients += one
     if "embedding" in also:
-        at(pack + 2 * x + b.element * shape.vocabulary * shape.hidden)
+        at(pack + 2 * x + b.element * shape.vocabulary * shape.hidden + held + table)
     saved, gradients = 0, 0 if on_host else whole
     at(update_buffers(shape, also, update, b.element), updating=True)
     return best
+
+
+def beside_gradients(shape: Shape, also: tuple[str, ...], b: Batch) -> int:
+    """Gradients that the loss's own backward makes: the head's and the final norm's."""
+    table = shape.vocabulary * shape.hidden if "head" in also else 0
+    return b.element * (table + (shape.hidden if "final_norm" in also else 0))
 
 
 def update_buffers(shape: Shape, also: tuple[str, ...], update: UpdateLayout, element: int) -> int:
