@@ -151,6 +151,19 @@ def test_records_and_catalogs(tmp_path):
     assert "one language twice" in str(read(same)[0])
 
 
+def test_records_that_cannot_be_used_come_back_in_their_place(tmp_path):
+    records = ['{"translation": {"en": "Yes.", "xx_Yyyy": "?"}}',
+               '{"en": "\\ud83d \\ud83d\\ude00", "sw": "Ndiyo."}',
+               '{"en": "No.", "sw": "Hapana."}']  # fmt: skip
+    path = write_lines(tmp_path / "x.jsonl", records)
+    unknown, surrogate, good = read(path)
+    assert str(unknown).startswith(f"{path}:1: odd languages ('xx_Yyyy': unknown language code")
+    assert str(surrogate) == f"{path}:2: a lone surrogate"
+    assert good["target"] == "Hapana."
+    with pytest.raises(UserError, match="'xx_Yyyy': unknown language code"):
+        read(path, languages=["en", "xx_Yyyy"])
+
+
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     """By its loader, on a local folder: what `load_dataset` does with an id it does with a path."""
     rows = [{"translation": {"en": a, "sw": b}} for a, b in PAIRS]

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -162,9 +163,8 @@ KILLED = """
 import os, signal, sys
 from xplus_fast import cli
 from xplus_fast.data.preparation import parts, run
-at, module = int(sys.argv[2]), {"write": parts, "shard": run}[sys.argv[3]]
-name = {"write": "write_table", "shard": "write_report"}[sys.argv[3]]
-true, calls = getattr(module, name), 0
+module, name = {"part": (parts, "write_table"), "report": (run, "write_report")}[sys.argv[3]]
+true, calls, at = getattr(module, name), 0, int(sys.argv[2])
 def counted(*arguments):
     global calls
     calls += 1
@@ -176,27 +176,111 @@ sys.exit(cli.main(["prepare", sys.argv[1]]))
 """
 
 
+def results(out):
+    """What must be the same, however a run went."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    return manifest["counts"], manifest["quarantined"], manifest["shards"]
+
+
 def test_killed_at_any_point_and_run_again(whole, corpus, tmp_path):
-    """Among the parts, twice, and when all but the manifest is there."""
+    """Among the parts, twice, among the conversations, and when all but the manifest is there."""
     path = recipe(corpus, tmp_path)
-    done = []
-    for at, what in ((2, "write"), (3, "write"), (0, "shard")):
+    work = tmp_path / "out/.work"
+    done, kinds = {}, ("*/?????-??????.json", "*/*.conversations.parquet")
+    counts = results(whole)[0]
+    for at, what in ((2, "part"), (3, "part"), (11, "part"), (0, "report")):
         ran = subprocess.run(
             [sys.executable, "-c", KILLED, str(path), str(at), what], capture_output=True
         )
         assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
         assert not (tmp_path / "out/manifest.json").exists()
-        parts = list((tmp_path / "out/.work").glob("*/*.json"))
-        done.append(len(parts))
-    assert done[0] == 2 and done[1] == 5 and done[2] > 5
-    before = {p: p.stat().st_mtime_ns for p in parts}
-    time.sleep(0.01)
+        before, done = done, {p: p.stat().st_mtime_ns for k in kinds for p in work.glob(k)}
+        assert before.items() < done.items()  # none was made again
+        if what == "part":
+            assert len(done) == len(before) + at
+    assert len(done) == 2 * sum(-(-n // 40) for n in counts["read"].values())
     script = (
-        f"import sys; from xplus_fast import cli; from xplus_fast.data.preparation import parts\n"
-        f"parts.filter_part = None\nsys.exit(cli.main(['prepare', {str(path)!r}]))"
+        f"import sys; from xplus_fast import cli; from xplus_fast.data.preparation import run\n"
+        f"run.filter_part = run.instruct_part = None\n"  # not called again
+        f"sys.exit(cli.main(['prepare', {str(path)!r}]))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-    assert before and rows(tmp_path / "out")[0] == rows(whole)[0]
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+    assert results(tmp_path / "out") == results(whole)
+
+
+def test_workers_end_with_a_killed_parent_and_the_rerun_is_the_same(whole, corpus, tmp_path):
+    import psutil
+
+    path = recipe(corpus, tmp_path, workers=2)
+    ran = subprocess.Popen([sys.executable, "-m", "xplus_fast.cli", "prepare", str(path)])
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out/.work").glob("*/*.json")):
+        assert ran.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(ran.pid).children(recursive=True)
+    ran.kill()
+    ran.wait()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert cli.main(["prepare", str(path)]) == 0
+    assert rows(tmp_path / "out")[0] == rows(whole)[0]
+    assert results(tmp_path / "out") == results(whole)
+
+
+def test_workers_open_the_recipes_files_wherever_they_run(whole, corpus, tmp_path, monkeypatch):
+    """As on a cluster, whose processes start in folders of their own."""
+    from xplus_fast.data.preparation import run as module
+
+    def elsewhere(engine, function, calls, workers):
+        for call in calls:
+            with monkeypatch.context() as there:
+                there.chdir("/")
+                made = function(*call)
+            yield made
+
+    monkeypatch.setattr(module, "run_calls", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    os.symlink(corpus, "corpus")
+    files = {"files": ["corpus/flores.*"], "flores": []}
+    path = recipe(corpus, tmp_path, evaluation=files, output="out")
+    assert cli.main(["prepare", str(path)]) == 0
+    assert rows("out")[0] == rows(whole)[0]
+
+
+def test_the_small_recipe(tmp_path, monkeypatch, capsys):
+    """recipes/prepare-small.yaml as it stands, on the catalogs that `make demo` makes."""
+    django = pytest.importorskip("django", reason="its catalogs are the corpus")
+    root = Path(__file__).parents[3]
+    spec = importlib.util.spec_from_file_location("demo_assets", root / "recipes/demo_assets.py")
+    assets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(assets)
+    monkeypatch.chdir(tmp_path)
+    package = Path(django.__file__).parent
+    assets.write_catalogs(package, ("fr", "sw"), Path("build/demo/locale"))
+    code, out, err = run(capsys, root / "recipes/prepare-small.yaml", "workers=1")
+    assert code == 0 and "build/prepared" in out, err
+    _, found = rows("build/prepared")
+    assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 1000
+
+
+def test_quality_by_the_corpus_own_score(corpus, tmp_path):
+    """A score equal to the threshold stays, one below goes, one that is not there stays."""
+    lines = (corpus / "sw.jsonl").read_text().splitlines()[:12]
+    for i in range(9):
+        lines[i] = json.dumps({**json.loads(lines[i]), "score": (1.06, 1.05, 1.07)[i % 3]})
+    file = tmp_path / "scored.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    options = {"corpora": [{"path": str(file)}], "clean": {"numbers": False}}
+    options |= {"quality": {"method": "score", "threshold": 1.06}, "part_pairs": 5}
+    assert cli.main(["prepare", str(recipe(corpus, tmp_path, **options))]) == 0
+    counts, _, _ = results(tmp_path / "out")
+    gone = counts["rejects"]["quality: low quality"]
+    at = sorted(int(where.rpartition(":")[2]) for _, where, *_ in gone["samples"])
+    assert at and set(at) <= {2, 5, 8} and gone["pairs"] == {"en-sw": len(at)}
+    assert counts["steps"]["quality"]["en-sw"] == counts["steps"]["dedup"]["en-sw"] - len(at)
 
 
 def test_the_trainer_reads_it_as_it_is(whole, tmp_path):

@@ -81,7 +81,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
         work.mkdir(parents=True, exist_ok=True)
         (out / PREPARED).touch()
         for other in (out / WORK).iterdir():
-            if other != work:
+            if other.name != digest:
                 shutil.rmtree(other)
         manifest = _carry_out(_anywhere(recipe, evaluation), about, work, show)
         shutil.rmtree(out / WORK)
