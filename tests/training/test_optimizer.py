@@ -272,9 +272,12 @@ def test_no_room_on_the_host_is_one_line(monkeypatch):
             return self.answer
 
         def cudaHostUnregister(self, address):
+            assert waited == [gpu]  # copies of it may have been on their way
             freed.append(address)
 
+    waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "cudart", Full)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     gpu = torch.device("cuda", 0)
     with pytest.raises(UserError, match="host memory: 36,000 bytes more cannot be pinned"):
         host_state.zeros_on_host((9, 1000), torch.float32, gpu)
