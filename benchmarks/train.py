@@ -12,6 +12,7 @@ benchmarks/results/train.json; tables and pictures are made of it (`python -m be
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -161,8 +162,13 @@ def _spawn(
     """A contestant in a process of its own: its memory is gone after it, whatever happens."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
+        first = CONTESTANTS[name].first
+        start = ["-m", "benchmarks.train"]
+        if first and importlib.util.find_spec(first):
+            run_as_main = "run_module('benchmarks.train', run_name='__main__', alter_sys=True)"
+            start = ["-c", f"import {first}, runpy; runpy.{run_as_main}"]
         command = [
-            sys.executable, "-m", "benchmarks.train", "--model", model, "--stages", stage,
+            sys.executable, *start, "--model", model, "--stages", stage,
             "--mixes", ",".join(mixes), "--only", name, "--child", str(file),
         ]  # fmt: skip
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -5,14 +5,17 @@ sequences in the same order; what differs is said in `settings`, and is each one
 """
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from benchmarks.fit import make_config
 from benchmarks.train_padding_free import flat, register
@@ -45,6 +48,7 @@ class Contestant:
     rate: str = "bf16"  # whose GEMM rate the frozen layers' limit is
     loose: float = 0.005  # how far the first loss may be off the unrounded one's
     alike: bool = True  # trains what the selection says: its gradient's norm is the others', too
+    first: str = ""  # what has to be imported before transformers
 
 
 def _need(module: str) -> None:
@@ -130,22 +134,13 @@ def _stock(
             raise CannotRun("needs CUDA")
     if rank:
         _need("peft")
-    config = make_config(scale.model)
-    config.use_cache = False
-    shape = shape_of(config)
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=register() if rows else "sdpa"
-        )
-    weights = NamedWeights(shape, device)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights.read((name,), torch.bfloat16))
+    model = _hugging_face(scale, device, register() if rows else "sdpa")
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3
 
         apply_liger_kernel_to_qwen3(model=model)
-    stack, ids = model.model.layers, resolve_layers(layers, shape.layers)
+    stack = model.model.layers
+    ids = resolve_layers(layers, len(stack))
     if rank:
         from peft import LoraConfig, get_peft_model
 
@@ -156,9 +151,6 @@ def _stock(
         model.requires_grad_(False)
         for i in ids:
             stack[i].requires_grad_(True)
-    more: dict[str, Any] = {
-        "optim": "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
-    }
     if rows:
         # only what passes a gradient is checkpointed, and no input is made to require one
         inner = model.get_base_model() if rank else model
@@ -167,8 +159,6 @@ def _stock(
             inner.disable_input_require_grads()
         for i, layer in enumerate(stack):
             layer.gradient_checkpointing = bool(rank) or whole or i >= min(ids)
-    else:
-        more["gradient_checkpointing"] = True
     if compiled:
         # one for each mixture of frozen and trained, with and without a graph, of lengths
         torch._dynamo.config.recompile_limit = 64
@@ -177,6 +167,59 @@ def _stock(
             layer.forward = torch.compile(
                 layer.forward, backend="inductor" if device.type == "cuda" else "eager"
             )
+    return _peer(model, scale, rows, device, gradient_checkpointing=not rows)
+
+
+def _unsloth(
+    scale: Scale, layers: str, device: torch.device, card: Card | None
+) -> Callable[[Steps, str], Any]:
+    """Unsloth's model, loaded by Unsloth from a folder, which is the only way it takes one."""
+    _need("unsloth")
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _hugging_face(scale, device, "sdpa")
+        words = {f"<{i}>": i for i in range(whole.config.vocab_size)}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="<0>")),
+            eos_token="<1>", pad_token="<2>",
+        )  # fmt: skip
+        tokenizer.save_pretrained(folder)
+        whole.save_pretrained(folder)
+        del whole
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=scale.row, dtype=torch.bfloat16, load_in_4bit=False,
+            full_finetuning=True, use_gradient_checkpointing="unsloth",
+        )  # fmt: skip
+    model.requires_grad_(False)
+    stack = model.model.layers
+    for i in resolve_layers(layers, len(stack)):
+        stack[i].requires_grad_(True)
+    return _peer(model, scale, 0, device)
+
+
+def _hugging_face(scale: Scale, device: torch.device, attention: str) -> Any:
+    """Hugging Face's model in bf16 with the weights that every contestant starts from."""
+    config = make_config(scale.model)
+    config.use_cache = False
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
+    weights = NamedWeights(shape_of(config), device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights.read((name,), torch.bfloat16))
+    return model
+
+
+def _peer(
+    model: Any, scale: Scale, rows: int, device: torch.device, **more: Any
+) -> Callable[[Steps, str], Any]:
+    """`transformers.Trainer` on `_batches` of the steps."""
+    more["optim"] = "adamw_torch_fused" if device.type == "cuda" else "adamw_torch"
 
     def trainer(steps: Steps, folder: str) -> Any:
         groups = [_batches(step, rows, scale) for step in steps]
@@ -226,14 +269,6 @@ def _pad(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def _absent(module: str) -> Callable[..., Any]:
-    def train(*_: Any, **__: Any) -> Any:
-        _need(module)
-        raise CannotRun("importable, but this benchmark does not drive it yet")
-
-    return train
-
-
 _TUNED = (
     "no padding (packed rows, FlashAttention over each sequence by the kernels that ours uses),"
     " micro-batches of {} tokens, no input-gradient hook, checkpointing from the lowest layer up"
@@ -273,7 +308,8 @@ CONTESTANTS: dict[str, Contestant] = {
         alike=False,
     ),
     "full fine-tuning": Contestant(
-        "every parameter trains, bf16 weights and states; else as tuned", _stock,
+        "every parameter trains, bf16 weights and states, as in torchtune's single-device recipe"
+        " (its release 0.6.1 has no Qwen3); else as tuned", _stock,
         (("rows", 1), ("whole", True)), alike=False,
     ),
     "ours, int8 frozen": Contestant(
@@ -284,6 +320,8 @@ CONTESTANTS: dict[str, Contestant] = {
         "the same, frozen layers in NF4", _ours, (("frozen", "nf4"), ("placement", "device")),
         loose=0.05,
     ),
-    "Unsloth": Contestant("-", _absent("unsloth")),
-    "torchtune": Contestant("-", _absent("torchtune")),
+    "Unsloth": Contestant(
+        "full_finetuning=True in bf16, its loader, kernels and gradient checkpointing; batches of"
+        " 8 sentences as they come, fused AdamW", _unsloth, first="unsloth",
+    ),
 }  # fmt: skip
