@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=tuple(STAGES), default="stage2")
     parser.add_argument("--mix", choices=MIXES, default="pairs")
     parser.add_argument("--frozen", choices=("bf16", "int8", "fp8", "nf4"), default="bf16")
-    parser.add_argument("--out", type=Path, default=OUT, help="a folder for table and trace")
+    parser.add_argument("--out", type=Path, help=f"for table and trace; default: {OUT}")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
     options = parser.parse_args(arguments)
     if not options.smoke and not torch.cuda.is_available():
@@ -120,11 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     scale = SMOKE if options.smoke else Scale(options.model)
     layers = dict(scale.stages).get(options.stage, "top:2" if options.smoke else "")
-    result = measure(scale, layers, options.mix, options.frozen, options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    # a toy replaces no result
+    out = options.out or (Path("build/profile_smoke") if options.smoke else OUT)
+    result = measure(scale, layers, options.mix, options.frozen, out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    print(f"written to {options.out}: profile.json, trace.json (chrome://tracing, Perfetto)")
+    print(f"written to {out}: profile.json, trace.json (chrome://tracing, Perfetto)")
     return 0
 
 

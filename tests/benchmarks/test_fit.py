@@ -1,6 +1,7 @@
 """`benchmarks.fit` without a GPU: every path on tiny models; what the report makes of figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_smoke_carries_out_what_each_case_pins(smoke) -> None:
         # the same weights and packs in every layout; formats and bf16 move the loss a little
         assert found["losses"][0] == pytest.approx(smoke["cases"]["plain"]["losses"][0], rel=0.005)
         assert set(found["losses"]) - {found["losses"][0]}  # another pack, another loss
+
+
+def test_a_smoke_case_that_lacks_a_library_leaves_the_others(monkeypatch, capsys) -> None:
+    for module in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert fit.main(["--smoke", "--only", "nf4-streamed-offload,plain"]) == 1
+    said = capsys.readouterr()
+    assert "nf4-streamed-offload: not run" in said.err and "pip install bitsandbytes" in said.err
+    assert "nf4" not in said.out and "plain: loss" in said.out
 
 
 def test_a_case_in_its_own_process() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from benchmarks.train_workloads import (
 )
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import UpdateLayout
+from xplus_fast.planning.flops import causal_pairs, necessary_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +134,66 @@ def test_time_runs_out_for_contestants_not_for_stages(monkeypatch, tmp_path):
     assert [r["contestant"] for r in result["rows"]] == names * 2
     late = train.race(scale, names, ["stage1"], ["full"], -1, True, out)
     assert {r["status"] for r in late["rows"]} == {"not begun"}
+
+
+# the call that Unsloth documents, and that it be imported first, as it demands
+UNSLOTH = """
+import sys
+
+FIRST = "transformers" not in sys.modules
+
+
+class FastLanguageModel:
+    @staticmethod
+    def from_pretrained(folder, max_seq_length, dtype, load_in_4bit, full_finetuning,
+                        use_gradient_checkpointing):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        assert full_finetuning and not load_in_4bit
+        assert use_gradient_checkpointing == "unsloth"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model.gradient_checkpointing_enable()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert len(tokenizer) == model.config.vocab_size
+        return model, tokenizer
+"""
+
+
+@pytest.fixture
+def unsloth(tmp_path, monkeypatch):
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    yield tmp_path
+    sys.modules.pop("unsloth", None)
+
+
+def test_unsloth_loads_the_weights_that_all_start_from(unsloth):
+    stage = SMOKE.stages[0][0]
+    theirs, stock = (
+        train.run_child(name, SMOKE, stage, ["pairs"]) for name in ("Unsloth", "stock Trainer")
+    )
+    assert theirs["status"] == "ok", theirs
+    assert theirs["mixes"]["pairs"]["losses"] == stock["mixes"]["pairs"]["losses"]
+    assert theirs["mixes"]["pairs"]["grad_norms"] == stock["mixes"]["pairs"]["grad_norms"]
+
+
+def test_unsloth_is_imported_before_transformers(unsloth, monkeypatch):
+    seen = {}
+    monkeypatch.setenv("PYTHONPATH", str(unsloth))
+
+    def run(command, **options):
+        seen["command"] = command
+        code = command[command.index("-c") + 1]
+        probe = code.split("; ")[0] + "; import unsloth; print(unsloth.FIRST)"
+        done = real([command[0], "-c", probe], **options)
+        seen["first"] = done.stdout.strip()
+        return SimpleNamespace(returncode=1, stderr="stopped", stdout="")
+
+    real = train.subprocess.run
+    monkeypatch.setattr(train.subprocess, "run", run)
+    assert train._spawn("Unsloth", "8B", "stage1", ["pairs"], 60)["why"] == "stopped"
+    assert seen["first"] == "True"
+    assert "run_module('benchmarks.train', run_name='__main__'" in seen["command"][2]
 
 
 def test_an_earlier_result_is_kept_aside(tmp_path):
@@ -243,6 +305,21 @@ def test_bytes_that_a_step_has_to_move():
         shape, [], tokens=10, supervised=3, element=2, update=UpdateLayout()
     )
     assert idle["norms"] == one * 10 and idle["optimizer"] == 0
+
+
+@pytest.mark.parametrize("name, layers", [("bottom 4", range(4)), ("top 15", range(21, 36))])
+def test_the_documents_bytes_and_flops_are_computed(name, layers):
+    shape, tokens = shape_of(make_config("8B")), 16384
+    moved = profile.necessary_bytes(
+        shape, layers, tokens=tokens, supervised=tokens // 2, element=2, update=UpdateLayout()
+    )
+    flops = necessary_flops(
+        shape, layers, tokens=tokens, supervised=tokens // 2,
+        pairs=causal_pairs([96] * (tokens // 96)),
+    )  # fmt: skip
+    cells = [*moved.values(), sum(moved.values()), flops.total / 1e3]
+    row = " | ".join(f"{cell / 1e9:.0f}" for cell in cells)
+    assert f"| {name} of 36 | {row} |" in (ROOT / "docs/performance.md").read_text()
 
 
 def test_compare_flags_what_became_worse(smoke, tmp_path, capsys):
