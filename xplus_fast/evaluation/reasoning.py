@@ -141,18 +141,22 @@ def _look(python: str, tasks: tuple[str, ...], include_path: str | None) -> dict
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def harness_model(recipe: EvaluateRecipe) -> str:
+    """Which of the harness's own models asks: "vllm" or "hf"."""
+    found = recipe.reasoning.python is None and importlib.util.find_spec("vllm") is not None
+    return "vllm" if recipe.engine == "vllm" or (recipe.engine == "auto" and found) else "hf"
+
+
 def command_line(
     model: Path, task: str, recipe: EvaluateRecipe, out: Path, cache: Path
 ) -> list[str]:
     """lm-evaluation-harness's own command for a task, less the Python."""
     r = recipe.reasoning
-    arguments = f"pretrained={model},dtype={recipe.dtype}"
-    found = r.python is None and importlib.util.find_spec("vllm") is not None
-    kind = "vllm" if recipe.engine == "vllm" or (recipe.engine == "auto" and found) else "hf"
+    arguments = f"pretrained={model},dtype={recipe.dtype},trust_remote_code=False"
     if r.chat:
         arguments += ",enable_thinking=False"
     command = [
-        "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments,
+        "-m", "lm_eval", "run", "--model", harness_model(recipe), "--model_args", arguments,
         "--batch_size", str(recipe.batch_size), "--use_cache", str(cache),
         *judge_line(task, recipe, out),
     ]  # fmt: skip

@@ -12,7 +12,9 @@ from typing import Any
 
 from xplus_fast.config import Recipe, stage_name
 from xplus_fast.errors import UserError
+from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, has_weights
 from xplus_fast.model.families import FAMILIES, Shape, shape_of
+from xplus_fast.model.quantized import check_config
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
 from xplus_fast.planning.plan import Plan, plan_stage
@@ -139,7 +141,8 @@ def container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 def read_shape(model: str) -> Shape:
     """The sizes in a model's config.json: of a folder, or of a hub id, from which only it is had.
 
-    transformers would take two seconds to say the same. Raises `UserError`.
+    transformers would take two seconds to say the same. The weights of a folder that has them are
+    those of the sizes, in a format that is read. Raises `UserError`.
     """
     folder = Path(model).expanduser()
     file = folder / "config.json" if folder.is_dir() else _download(model)
@@ -165,7 +168,11 @@ def read_shape(model: str) -> Shape:
     for key in numbers if kind in FAMILIES else ():
         if not isinstance(full[key], int) or full[key] < 1:
             raise UserError(f"{file}: {key}: a whole number above 0 is wanted, found {full[key]!r}")
-    return shape_of(SimpleNamespace(**full))
+    check_config(file.parent, config)
+    shape = shape_of(SimpleNamespace(**full))
+    if folder.is_dir() and has_weights(folder):
+        check_against(CheckpointFiles.open(folder), shape.tensor_shapes())
+    return shape
 
 
 def _reach(url: str) -> None:

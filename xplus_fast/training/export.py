@@ -2,7 +2,8 @@
 
 `export` copies the base folder and replaces the bytes of the changed tensors only, so that every
 other byte of every shard is the base's. `verify` compares two folders tensor by tensor on their
-stored bytes (NaNs and the sign of zero count), in bounded memory.
+stored bytes (NaNs and the sign of zero count), in bounded memory. What both make of a base in FP8
+is told in `uncoded`.
 """
 
 import json
@@ -16,13 +17,11 @@ import torch
 from torch import Tensor
 
 from xplus_fast.errors import UserError
-from xplus_fast.model.checkpoint_files import (
-    DTYPE_CODES,
-    CheckpointFiles,
-    read_json,
-    read_range,
-)
+from xplus_fast.model.checkpoint_files import INDEX, CheckpointFiles, read_json, read_range
+from xplus_fast.model.headers import CODES
+from xplus_fast.model.quantized import plain_code, scale_name
 from xplus_fast.training.checkpoints import new_folder, sync_folder, tensor_bytes, write_file
+from xplus_fast.training.uncoded import uncoded_config, uncoded_index, uncoded_shard, uncoded_shards
 
 RECORD = "xplus_fast.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,8 +59,9 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     """Write the base model with `changed` in place of its own tensors to the new folder `out`.
 
     changed: Hugging Face name -> tensor of the base's shape, any dtype and device; it is rounded
-    to the dtype in which the base stores it. record: JSON-able (resolved layers, base, version);
-    it goes to xplus_fast.json with the changed names under "tensors".
+    to the dtype in which the base stores it, or, where that is codes, to the model's.
+    record: JSON-able (resolved layers, base, version); it goes to xplus_fast.json with the changed
+    names under "tensors".
     Raises `UserError` if `out` holds anything, for names, shapes or dtypes that the base does not
     have, for values that are not finite, for a damaged base, and for a full disk; `out` does not
     come into being then.
@@ -75,6 +75,9 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     for name, tensor in changed.items():
         _check(files, name, tensor)
 
+    uncoded = {name for name in changed if files.entries[name].scale is not None}
+    made_anew = uncoded_shards(files, uncoded)
+    texts = {"config.json": uncoded_config, INDEX: uncoded_index} if uncoded else {}
     shards = sorted({entry.file for entry in files.entries.values()})
     rewritten = {files.entries[name].file for name in changed}
     copied = _companions(base)
@@ -83,10 +86,14 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
         for file in copied:
             target = temp / file.relative_to(base)
             target.parent.mkdir(exist_ok=True)
-            write_file(target, _copy(file))
+            make = texts.get(str(file.relative_to(base)))
+            write_file(target, [make(files, uncoded)] if make else _copy(file))
         for shard in shards:
             replaced = changed if shard in rewritten else {}
-            write_file(temp / shard.name, _shard(files, shard, replaced))
+            if shard not in made_anew:
+                write_file(temp / shard.name, _shard(files, shard, replaced))
+            elif made_anew[shard]:
+                write_file(temp / shard.name, uncoded_shard(files, shard, changed))
         text = json.dumps({**record, "tensors": sorted(changed)}, indent=2)
         write_file(temp / RECORD, [text.encode()])
         if (temp / TEMPLATES).is_dir():
@@ -108,15 +115,19 @@ def verify(
     may_change = _recorded(result) if allowed is None else set()
     changed, outside, missing, extra, reshaped = [], [], [], [], []
     parameters = identical = identical_bytes = 0
+    uncoded = {n for n in a.entries if _uncoded(a, b, n)}
+    gone = {scale_name(name) for name in uncoded}  # with the codes that they were of
     for name in [*a.entries, *(n for n in b.entries if n not in a.entries)]:
         x, y = _stored(a, name), _stored(b, name)
+        if name in gone and y is None:
+            continue
         if x is None:
             extra.append(name)
         elif y is None:
             missing.append(name)
-        elif (a.shape(x), a.dtype(x)) != (b.shape(y), b.dtype(y)):
+        elif name not in uncoded and _kind(a, x) != _kind(b, y):
             reshaped.append(f"{name} ({_kind(a, x)} in the base, {_kind(b, y)} in the result)")
-        elif _same(a.raw(x), b.raw(y)):
+        elif name not in uncoded and _same(a.raw(x), b.raw(y)):
             identical += 1
             identical_bytes += a.entries[x].end - a.entries[x].start
         else:
@@ -134,7 +145,9 @@ def verify(
         notes.append(f"trained, but unchanged: {_count(len(still))}, first {still[0]}")
     ignored = {"transformers_version", "_name_or_path"}
     keys = (a.config.keys() | b.config.keys()) - ignored
-    if differ := sorted(key for key in keys if a.config.get(key) != b.config.get(key)):
+    before = uncoded_config(a, uncoded) if uncoded else None
+    told = a.config if before is None else json.loads(before)
+    if differ := sorted(key for key in keys if told.get(key) != b.config.get(key)):
         notes.append(f"config.json differs in {', '.join(differ)}")
     return Verification(
         base=base,
@@ -196,14 +209,9 @@ def _check(files: CheckpointFiles, name: str, tensor: Tensor) -> None:
             f"{files.folder}: {name!r} has shape {list(files.shape(name))},"
             f" the trained one {list(tensor.shape)}"
         )
-    dtype = files.dtype(name)
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise UserError(
-            f"{files.folder}: {name!r} is stored as {DTYPE_CODES[dtype]}, a quantized format;"
-            " a trained tensor can replace F64, F32, F16 or BF16"
-        )
-    if not torch.isfinite(tensor.detach().to(dtype)).all():
-        raise UserError(f"{name!r}: the trained tensor is not finite in {DTYPE_CODES[dtype]}")
+    code = plain_code(files.config, files.entries[name])
+    if not torch.isfinite(tensor.detach().to(getattr(torch, CODES[code][0]))).all():
+        raise UserError(f"{name!r}: the trained tensor is not finite in {code}")
 
 
 def _shard(
@@ -242,6 +250,13 @@ def _stored(files: CheckpointFiles, name: str) -> str | None:
     return name if name in files.entries else None
 
 
+def _uncoded(base: CheckpointFiles, result: CheckpointFiles, name: str) -> bool:
+    """Whether a matrix of codes in the base has become what `export` makes of one."""
+    a, b = base.entries[name], result.entries.get(name)
+    plain = b is not None and (b.code, b.shape) == (plain_code(base.config, a), a.shape)
+    return a.scale is not None and plain
+
+
 def _recorded(result: Path) -> set[str]:
     """The tensors that the result's own record says were trained."""
     file = result / RECORD
@@ -261,7 +276,7 @@ def _same(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
 
 
 def _kind(files: CheckpointFiles, name: str) -> str:
-    return f"{DTYPE_CODES[files.dtype(name)]} {list(files.shape(name))}"
+    return f"{files.entries[name].code} {list(files.shape(name))}"
 
 
 def _count(tensors: int) -> str:
