@@ -7,6 +7,7 @@ limits and without model or network.
 """
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from xplus_fast.data.readers import Example, say
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import Generator
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, run_limited
+from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -53,6 +54,7 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
+    permitted(r.code_isolation)  # before the model answers
     checkout = Path(own.folder).expanduser().absolute()
     if not (checkout / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
@@ -76,14 +78,17 @@ def _run(
         prompts.append(prompt_text(example, generator.tokenizer, "masked"))
     answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written, codes = (folder.absolute() / f"{name}.json" for name in ("answers", "codes"))
+    judge = folder.absolute() / "judge"  # it writes beside the codes
+    shutil.rmtree(judge, ignore_errors=True)
+    judge.mkdir(parents=True)
+    written, codes = folder.absolute() / "answers.json", judge / "codes.json"
     written.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
     _ask(own.python, checkout, "codes", str(written), str(codes))
     code, said = run_limited(
         [own.python, "-m", "lcb_runner.runner.custom_evaluator", "--custom_output_file",
          str(codes), "--num_process_evaluate", "1", *options],
         seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"), folder=checkout,
+        reads=[codes, *map(Path, r.code_reads)], out=judge, least=r.code_isolation,
     )  # fmt: skip
     judged = codes.with_name("codes_codegeneration_output_eval.json")
     each = codes.with_name("codes_codegeneration_output_eval_all.json")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, run_limited
+from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
 from xplus_fast.options import parse_bytes
 
 REPLAY = Path(__file__).with_name("replay.py")
@@ -87,6 +87,11 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
         return "it executes what the model writes; reasoning.allow_code=true lets it"
     if about["judges"]:
         return f"{about['judges'][0]} executes code where it cannot be limited"
+    if about["executes"]:
+        try:  # before the model answers
+            permitted(r.code_isolation)
+        except UserError as e:
+            return str(e)
     working = folder.with_name(f".{folder.name}")
     shutil.rmtree(working, ignore_errors=True)
     command = [python, *command_line(model, task, recipe, working, cache)]
@@ -107,7 +112,8 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
         try:
             code, said = run_limited(
                 command, seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"),
-                environment={"HF_ALLOW_CODE_EVAL": "1"},
+                environment={"HF_ALLOW_CODE_EVAL": "1"}, out=working, least=r.code_isolation,
+                reads=[REPLAY, answers, *readable(recipe)],
             )  # fmt: skip
         except UserError as e:
             return str(e)
@@ -117,6 +123,15 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     shutil.rmtree(folder, ignore_errors=True)
     working.rename(folder)
     return None
+
+
+def readable(recipe: EvaluateRecipe) -> list[Path]:
+    """What a judge may read, as the recipe has it. Raises `UserError` for what is not there."""
+    r = recipe.reasoning
+    given = [Path(path).expanduser() for path in r.code_reads]
+    if lacking := next((path for path in given if not path.exists()), None):
+        raise UserError(f"reasoning.code_reads: {lacking}: no such file or folder")
+    return given + ([Path(r.include_path)] if r.include_path else [])
 
 
 def _python(recipe: EvaluateRecipe) -> str:
