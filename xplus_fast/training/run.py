@@ -39,13 +39,14 @@ from xplus_fast.model.checkpoint_files import (
 )
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.load import Weights, arrange, load_model
-from xplus_fast.model.prepare import load_tensors, trained_tensors
+from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     clean_leftovers,
     latest_checkpoint,
@@ -53,6 +54,7 @@ from xplus_fast.training.checkpoints import (
     write_checkpoint,
 )
 from xplus_fast.training.memory_log import ran_out
+from xplus_fast.training.peers import watched
 from xplus_fast.training.place import (
     Place,
     barrier,
@@ -75,6 +77,7 @@ from xplus_fast.training.run_folder import (
     throw_away,
     write_json,
 )
+from xplus_fast.training.stop import StopWhenAsked
 from xplus_fast.training.watch import Watch
 
 FINAL = "final"
@@ -105,6 +108,11 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
 
 def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     place = find_place(recipe)
+    with watched(place):
+        return _carry_out(recipe, restart, dry_run, place)
+
+
+def _carry_out(recipe: Recipe, restart: bool, dry_run: bool, place: Place) -> str:
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
@@ -167,6 +175,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
                 recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout
             )
         weights.cover(read_header(done / "trained.safetensors"))
+        forget_changes(model)
         stages.append(
             {
                 "name": name,
@@ -246,6 +255,7 @@ class _RunLog(TrainerCallback):
             return
         line = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
         line |= {k: v for k, v in logs.items() if k != "epoch"}
+        del state.log_history[:-1]  # all of it is in the file; a checkpoint would repeat it
         self.live = self.live or LiveLine(self.stage, state.max_steps)
         self.live.update(line)
         try:
@@ -325,10 +335,14 @@ def _train_stage(
         trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
-    try:
-        trainer.train(resume)
-    finally:
-        log.close()
+    with finish_first(f"stage {name} finishes its step and saves") as asked:
+        stop = StopWhenAsked(asked, place)
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume)
+        finally:
+            log.close()
+        stop.check(f"stage {name}")
     if place.first:
         write_checkpoint(
             folder / FINAL,
