@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve, working_in
 
 RESUMABLE = ("prepare", "train", "evaluate")
 BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
@@ -247,19 +248,19 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from xplus_fast.evaluation.sensitivity_report import (
         check_budget,
         describe,
-        make_folder,
         summarize,
         write,
     )
 
     budget = check_budget(options.model, options.budget)
-    make_folder(options.out)
     changes = [word for word in options.data if "=" in word and not Path(word).exists()]
     data = [word for word in options.data if word not in changes]
     changes += options.overrides
-    seen, about = analyse(options.model, data, changes, batches=options.batches, show=True)
-    result = summarize(seen, about, budget=budget)
-    files = write(result, options.out)
+    out = resolve(options.out)
+    with working_in(out):  # written to before an hour's work, not after it
+        seen, about = analyse(options.model, data, changes, batches=options.batches, show=True)
+        result = summarize(seen, about, budget=budget)
+        files = write(result, out)
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -25,6 +25,7 @@ from xplus_fast.evaluation.translation import (
     read_sets,
     score,
 )
+from xplus_fast.files import make_folder, resolve, write_text
 
 SAMPLES = 3  # translations shown of each direction
 
@@ -36,13 +37,10 @@ def evaluate(
 
     Raises `UserError` for what is wrong in the recipe, its files and the models.
     """
-    out = Path(recipe.output).expanduser()
+    out = resolve(recipe.output)
     lines = read_sets(recipe.translation.sets)  # before anything is generated
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"output: {out}: cannot be written ({e.strerror})") from None
+    make_folder(out)
     answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     done: dict[str, dict[str, Any]] = {}  # by the model's digest
@@ -92,7 +90,7 @@ def _translate(
         found[each.name] = generator.answer(asked, f"{which} {each.name}")
         texts = "\n".join(" ".join(text.split()) for text, _ in found[each.name])
         name = each.name.replace(":", ".")
-        (out / f"{which}.{name}.txt").write_text(texts + "\n", encoding="utf-8")
+        write_text(out / f"{which}.{name}.txt", texts + "\n")
     return found
 
 

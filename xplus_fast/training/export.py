@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import locked, make_folder, new_folder, sync_folder, write_file
 from xplus_fast.model.checkpoint_files import (
     DTYPE_CODES,
     CheckpointFiles,
     read_json,
     read_range,
 )
-from xplus_fast.training.checkpoints import new_folder, sync_folder, tensor_bytes, write_file
+from xplus_fast.training.checkpoints import tensor_bytes
 
 RECORD = "xplus_fast.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,10 +80,10 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     rewritten = {files.entries[name].file for name in changed}
     copied = _companions(base)
     needed = sum(file.stat().st_size for file in [*shards, *copied])
-    with new_folder(out, needed) as temp:
+    with locked(out), new_folder(out, needed) as temp:
         for file in copied:
             target = temp / file.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
             write_file(target, _copy(file))
         for shard in shards:
             replaced = changed if shard in rewritten else {}

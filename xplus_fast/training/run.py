@@ -9,6 +9,7 @@ import gc
 import json
 import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
+from xplus_fast.files import append_lines, make_folder, resolve, write_json
 from xplus_fast.model.checkpoint_files import (
     CheckpointFiles,
     check_against,
@@ -47,6 +49,7 @@ from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.checkpoints import (
+    FINAL,
     clean_leftovers,
     latest_checkpoint,
     read_checkpoint,
@@ -68,16 +71,14 @@ from xplus_fast.training.report import write_report
 from xplus_fast.training.run_folder import (
     claim,
     cut_metrics,
+    hold,
     last_step,
     look_at,
     read_metrics,
     read_recipe,
     throw_away,
-    write_json,
 )
 from xplus_fast.training.watch import Watch
-
-FINAL = "final"
 
 
 def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> str:
@@ -92,7 +93,8 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         UserError: whatever the user can put right; what was computed so far is kept.
     """
     try:
-        return _train(recipe, restart, dry_run)
+        with ExitStack() as held:
+            return _train(recipe, restart, dry_run, held)
     except RuntimeError as e:
         if not ran_out(e):
             raise
@@ -103,7 +105,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         ) from None
 
 
-def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
+def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str:
     place = find_place(recipe)
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
@@ -116,12 +118,13 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     plans = [plan for _, plan in share(named, place)]
     check_plans(plans)
     say(describe_plans(recipe.model, shape, where, named, whole=dry_run or where.card is not None))
-    run = Path(recipe.output)
+    run = resolve(recipe.output)
     if not dry_run:
-        if restart and place.first:
-            throw_away(run)
+        if place.first:
+            held.enter_context(hold(run))
         barrier(place)
-        look_at(run, recipe)
+        if not restart:
+            look_at(run, recipe)
     tokenizer = _load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, say, place)
     _show_first(corpora[0], tokenizer, say)
@@ -129,6 +132,8 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     if dry_run:
         return "dry run: nothing was trained"
     if place.first:
+        if restart:
+            throw_away(run)
         rows = [_step_rows(recipe, corpus, place) for corpus in corpora]
         claim(run, recipe, base, corpora, rows, [frozen_formats(plan) for plan in plans])
     barrier(place)
@@ -248,11 +253,7 @@ class _RunLog(TrainerCallback):
         line |= {k: v for k, v in logs.items() if k != "epoch"}
         self.live = self.live or LiveLine(self.stage, state.max_steps)
         self.live.update(line)
-        try:
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(line) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.file}: cannot be written ({e.strerror})") from None
+        append_lines(self.file, [json.dumps(line)])
 
     def say(self, line: str) -> None:
         """Say something for good, above the live line."""
@@ -274,7 +275,7 @@ def _train_stage(
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
     folder = run / name
     if place.first:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         clean_leftovers(folder)
     barrier(place)
     rows = _step_rows(recipe, corpus, place)
