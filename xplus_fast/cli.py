@@ -192,8 +192,8 @@ def _export(options: argparse.Namespace) -> int:
     from xplus_fast.training.export import export
     from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(options.run_folder)
-    export(base, tensors, options.out, record)
+    base, tensors, record = changed_tensors(resolve(options.run_folder))
+    export(base, tensors, resolve(options.out), record)
     print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
     files = CheckpointFiles.open(base)
     for dtype in {files.dtype(n) for n in tensors} - {t.dtype for t in tensors.values()}:
@@ -214,9 +214,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         if not options.base:
             raise UserError("--fail-if is about changes: it goes with --base")
         verdict.parse_condition(options.fail_if)
-    model = model_folder(options.model, Path(recipe.output).expanduser())
     base = resolve_model(options.base) if options.base else None
-    result = evaluate(model, base, recipe)
+    with working_in(resolve(recipe.output)):
+        model = model_folder(options.model, resolve(recipe.output))
+        result = evaluate(model, base, recipe)
     print(json.dumps(result, indent=2) if options.json else verdict.describe(recipe.output, result))
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 
@@ -237,7 +238,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.layers is not None:
         config = CheckpointFiles.open(base).config
         allowed = set(resolve_layers(options.layers, config["num_hidden_layers"]))
-    result = verify(base, options.result, allowed, {BESIDE[kind] for kind in also})
+    result = verify(base, resolve(options.result), allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1
 

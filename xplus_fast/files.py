@@ -45,6 +45,11 @@ def resolve(path: str | Path) -> Path:
         raise UserError(f"{str(path)[:100]!r}: not a path ({why})") from None
 
 
+def program(name: str) -> str:
+    """A program that a user names: one of PATH as it is, the path of another resolved."""
+    return str(resolve(name)) if "/" in name else name
+
+
 @contextmanager
 def speaking(path: Path, more: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Make one line of an `OSError` inside: of `path`, and `more` behind it."""

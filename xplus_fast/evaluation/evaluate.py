@@ -5,7 +5,6 @@ model's bytes: cut off at any moment, the same command goes on, and a base that 
 is evaluated once.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from xplus_fast.evaluation.translation import (
     read_sets,
     score,
 )
-from xplus_fast.files import make_folder, resolve, write_text
+from xplus_fast.files import make_folder, remove, resolve, write_text
 
 SAMPLES = 3  # translations shown of each direction
 
@@ -178,10 +177,13 @@ def _judge_task(
 
 
 def model_folder(given: str, out: Path) -> Path:
-    """A model's folder: as given, or exported from a finished run."""
-    from xplus_fast.model.checkpoint_files import resolve_model
+    """A model's folder: as given, or exported from a finished run.
 
-    path = Path(given).expanduser()
+    Exported anew where the run is another than it was then: the record has its checksums.
+    """
+    from xplus_fast.model.checkpoint_files import RECORD, read_json, resolve_model
+
+    path = resolve(given)
     if not (path / "run.json").is_file() and not (path / ".xplus-run").is_file():
         return resolve_model(given)
     from xplus_fast.training.export import export
@@ -189,9 +191,10 @@ def model_folder(given: str, out: Path) -> Path:
 
     base, tensors, record = changed_tensors(path)
     folder = out / "model"
-    known = folder / "xplus.json"
-    if known.is_file() and json.loads(known.read_text()).get("stages") == record["stages"]:
-        return folder
-    out.mkdir(parents=True, exist_ok=True)
+    if (folder / RECORD).is_file():
+        known = read_json(folder / RECORD)
+        if all(known.get(key) == value for key, value in record.items()):
+            return folder
+        remove(folder)
     export(base, tensors, folder, record)
     return folder

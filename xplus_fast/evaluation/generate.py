@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from xplus_fast.errors import UserError
 from xplus_fast.files import append_lines, make_folder, whole_lines
+from xplus_fast.model.checkpoint_files import RECORD
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
 
@@ -188,7 +189,7 @@ def model_digest(folder: Path) -> str:
     if not any(p.suffix == ".safetensors" for p in files):
         raise UserError(f"{folder}: no safetensors in it; a model folder or a run's is wanted")
     for path in files:
-        if path.name == "xplus.json":  # a record, which says when
+        if path.name == RECORD:  # which says when
             continue
         digest.update(path.name.encode())
         with open(path, "rb") as f:

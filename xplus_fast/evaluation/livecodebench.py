@@ -17,7 +17,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import Generator
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, run_limited
-from xplus_fast.files import make_folder, write_json, write_text
+from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -54,7 +54,7 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
-    checkout = Path(own.folder).expanduser().absolute()
+    checkout = resolve(own.folder)
     if not (checkout / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
     options = ["--scenario", "codegeneration", "--release_version", own.release]

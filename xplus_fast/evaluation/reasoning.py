@@ -41,6 +41,8 @@ def run_tasks(
     is missing.
     """
     tasks, found = recipe.reasoning.tasks, {}
+    for left in out.glob(".*"):  # of a process that was killed
+        remove(left)
     for i, task in enumerate(tasks):
         folder = out / f"{task}-{_key(digest, recipe)}"
         if task == livecodebench.NAME:

@@ -11,7 +11,7 @@ import base64
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xplus_fast.errors import UserError
 from xplus_fast.files import NewFile, new_folder, remove, sweep, write_file
-from xplus_fast.manifest import check_files, is_whole, write_manifest
+from xplus_fast.manifest import check_files, is_whole, read_manifest, write_manifest
 from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES
 
 FINAL = "final"  # the name of a stage's last checkpoint
@@ -77,6 +78,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         else:
             documents[file.stem] = json.loads(file.read_bytes())
     return Checkpoint(folder, tensors, documents)
+
+
+def read_final(
+    folder: Path, stage: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], str]:
+    """A finished stage's tensors, and the SHA-256 of their file.
+
+    stage: its name; shapes: of what it trains. Raises `UserError` for another stage's checkpoint
+    and for what `read_checkpoint` finds.
+    """
+    found = read_checkpoint(folder)
+    trained = found.tensors.get("trained", {})
+    have = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    of = found.documents.get("selection", {}).get("stage", stage)
+    if of != stage or have != dict(shapes):
+        wrong = [n for n in [*shapes, *have] if have.get(n) != shapes.get(n)]
+        what = f"it differs in {wrong[0]}" if wrong else f"it is that of {of}"
+        raise UserError(
+            f"{folder}: not what stage {stage} trains: {what}; remove it to train the stage again"
+        )
+    return trained, read_manifest(folder)["trained.safetensors"]["sha256"]
 
 
 def latest_checkpoint(parent: Path) -> Path | None:

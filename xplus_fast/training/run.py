@@ -25,6 +25,7 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
+    resolved,
     stage_name,
 )
 from xplus_fast.data.chat import Encoded, preview
@@ -39,7 +40,7 @@ from xplus_fast.model.checkpoint_files import (
     read_header,
     resolve_model,
 )
-from xplus_fast.model.families import shape_of
+from xplus_fast.model.families import shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import load_tensors, trained_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
@@ -52,7 +53,7 @@ from xplus_fast.training.checkpoints import (
     FINAL,
     clean_leftovers,
     latest_checkpoint,
-    read_checkpoint,
+    read_final,
     write_checkpoint,
 )
 from xplus_fast.training.memory_log import ran_out
@@ -94,7 +95,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
     """
     try:
         with ExitStack() as held:
-            return _train(recipe, restart, dry_run, held)
+            return _train(resolved(recipe), restart, dry_run, held)
     except RuntimeError as e:
         if not ran_out(e):
             raise
@@ -165,7 +166,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         arrange(model, plan.layout, weights, **kind)
         done, memory = run / name / FINAL, {}
         if done.exists():
-            load_tensors(model, read_checkpoint(done).tensors["trained"])
+            load_tensors(model, read_final(done, name, stage_shapes(shape, ids, stage.also))[0])
             say(f"stage {name}: trained before, taken from {done}")
         else:
             memory = _train_stage(
@@ -214,6 +215,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
     tensors: dict[str, torch.Tensor] = {}
     layers: set[int] = set()
     also: set[str] = set()
+    checksums: list[str] = []
     base = resolve_model(recipe.model)
     shape = shape_of(_load_config(base))
     for i, stage in enumerate(recipe.stages):
@@ -223,8 +225,11 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
                 f"{run}: stage {stage_name(recipe, i)} is not finished;"
                 " start its recipe again first"
             )
-        tensors |= read_checkpoint(folder).tensors["trained"]
-        layers |= set(resolve_layers(stage.layers, shape.layers))
+        name, ids = stage_name(recipe, i), resolve_layers(stage.layers, shape.layers)
+        trained, checksum = read_final(folder, name, stage_shapes(shape, ids, stage.also))
+        tensors |= trained
+        checksums.append(checksum)
+        layers |= set(ids)
         also |= set(stage.also)
     record = {
         "base": recipe.model,
@@ -234,6 +239,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
             {"name": stage_name(recipe, i), "layers": resolve_layers(s.layers, shape.layers)}
             for i, s in enumerate(recipe.stages)
         ],
+        "checksums": checksums,  # of the stages' tensors, as trained
         "xplus_fast": __version__,
     }
     return base, tensors, record
@@ -334,7 +340,12 @@ def _train_stage(
         write_checkpoint(
             folder / FINAL,
             {"trained": trained_tensors(model)},
-            {"selection": {"layers": resolve_layers(stage.layers, len(model.model.layers))}},
+            {
+                "selection": {
+                    "layers": resolve_layers(stage.layers, len(model.model.layers)),
+                    "stage": name,
+                }
+            },
         )
     barrier(place)
     memory = trainer.memory

@@ -51,6 +51,7 @@ from xplus_fast.files import (
     is_free,
     make_folder,
     move,
+    program,
     remove,
     resolve,
     speaking,
@@ -113,6 +114,7 @@ def _anywhere(recipe: PrepareRecipe, evaluation: list[Path]) -> PrepareRecipe:
         output=str(resolve(recipe.output)),
         evaluation=EvaluationSets(files=files, flores=[]),
         balance=replace(recipe.balance, tokenizer=tokenizer),
+        quality=replace(recipe.quality, python=program(recipe.quality.python)),
     )
 
 
