@@ -76,7 +76,7 @@ LIKE_STOCK: dict[str, dict[str, Any]] = {
         "length_column_name": "size", "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,
     },
-    "load_best_model_at_end": {**BEST, "learning_rate": 0.05},
+    "load_best_model_at_end": {**BEST, "learning_rate": 1e-2},
     "log_level": {"log_level": "error"},
     "log_level_replica": {"log_level_replica": "error"},
     "log_on_each_node": {"log_on_each_node": False},
