@@ -111,11 +111,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
 
 def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str:
     place = find_place(recipe)
-    with watched(place):
-        return _carry_out(recipe, restart, dry_run, place)
-
-
-def _carry_out(recipe: Recipe, restart: bool, dry_run: bool, place: Place) -> str:
+    held.enter_context(watched(place))
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
