@@ -90,9 +90,9 @@ def test_trained_matrices_are_plain_and_all_else_keeps_its_bytes(base, tmp_path,
         assert torch.equal(value, expected[name].float()), name
 
     result = verify(base, tmp_path / "out")
-    assert result.ok and set(result.changed) == set(changed) and result.notes == []
+    assert result.ok and set(result.changed) == set(changed) and result.notes == result.files == []
     assert result.identical == len(before) - len(changed) - len(gone)
-    assert result.changed_parameters == sum(t.numel() for t in changed.values())
+    assert sum(result.numel.values()) == sum(t.numel() for t in changed.values())
     assert "all others bit-identical" in describe(result)
     assert verify(base, tmp_path / "out", {0, 5}, {"lm_head.weight"}).ok
     only = verify(base, tmp_path / "out", {0}, {"lm_head.weight"})
@@ -137,7 +137,7 @@ def test_where_all_was_trained_no_codes_are_left(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert all(torch.equal(model.state_dict()[n], v.bfloat16()) for n, v in changed.items())
     result = verify(base, tmp_path / "out")
-    assert result.ok and result.notes == []
+    assert result.ok and result.notes == result.files == []
 
 
 def test_the_dtype_is_the_models(base, tmp_path):
@@ -187,7 +187,8 @@ def test_a_configuration_that_export_would_not_write_is_told(base, tmp_path):
     told = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     told["modules_to_not_convert"].pop()
     edit_config(tmp_path / "out", quantization_config=told)
-    assert verify(base, tmp_path / "out").notes == ["config.json differs in quantization_config"]
+    result = verify(base, tmp_path / "out")
+    assert not result.ok and result.files == ["config.json: differs in quantization_config"]
 
 
 def test_a_run_on_codes_is_a_run_on_what_they_mean(tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 
 RECORDS = (".jsonl", ".json", ".parquet")
 PREPARED = ".xplus-prepare"  # marks what `xplus-fast prepare` made: shards, manifest, report
@@ -44,7 +45,7 @@ def stem(path: Path) -> str:
 
 def require(path: str) -> Path:
     """The path with `~` expanded; `UserError` if there is nothing there."""
-    found = Path(path).expanduser()
+    found = resolve(path)
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
     return found

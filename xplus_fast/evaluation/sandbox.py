@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import make_folder, scratch
 
 Level = Literal["namespaces", "landlock", "limits"]
 Kind = Literal["read", "out", "hub", "cache"]  # the hub's folder holds the caches, and a token
@@ -70,10 +70,10 @@ def run_limited(
     """
     level = permitted(least)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     hub = _hub_home().absolute()
-    with tempfile.TemporaryDirectory(prefix="xplus-code-", ignore_cleanup_errors=True) as home:
-        inside = "/tmp/home" if level == "namespaces" else home
+    with scratch("xplus-code-") as home:
+        inside = "/tmp/home" if level == "namespaces" else str(home)
         given = {name: os.environ[name] for name in KEPT if name in os.environ}
         given |= {
             "HOME": inside, "TMPDIR": inside, "HF_HUB_OFFLINE": "1",
@@ -85,7 +85,7 @@ def run_limited(
         caches = [given[name] for name in KEPT if "CACHE" in name and name in given]
         caches += [str(hub / name) for name in CACHES]
         if level == "landlock":
-            given |= _own_caches(Path(home), hub, given)
+            given |= _own_caches(home, hub, given)
         paths: list[str | Path] = [*SYSTEM, *reads]
         paths += _of_python(command[0], given.get("PATH", os.defpath))
         paths += [folder] if folder else []
@@ -96,7 +96,7 @@ def run_limited(
         job = {
             "level": level, "command": list(command), "environment": given, "seconds": seconds,
             "memory": memory, "most": PROCESSES, "scratch": SCRATCH, "links": links,
-            "mounts": mounts, "root": home, "out": os.path.realpath(out) if out else None,
+            "mounts": mounts, "root": str(home), "out": os.path.realpath(out) if out else None,
             "cwd": str(folder.absolute()) if folder else inside,
         }  # fmt: skip
         return _run(job, seconds)
@@ -180,12 +180,12 @@ def permitted(least: Level = "namespaces") -> Level:
 @cache
 def _missing(level: Level) -> str:
     """What a level lacks here; nothing if it works, for a command that does nothing."""
-    with tempfile.TemporaryDirectory(prefix="xplus-code-") as home:
+    with scratch("xplus-code-") as home:
         links, mounts = _mounts({"read": list(SYSTEM)})
         job = {
             "level": level, "command": ["true"], "environment": {"PATH": os.defpath}, "seconds": 60,
             "memory": 1 << 33, "most": PROCESSES, "scratch": 1 << 20, "links": links,
-            "mounts": mounts, "root": home, "out": None, "cwd": "/",
+            "mounts": mounts, "root": str(home), "out": None, "cwd": "/",
         }  # fmt: skip
         try:
             code, said = _run(job, 60)

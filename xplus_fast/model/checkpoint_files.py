@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 from xplus_fast.model.families import BESIDE
 from xplus_fast.model.headers import (
     CHUNK,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECORD = "xplus_fast.json"  # what `export` says of a model folder that it made
 DTYPE_CODES = {f"torch.{name}": code for code, (name, _) in CODES.items()}
 PIECE = 1 << 21  # codes turned into weights at a time
 
@@ -213,7 +215,7 @@ def resolve_model(path_or_hub_id: str) -> Path:
 
     Raises `UserError` for a missing folder and for a repository that cannot be had.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = resolve(path_or_hub_id)
     if path.is_dir():
         return path
     if path.exists():

@@ -33,7 +33,7 @@ from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
-from xplus_fast.model.prepare import prepare_model
+from xplus_fast.model.prepare import take_over
 from xplus_kernels.linear_cross_entropy import head_logits
 
 
@@ -100,11 +100,13 @@ def load_model(
     # what is loaded is no codes any more, whatever the files hold
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if (weights.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(weights.folder)
-    prepare_model(model)
+    take_over(model)
     arrange(model, layout, weights, dtype=dtype, device=device)
     return model.eval()
 

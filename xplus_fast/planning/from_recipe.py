@@ -12,6 +12,7 @@ from typing import Any
 
 from xplus_fast.config import Recipe, stage_name
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, has_weights
 from xplus_fast.model.families import FAMILIES, Shape, shape_of
 from xplus_fast.model.quantized import check_config
@@ -144,7 +145,7 @@ def read_shape(model: str) -> Shape:
     transformers would take two seconds to say the same. The weights of a folder that has them are
     those of the sizes, in a format that is read. Raises `UserError`.
     """
-    folder = Path(model).expanduser()
+    folder = resolve(model)
     file = folder / "config.json" if folder.is_dir() else _download(model)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -184,7 +185,7 @@ def _reach(url: str) -> None:
 
 
 def _download(model: str) -> Path:
-    path = Path(model).expanduser()
+    path = resolve(model)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII) or path.parent.is_dir():
         raise UserError(f"{model}: no such model folder")
     import httpx
