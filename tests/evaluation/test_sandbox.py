@@ -269,6 +269,8 @@ print("tried")
 
 
 def test_it_sees_no_other_process_and_has_no_privilege(apart):
+    kernel = [Path("/proc/sys", name) for name in ("kernel/pid_max", "user/max_user_namespaces")]
+    before = [file.read_text() for file in kernel]
     all_refused(
         f"""
 import ctypes
@@ -291,6 +293,7 @@ refused(call, "umount2", b"/usr", 2)
 refused(call, "sethostname", b"x", 1)
 refused(call, "memfd_create", b"x", 0)
 refused(call, "shmget", 0, 1 << 20, 0o1600)
+refused(call, "msgget", 0, 0o1600)
 refused(os.setuid, 12345)
 refused(os.mknod, "disk", 0o60600, os.makedev(254, 0))
 refused(open, "/proc/sys/kernel/pid_max", "w")
@@ -299,6 +302,7 @@ print("tried")
 """,
         apart,
     )
+    assert [file.read_text() for file in kernel] == before
 
 
 BOMB = """

@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -27,7 +28,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC: Any = ctypes.CDLL(None, use_errno=True)
 # from <sched.h>, <sys/mount.h>, <linux/prctl.h>, <linux/landlock.h>, <linux/seccomp.h>
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
@@ -37,11 +38,12 @@ ATTR_READ_ONLY, ATTR_NOSUID, ATTR_NODEV, AT_RECURSIVE = 1, 2, 4, 0x8000
 DEATH_SIGNAL, DUMPABLE, SECCOMP, DROP_BOUND, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 22, 24, 36, 38
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
 # by machine: seccomp's name of it, pivot_root, and what is refused: memory that no process has
-# (memfd_create, memfd_secret, shmget) and the kernel's keys (add_key, request_key, keyctl)
+# (memfd_create, memfd_secret, shmget, msgget) and the kernel's keys (add_key, request_key, keyctl)
 MACHINES = {
-    "x86_64": (0xC000003E, 155, (319, 447, 29, 248, 249, 250)),
-    "aarch64": (0xC00000B7, 41, (279, 447, 194, 217, 218, 219)),
+    "x86_64": (0xC000003E, 155, (319, 447, 29, 68, 248, 249, 250)),
+    "aarch64": (0xC00000B7, 41, (279, 447, 194, 186, 217, 218, 219)),
 }
+OWN_PID_MAX = (6, 14)  # Linux since which pid_max is of a namespace, and not of the machine
 DEVICES = ("null", "zero", "full", "random", "urandom")
 OPEN = 1024  # files open at a time
 LOOK = 0.05  # seconds between two looks at what runs
@@ -54,6 +56,9 @@ class Unable(Exception):
 def main(job: dict[str, Any]) -> int:
     """Run the job's command; report {"exit": code}, {"stopped": why} or {"unable": what}."""
     os.set_inheritable(job["report"], False)
+    if sys.platform != "linux":
+        _report(job, {"unable": "only Linux can"})
+        return 1
     os.set_inheritable(job["alive"], False)
     try:
         with open("/proc/self/oom_score_adj", "w") as f:
@@ -172,13 +177,15 @@ def _own_files(job: dict[str, Any]) -> None:
         if kind == "read":
             _lock(root + path, ATTR_READ_ONLY | ATTR_NOSUID | ATTR_NODEV)
     _mount("proc", f"{root}/proc", "proc", NOSUID | NODEV | NOEXEC)
-    for name, value in (("user/max_user_namespaces", 0), ("kernel/pid_max", job["most"])):
+    limits = {"user/max_user_namespaces": 0}  # a further one would have privileges again
+    if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= OWN_PID_MAX:
+        limits["kernel/pid_max"] = job["most"]
+    for name, value in limits.items():
         try:
             with open(f"{root}/proc/sys/{name}", "w") as f:
                 f.write(str(value))
-        except OSError as e:  # Linux has a pid_max for each namespace since 6.14
-            if name.startswith("user"):
-                raise Unable(f"{name}: {e.strerror}") from None
+        except OSError as e:
+            raise Unable(f"{name}: {e.strerror}") from None
     _lock(f"{root}/proc", ATTR_READ_ONLY)
     _lock(root, ATTR_READ_ONLY, below=0)
     os.chdir(root)

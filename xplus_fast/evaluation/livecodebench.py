@@ -113,7 +113,11 @@ def _run(
 def _ask(python: str, checkout: Path, *arguments: str) -> str:
     try:
         ran = subprocess.run(
-            [python, str(BRIDGE), *arguments], cwd=checkout, capture_output=True, text=True
+            [python, str(BRIDGE), *arguments],
+            cwd=checkout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
     except OSError as e:
         raise UserError(f"reasoning.livecodebench.python: {python}: {e.strerror}") from None

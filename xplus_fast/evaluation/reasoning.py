@@ -150,7 +150,7 @@ def _look(python: str, tasks: tuple[str, ...], include_path: str | None) -> dict
     more = ["--include_path", include_path] if include_path else []
     command = [python, "-I", str(REPLAY), "look", *named, *more]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True)
+        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as e:
         raise UserError(f"reasoning.python: {python}: {e.strerror}") from None
     if ran.returncode:
