@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.evaluation.test_evaluate import place, recipe, run  # noqa: F401  (a fixture)
+from xplus_fast.evaluation import sandbox
 
 CODE = {  # what a task executes -> whether it may succeed
     "assert 1 + 1 == 2": True,
@@ -17,6 +18,7 @@ CODE = {  # what a task executes -> whether it may succeed
     "bytearray(64 << 30)": False,
     "import socket; socket.create_connection(('127.0.0.1', PORT), 2)": False,
 }
+LEVEL = sandbox.permitted("limits")  # the strictest that this machine permits
 JUDGE = """
 def passes(references, predictions):
     try:
@@ -40,6 +42,8 @@ def test_a_task_that_executes_code_does_so_in_limits(
     pytest.importorskip("lm_eval", reason="runs the tasks: pip install 'xplus-fast[reasoning]'")
     monkeypatch.setenv("HF_TOKEN", "secret")
     codes = {code.replace("PORT", str(server)): right for code, right in CODE.items()}
+    if LEVEL == "limits":  # which leaves the network open
+        codes = {code: right for code, right in codes.items() if "socket" not in code}
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "judge.py").write_text(JUDGE)
@@ -54,7 +58,7 @@ def test_a_task_that_executes_code_does_so_in_limits(
     }  # fmt: skip
     text = yaml.safe_dump(task).replace("PASSES", "!function judge.passes")
     (tasks / "codes.yaml").write_text(text)
-    told = {"tasks": ["codes"], "chat": False, "include_path": str(tasks)}
+    told = {"tasks": ["codes"], "chat": False, "include_path": str(tasks), "code_isolation": LEVEL}
     path = recipe(place, tmp_path / "out", translation={"sets": []}, batch_size=2, reasoning=told)
     code, _, err = run(capsys, place / "tuned", path)
     assert code == 2 and "it executes what the model writes; reasoning.allow_code=true" in err
@@ -134,7 +138,8 @@ def test_livecodebench_is_asked_and_judges_by_its_own_runner(
         file.write_text(text)
     own = {"folder": str(checkout), "python": sys.executable, "release": "release_v1",
            "max_new_tokens": 4}  # fmt: skip
-    told = {"tasks": ["livecodebench"], "allow_code": True, "livecodebench": own}
+    told = {"tasks": ["livecodebench"], "allow_code": True, "livecodebench": own,
+            "code_isolation": LEVEL}  # fmt: skip
     path = recipe(place, tmp_path / "out", translation={"sets": []}, reasoning=told)
     both = (place / "tuned", path, "--base", place / "base")
     code, out, err = run(capsys, *both, "--json")

@@ -609,3 +609,32 @@ def test_the_command_line_refuses_before_the_model_answers(tmp_path, capsys, mon
     found = reasoning.run_tasks(tmp_path, "d", recipe, tmp_path / "out", show=False)
     assert "code is not executed, as this system lets nobody" in found["x"]["missing"]
     assert json.dumps(found).count("\\n") == 0
+
+
+def test_what_judges_are_made_of_works(level):
+    """HumanEval's has a manager and processes, LiveCodeBench's a pool of them."""
+    code = """
+import multiprocessing, subprocess, sys, tempfile, threading
+from concurrent.futures import ProcessPoolExecutor
+def judge(results, program):
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(program)
+        file.flush()
+        ran = subprocess.run([sys.executable, file.name], capture_output=True, text=True, timeout=9)
+    results.append(ran.stdout.strip())
+if __name__ == "__main__":
+    with multiprocessing.Manager() as manager:
+        results = manager.list()
+        process = multiprocessing.Process(target=judge, args=(results, "print(6 * 7)"))
+        process.start()
+        process.join(timeout=20)
+        print(list(results), process.exitcode)
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        print(list(pool.map(abs, [-1, 2])))
+    numbers = multiprocessing.Array("i", [1, 2])
+    queue = multiprocessing.Queue()
+    queue.put(numbers[:])
+    print(queue.get(timeout=9))
+"""
+    got, said = limited(code, level)
+    assert (got, said) == (0, "['42'] 0\n[1, 2]\n[1, 2]\n"), said
