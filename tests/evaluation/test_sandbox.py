@@ -166,6 +166,16 @@ except OSError:
     assert os.listdir(cached.parent) == ["b.arrow"] and cached.read_text() == "rows"
 
 
+def test_the_home_is_not_read_for_a_package_in_it(shut, tmp_path, monkeypatch):
+    """An editable package may be the home itself."""
+    (tmp_path / ".netrc").write_text("secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = sandbox._of_python(sys.executable, os.environ["PATH"])
+    monkeypatch.setattr(sandbox, "_of_python", lambda *a: (*found, str(tmp_path), "/"))
+    code, said = limited(f"print(open({str(tmp_path / '.netrc')!r}).read())", shut)
+    assert code == 1 and "secret" not in said.replace(str(tmp_path), "")
+
+
 def test_a_data_set_is_found_in_its_cache(shut, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="what a judge reads its questions with")
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
@@ -464,7 +474,7 @@ def _until(true):
         time.sleep(0.05)
 
 
-def test_limits_of_one_process(level):
+def test_limits_of_one_process(level, tmp_path):
     code, said = limited("import os; print(os.getcwd() == os.environ['HOME'])", level)
     assert (code, said) == (0, "True\n")
     code, said = limited("x = bytearray(8 << 30)", level)
@@ -475,6 +485,11 @@ def test_limits_of_one_process(level):
     assert (code, said) == (3, "")
     code, said = limited("import os; os.kill(os.getpid(), 11)", level)
     assert (code, said) == (-11, "")
+    script = tmp_path / "python"  # which looks for one, as pyenv's does, where nothing is found
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    code, said = limited("print('found')", level, python=str(script))
+    assert (code, said) == (0, "found\n")
     code, said = limited("", level, python="no-such-python")
     assert code == 127 and "no-such-python: No such file" in said
     code, said = limited("import sys; print(sys.stdin.read(), sys.argv)", level)

@@ -21,6 +21,7 @@ from xplus_fast.model.checkpoint_files import SINGLE, CheckpointFiles, check_aga
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.load import Weights, load_model
+from xplus_fast.model.quantized import _names
 from xplus_fast.training.export import export
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -172,7 +173,8 @@ REFUSED = [
     ("names 'model.layers.0'", "fp8", retold(modules_to_not_convert=["model.layers.0"])),
     ("names 'down_proj'", "fp8", retold(ignored_layers=["down_proj"])),
     (f"has no '{SCALE}'", "fp8", stored(**{SCALE: None})),
-    ("scales nothing", "fp8", cast(torch.bfloat16)),
+    ("stored as BF16, though", "fp8", cast(torch.bfloat16)),
+    ("does not name it: codes that have lost", "fp8", stored(**{DOWN: torch.ones(192, 160)})),
     ("stored as I16", "plain", cast(torch.int16)),
     ("stored as I8", "plain", cast(torch.int8)),
     ("stored as U8", "plain", cast(torch.uint8)),
@@ -310,6 +312,20 @@ def test_what_loses_nothing_may_be_there(base, tmp_path):
     edit_tensors(tied, **{"lm_head.weight": table})
     with pytest.raises(UserError, match="'lm_head.weight' is not the embedding"):
         loaded(tied)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.layers.3.mlp.up_proj", True), ("up_proj", True), ("mlp.up_proj", True),
+        ("model.layers.3", True), ("model.layers.3.", True), ("model.layers.3.*", True),
+        (".*mlp.*proj", True), ("model.*.mlp.*", True), (".*", True), ("mlp", True),
+        ("lm_head", False), ("model.layers.33", False), ("model.layers.3.mlp.up", False),
+        ("layers.3.mlp.up_pro", False), ("model.*.down.*", False), ("layer.*proj", False),
+    ],
+)  # fmt: skip
+def test_the_list_of_what_is_not_quantized(key, named):
+    assert _names(key, "model.layers.3.mlp.up_proj") is named
 
 
 def test_a_plan_is_of_the_weights_in_memory(base, tmp_path, workplace, capsys):

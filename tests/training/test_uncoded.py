@@ -175,6 +175,10 @@ def test_what_is_frozen_keeps_codes_and_scales(base, tmp_path, change, said):
     tensors = stored(base)
     value = decode(tensors[UP4], tensors[f"{UP4}_scale_inv"], BLOCK)
     meant = {"decoded": value.bfloat16(), "fp32": value}
+    told = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    if f"{UP4}_scale_inv" in change and change[f"{UP4}_scale_inv"] is None:  # else it is refused
+        told["modules_to_not_convert"].append(UP4.removesuffix(".weight"))
+        edit_config(tmp_path / "out", quantization_config=told)
     edit_tensors(
         tmp_path / "out", **{n: meant[v] if isinstance(v, str) else v for n, v in change.items()}
     )
@@ -185,7 +189,7 @@ def test_what_is_frozen_keeps_codes_and_scales(base, tmp_path, change, said):
 def test_a_configuration_that_export_would_not_write_is_told(base, tmp_path):
     export(base, trained(base, 0), tmp_path / "out", {})
     told = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    told["modules_to_not_convert"].pop()
+    told["modules_to_not_convert"].append("model.norm")
     edit_config(tmp_path / "out", quantization_config=told)
     result = verify(base, tmp_path / "out")
     assert not result.ok and result.files == ["config.json: differs in quantization_config"]

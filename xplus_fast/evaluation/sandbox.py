@@ -86,16 +86,21 @@ def run_limited(
         caches += [str(hub / name) for name in CACHES]
         if level == "landlock":
             given |= _own_caches(home, hub, given)
-        paths: list[str | Path] = [*SYSTEM, *reads]
-        paths += _of_python(command[0], given.get("PATH", os.defpath))
-        paths += [folder] if folder else []
+        own = _of_python(command[0], given.get("PATH", os.defpath))
+        user = os.path.realpath(os.path.expanduser("~"))
+        # whatever a Python may find there: not the home as a whole
+        paths: list[str | Path] = [
+            path for path in (*SYSTEM, *own) if not _below(user, [os.path.realpath(path)])
+        ]
+        paths += [*reads, *([folder] if folder else [])]
         places: dict[Kind, Sequence[str | Path]] = {
             "hub": [hub], "read": paths, "cache": caches, "out": [out] if out else [],
         }  # fmt: skip
         links, mounts = _mounts(places)
         job = {
-            "level": level, "command": list(command), "environment": given, "seconds": seconds,
-            "memory": memory, "most": PROCESSES, "scratch": SCRATCH, "links": links,
+            "level": level, "command": [*(own[:1] or command[:1]), *command[1:]],
+            "environment": given, "seconds": seconds, "memory": memory, "most": PROCESSES,
+            "scratch": SCRATCH, "links": links,
             "mounts": mounts, "root": str(home), "out": os.path.realpath(out) if out else None,
             "cwd": str(folder.absolute()) if folder else inside,
         }  # fmt: skip
@@ -234,21 +239,22 @@ def _below(path: str, folders: Iterable[str]) -> bool:
 
 @cache
 def _of_python(python: str, path: str) -> tuple[str, ...]:
-    """What a Python and its packages are made of; a command that is none is a file alone."""
+    """A Python, which is no script that looks for one, and what it and its packages are made of; a
+    command that is no Python is a file alone."""
     found = shutil.which(python, path=path)
     if found is None:
         return ()
     ran = subprocess.run([found, "-I", "-c", ASK], capture_output=True, text=True, cwd="/",
                          stdin=subprocess.DEVNULL)  # fmt: skip
     try:
-        return (found, *json.loads(ran.stdout)) if ran.returncode == 0 else (found,)
+        return tuple(json.loads(ran.stdout)) if ran.returncode == 0 else (found,)
     except ValueError:
         return (found,)
 
 
 def _hub_home() -> Path:
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("HF_HOME", cache_home / "huggingface"))
+    cache_home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("HF_HOME", f"{cache_home}/huggingface"))
 
 
 def _own_caches(home: Path, hub: Path, given: Mapping[str, str]) -> dict[str, str]:

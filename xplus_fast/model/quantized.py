@@ -78,11 +78,25 @@ def paired(
     Raises `UserError` for any tensor that is neither floats nor such a matrix, for scales that are
     not what they should be, and where config.json and the tensors contradict each other.
     """
-    kept = _listed(f"{folder}/config.json", config["quantization_config"]) if block else []
+    where = f"{folder}/config.json"
+    kept = _listed(where, config["quantization_config"]) if block else []
     made = dict(entries)
+    if block and all(entry.code in FLOATS for entry in entries.values()):
+        raise UserError(
+            f"{where}: quantization_config says fp8, and no tensor is stored so:"
+            " remove it, if these are the weights"
+        )
     for name, entry in entries.items():
         what = f"{entry.file}: {name!r}"
+        module = name.removesuffix(".weight")
+        listed = next((key for key in kept if _names(key, module)), None)
         if entry.code in FLOATS:
+            if block and name.endswith("_proj.weight") and listed is None:
+                raise UserError(
+                    f"{what} is stored as {entry.code}, though {where} says fp8 and its"
+                    " modules_to_not_convert does not name it: codes that have lost their scales,"
+                    " or weights that it should name"
+                )
             continue
         if entry.code != FP8 or not name.endswith(".weight") or len(entry.shape) != 2:
             kinds = (kind for n in entries for end, kind in KINDS.items() if n.endswith(end))
@@ -92,11 +106,10 @@ def paired(
             raise UserError(
                 f"{what} is stored as {FP8}, and config.json has no quantization_config; {WANTED}"
             )
-        module = f".{name.removesuffix('.weight')}."
-        if key := next((k for k in kept if f".{k}." in module), None):
+        if listed is not None:
             raise UserError(
-                f"{what} is stored as {FP8}, though config.json's modules_to_not_convert names"
-                f" {key!r}"
+                f"{what} is stored as {FP8}, though {where}'s modules_to_not_convert names"
+                f" {listed!r}"
             )
         scale = entries.get(scale_name(name))
         if scale is None:
@@ -109,11 +122,6 @@ def paired(
                 f"{entry.file}: {name!r} scales nothing: no FP8 codes are there that config.json"
                 " tells of"
             )
-    if block and not any(entry.code == FP8 for entry in entries.values()):
-        raise UserError(
-            f"{folder}/config.json: quantization_config says fp8, and no tensor is stored so:"
-            " remove it, if these are the weights"
-        )
     return made
 
 
@@ -154,6 +162,18 @@ def _listed(where: str, told: dict[str, Any]) -> list[str]:
             raise UserError(f"{where}: quantization_config.{key}: a list of names is wanted")
         found += [module for module in listed if module not in found]
     return found
+
+
+def _names(key: str, module: str) -> bool:
+    """Whether a key of the list means a module: by its name, its beginning or its end, or with
+    `.*` for anything."""
+    first, *others = key.split(".*")
+    if not others:
+        return f".{key.strip('.')}." in f".{module}."
+    at = len(first) if module.startswith(first) else -1
+    for part in others:
+        at = module.find(part, at) + len(part) if at >= 0 and part in module[at:] else -1
+    return at >= 0
 
 
 def _kind(told: dict[str, Any]) -> str:
