@@ -220,13 +220,19 @@ def test_a_run_on_codes_is_a_run_on_what_they_mean(tmp_path, capsys):
         losses.append([json.loads(line)["loss"] for line in metrics])
         losses[-1].append((Path(run) / "evaluation/before.json").read_text())
         capsys.readouterr()
+        seen = tmp_path / f"sensitivity-{model.name}"
+        assert cli.main(["sensitivity", str(model), str(tmp_path / "pairs.jsonl"), "--batches", "2",
+                         "--out", str(seen)]) == 0  # fmt: skip
+        layers = json.loads((seen / "sensitivity.json").read_text())
+        losses[-1].append([layers["loss"], layers["layers"]])
+        capsys.readouterr()
         assert cli.main(["export", run, str(out)]) == 0
         said = capsys.readouterr().out
         assert ("21 of them are FP8 in the base, and BF16 in the result" in said) == (model == base)
         assert cli.main(["verify", str(model), str(out)]) == 0
         names = json.loads((out / RECORD).read_text())["tensors"]
         tensors.append({name: stored(out)[name].bfloat16() for name in names})
-    assert len(losses[0]) == 5 and losses[0] == losses[1]
+    assert len(losses[0]) == 6 and losses[0] == losses[1]
     assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) == 33
     assert all(torch.equal(tensors[0][name], value) for name, value in tensors[1].items())
     start = stored(base)
