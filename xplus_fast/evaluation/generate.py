@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from xplus_fast.errors import UserError
+from xplus_fast.model.pretrained import load_tokenizer, refused
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
 LATE = 0.5  # seconds between two writes of the cache's tail
@@ -119,9 +120,7 @@ class Generator:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
     def answer(self, prompts: Sequence[str], what: str) -> list[tuple[str, bool]]:
@@ -180,10 +179,11 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     wanted: Any = dtype
     if dtype == "auto":
         wanted = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: no model ({' '.join(str(e).split())[:200]})") from None
+    with refused(f"{folder}: no model"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, trust_remote_code=False, local_files_only=True,
+            use_safetensors=True, attn_implementation="sdpa",
+        )  # fmt: skip
     return model.to(device)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import xplus_kernels as ops
 from xplus_fast.errors import UserError
@@ -32,6 +32,7 @@ from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.prepare import prepare_model
+from xplus_fast.model.pretrained import load_generation_config
 from xplus_kernels.linear_cross_entropy import head_logits
 
 
@@ -79,8 +80,8 @@ def load_model(
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    if (weights.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(weights.folder)
+    if (generation := load_generation_config(weights.folder)) is not None:
+        model.generation_config = generation
     prepare_model(model)
     arrange(model, layout, weights, dtype=dtype, device=device)
     return model.eval()

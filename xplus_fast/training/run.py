@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import xplus_kernels as ops
@@ -40,6 +39,7 @@ from xplus_fast.model.checkpoint_files import (
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import load_tensors, trained_tensors
+from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
@@ -108,7 +108,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
-    files, config = CheckpointFiles.open(base), _load_config(base)
+    files, config = CheckpointFiles.open(base), load_config(base)
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
@@ -122,7 +122,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
             throw_away(run)
         barrier(place)
         look_at(run, recipe)
-    tokenizer = _load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, say, place)
     _show_first(corpora[0], tokenizer, say)
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
@@ -210,7 +210,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
     layers: set[int] = set()
     also: set[str] = set()
     base = resolve_model(recipe.model)
-    shape = shape_of(_load_config(base))
+    shape = shape_of(load_config(base))
     for i, stage in enumerate(recipe.stages):
         folder = run / stage_name(recipe, i) / FINAL
         if not folder.exists():
@@ -397,22 +397,3 @@ def _show_first(corpus: Corpus, tokenizer: Any, say: Any) -> None:
     first = Encoded(row["input_ids"][:n].numpy(), (row["labels"][:n] != -100).numpy())
     say("first example (what is supervised is marked):")
     say(preview(first, tokenizer, sys.stdout.isatty()))
-
-
-def _load_config(base: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
-        raise UserError(f"{base}/config.json: not a model configuration: {_line(e)}") from None
-
-
-def _load_tokenizer(base: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{base}: its tokenizer cannot be loaded: {_line(e)}") from None
-
-
-def _line(e: Exception) -> str:
-    text = " ".join(str(e).split())
-    return text[:300] or type(e).__name__
