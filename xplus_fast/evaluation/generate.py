@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from xplus_fast.data.chat import beyond_vocabulary
 from xplus_fast.errors import UserError
 from xplus_fast.model.pretrained import load_tokenizer, refused
 
@@ -35,12 +36,15 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     generation, pad = model.generation_config, tokenizer.pad_token_id
     ends = getattr(generation, "eos_token_id", None)
     both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    size = model.config.vocab_size
     ends = sorted(end for end in both if end is not None)
+    # rows that are over are filled with it, and it is embedded
+    pad = next((i for i in (pad, *ends) if i is not None and i < size), 0)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if pad is None and ends else pad,
+        pad_token_id=pad,
         use_cache=True,
     )
     model.eval()
@@ -63,12 +67,15 @@ def answers(
     model.config.use_cache = True
     generation = model.generation_config
     tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if beyond := beyond_vocabulary(ids, tokenizer, model.config.vocab_size):
+            raise UserError(f"prompt {prompt!r:.60}: {beyond}")
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
     for at in range(0, len(order), batch_size):
         ids = order[at : at + batch_size]
         width = len(tokens[ids[0]])
         # [B, width], padded on the left, so that every row's next token is the last column's
-        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
+        input_ids = torch.full((len(ids), width), generation.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for b, i in enumerate(ids):
             input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])

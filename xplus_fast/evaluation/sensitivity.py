@@ -95,7 +95,7 @@ def analyse(
     shape = shape_of(config)
     check_against(files, shape.tensor_shapes())
     place = find_place(recipe)
-    corpus = _corpus(recipe, tokenizer, show)
+    corpus = _corpus(recipe, tokenizer, shape.vocabulary, show)
     rows = len(corpus.train)
     chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))[:batches]
     element = torch.finfo(place.dtype).bits // 8
@@ -277,7 +277,10 @@ def _recipe(model: str, data: Sequence[str], overrides: Sequence[str]) -> Recipe
     return Recipe(model, "", [], DataConfig(sources=[source]))
 
 
-def _corpus(recipe: Recipe, tokenizer: Any, show: bool) -> Corpus:
+def _corpus(recipe: Recipe, tokenizer: Any, vocabulary: int, show: bool) -> Corpus:
     if not recipe.data.sources:
         raise UserError("no data: neither data.sources nor a stage's own sources are given")
-    return load_corpus(recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show)
+    return load_corpus(
+        recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show,
+        vocabulary=vocabulary,
+    )  # fmt: skip

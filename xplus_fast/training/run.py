@@ -123,7 +123,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
         barrier(place)
         look_at(run, recipe)
     tokenizer = load_tokenizer(base)
-    corpora = _load_corpora(recipe, tokenizer, say, place)
+    corpora = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
@@ -358,7 +358,9 @@ def _step_rows(recipe: Recipe, corpus: Corpus, place: Place) -> int:
     return max(1, int(of_each)) * place.processes
 
 
-def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> list[Corpus]:
+def _load_corpora(
+    recipe: Recipe, tokenizer: Any, vocabulary: int, say: Any, place: Place
+) -> list[Corpus]:
     """One corpus a stage; stages without sources of their own share that of `data.sources`.
 
     The first one holds pairs out, the others keep the same ones out.
@@ -379,8 +381,9 @@ def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> lis
             if not place.first:
                 barrier(place)  # the first process makes the corpus, the others find it
             loaded[key] = load_corpus(
-                sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held
-            )
+                sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held,
+                vocabulary=vocabulary,
+            )  # fmt: skip
             if place.first:
                 barrier(place)
             summary = loaded[key].summary
