@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xplus_fast.data.preparation import run
-from xplus_fast.data.preparation.parts import EDGES, STEPS, Part, per_pair, write_json, write_table
+from xplus_fast.data.preparation.parts import EDGES, STEPS, Part, per_pair, write_table
 from xplus_fast.data.preparation.recipe import PrepareRecipe, load_prepare_recipe
 from xplus_fast.data.steps.dedup import COLUMNS
+from xplus_fast.files import write_json
 
 DISTINCT = 9_000_000  # of 10 M draws from these, 3 fall upon another
 EVERY = 0.1  # seconds between two looks at memory
@@ -73,7 +74,7 @@ def made_up_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> st
     steps = dict.fromkeys(STEPS, pairs)
     lengths = {"en": [n] + [0] * len(EDGES)}
     write_json(
-        {"read": pairs, "steps": steps, "rejects": {}, "lengths": lengths}, part.file(".json")
+        part.file(".json"), {"read": pairs, "steps": steps, "rejects": {}, "lengths": lengths}
     )
     return part.name
 

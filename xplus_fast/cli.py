@@ -4,19 +4,23 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve, working_in
+from xplus_fast.signals import Stopped, listen
 
 RESUMABLE = ("prepare", "train", "evaluate")
 BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input."""
+    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input,
+    128 + a signal that ended it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(r.startswith("-") or "=" not in r for r in rest) or (
@@ -26,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes key=value only before the first option
         options.overrides += rest
     try:
-        return options.run(options)
+        with listen():
+            return options.run(options)
     except UserError as e:
         print(f"xplus-fast: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        signum, said = (e.signum, e.said) if isinstance(e, Stopped) else (signal.SIGINT, "")
         more = "; start the same command again to go on" if options.command in RESUMABLE else ""
-        print(f"\nxplus-fast: stopped{more}", file=sys.stderr)
-        return 130
+        print(f"\nxplus-fast: stopped{said and ' ' + said}{more}", file=sys.stderr)
+        return 128 + signum
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,8 +197,8 @@ def _export(options: argparse.Namespace) -> int:
     from xplus_fast.training.export import export
     from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(options.run_folder)
-    export(base, tensors, options.out, record)
+    base, tensors, record = changed_tensors(resolve(options.run_folder))
+    export(base, tensors, resolve(options.out), record)
     print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
     files = CheckpointFiles.open(base)
     for dtype in {files.dtype(n) for n in tensors} - {t.dtype for t in tensors.values()}:
@@ -213,9 +219,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         if not options.base:
             raise UserError("--fail-if is about changes: it goes with --base")
         verdict.parse_condition(options.fail_if)
-    model = model_folder(options.model, Path(recipe.output).expanduser())
     base = resolve_model(options.base) if options.base else None
-    result = evaluate(model, base, recipe)
+    with working_in(resolve(recipe.output)):
+        model = model_folder(options.model, resolve(recipe.output))
+        result = evaluate(model, base, recipe)
     print(json.dumps(result, indent=2) if options.json else verdict.describe(recipe.output, result))
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 
@@ -236,7 +243,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.layers is not None:
         config = CheckpointFiles.open(base).config
         allowed = set(resolve_layers(options.layers, config["num_hidden_layers"]))
-    result = verify(base, options.result, allowed, {BESIDE[kind] for kind in also})
+    result = verify(base, resolve(options.result), allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1
 
@@ -247,19 +254,19 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from xplus_fast.evaluation.sensitivity_report import (
         check_budget,
         describe,
-        make_folder,
         summarize,
         write,
     )
 
     budget = check_budget(options.model, options.budget)
-    make_folder(options.out)
     changes = [word for word in options.data if "=" in word and not Path(word).exists()]
     data = [word for word in options.data if word not in changes]
     changes += options.overrides
-    seen, about = analyse(options.model, data, changes, batches=options.batches, show=True)
-    result = summarize(seen, about, budget=budget)
-    files = write(result, options.out)
+    out = resolve(options.out)
+    with working_in(out):  # written to before an hour's work, not after it
+        seen, about = analyse(options.model, data, changes, batches=options.batches, show=True)
+        result = summarize(seen, about, budget=budget)
+        files = write(result, out)
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -5,11 +5,12 @@ overrides over it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 from xplus_fast.model.layout import FORMATS
 from xplus_fast.options import load_options, parse_bytes
 
@@ -128,7 +129,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = load_options(Recipe, path, overrides)
     _check(recipe)
-    return recipe
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: they mean the same wherever the run is gone on with."""
+
+    def known(source: Source) -> Source:
+        paths = [source.path] if isinstance(source.path, str) else source.path
+        found = [str(resolve(path)) for path in paths]
+        return replace(source, path=found[0] if isinstance(source.path, str) else found)
+
+    here = recipe.model.startswith((".", "~", "/")) or resolve(recipe.model).exists()
+    data = replace(
+        recipe.data,
+        sources=[known(s) for s in recipe.data.sources],
+        retention=[known(s) for s in recipe.data.retention],
+        cache=str(resolve(recipe.data.cache)),
+    )
+    stages = [
+        replace(stage, sources=stage.sources and [known(s) for s in stage.sources])
+        for stage in recipe.stages
+    ]
+    return replace(
+        recipe,
+        model=str(resolve(recipe.model)) if here else recipe.model,  # or a hub id
+        output=str(resolve(recipe.output)),
+        data=data,
+        stages=stages,
+    )
 
 
 def _check(recipe: Recipe) -> None:

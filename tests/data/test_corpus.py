@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import pickle
 from collections import Counter
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -163,21 +165,24 @@ def test_cache_is_found_again_and_follows_content_and_options(
     assert "nambari!" in texts(load(source, data, small_tokenizer), small_tokenizer)
 
 
-def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(
-    data: DataConfig, small_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+def test_a_killed_process_leaves_nothing_that_is_taken_for_whole(
+    data: DataConfig, small_tokenizer: Any, tmp_path: Path
 ) -> None:
     source, cache = write(tmp_path / "x.jsonl", PAIRS), Path(data.cache)
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def killed() -> None:
+        corpus_module.write_manifest = lambda *_: os._exit(9)  # everything else is written
+        load(source, data, small_tokenizer)
 
-    with monkeypatch.context() as m:
-        # Everything is written, the last step is not taken, nobody tidies up.
-        m.setattr(corpus_module, "_publish", killed)
-        m.setattr(corpus_module.shutil, "rmtree", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            load(source, data, small_tokenizer)
-    assert [p.name.startswith(".building-") for p in cache.iterdir()] == [True]
+    other = write(tmp_path / "y.jsonl", PAIRS[:30])
+    process = get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert {p.suffix for p in cache.iterdir()} == {".tmp", ".lock"}
+    (cache / ".mine.tmp").mkdir()  # not one of ours
+    load(other, data, small_tokenizer)  # which has no use for what was left
+    assert sorted(p.name[:5] for p in cache.iterdir() if p.name[0] == ".") == [".mine"]
     corpus = load(source, data, small_tokenizer)
     assert not corpus.summary["cached"] and len(sequences(corpus)) == 120
 
@@ -185,16 +190,30 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(
 def test_two_processes_at_once(
     data: DataConfig, small_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """The second waits for the first and finds what it made; a third corpus is made meanwhile."""
     source, build = write(tmp_path / "x.jsonl", PAIRS), corpus_module._build
+    other = write(tmp_path / "y.jsonl", PAIRS[:30])
+    fork, found = get_context("fork"), get_context("fork").Queue()
 
-    def slower(*args: Any) -> None:
-        build(*args)
+    def second() -> None:
+        corpus_module._build = lambda *_: os._exit(1)  # nothing is built twice
+        found.put(load(source, data, small_tokenizer).summary["sequences"])
+
+    process = fork.Process(target=second)
+
+    def slower(folder: Path, *args: Any) -> None:
+        build(folder, *args)
         monkeypatch.setattr(corpus_module, "_build", build)
-        load(source, data, small_tokenizer)  # the other process is done first
+        process.start()
+        load(other, data, small_tokenizer)
+        process.join(0.5)
+        assert process.is_alive()
 
     monkeypatch.setattr(corpus_module, "_build", slower)
     assert len(sequences(load(source, data, small_tokenizer))) == 120
-    assert len(list(Path(data.cache).iterdir())) == 1
+    assert found.get(timeout=60) == 120
+    process.join(60)
+    assert process.exitcode == 0 and len(list(Path(data.cache).iterdir())) == 2
 
 
 def test_full_disk(
@@ -205,18 +224,30 @@ def test_full_disk(
 
     source = write(tmp_path / "x.jsonl", PAIRS)
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match="the cache cannot be written .No space left on device"):
+    with pytest.raises(UserError, match=r"cache/.* cannot be written \(No space left on device\)"):
         load(source, data, small_tokenizer)
     assert list(Path(data.cache).iterdir()) == []
 
 
 def test_a_damaged_cache_is_named(data: DataConfig, small_tokenizer: Any, tmp_path: Path) -> None:
+    """One flipped bit in any of its files, one that is missing, one cut short."""
     source = write(tmp_path / "x.jsonl", PAIRS)
-    folder = Path(load(source, data, small_tokenizer).summary["folder"])
-    tokens = folder / "tokens.bin"
-    tokens.write_bytes(tokens.read_bytes()[:-8])
-    with pytest.raises(UserError, match="damaged cache; delete this folder"):
-        load(source, data, small_tokenizer)
+    load(source, replace(data, heldout=3), small_tokenizer)
+    folder = next(Path(data.cache).iterdir())
+    files = sorted(folder.iterdir())
+    assert len(files) == 8
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytes([*whole[:-3], whole[-3] ^ 1, *whole[-2:]])
+        for damaged in (flipped, whole[:-8], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                load(source, replace(data, heldout=3), small_tokenizer)
+            assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+            file.write_bytes(whole)
+    assert load(source, replace(data, heldout=3), small_tokenizer).summary["cached"]
 
 
 def test_records_left_out_are_told(data: DataConfig, small_tokenizer: Any, tmp_path: Path) -> None:

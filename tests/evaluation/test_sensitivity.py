@@ -347,7 +347,7 @@ def test_plain_files_are_data_too(tiny_model_dir, data, tmp_path, capsys):
         (["MODEL", "DATA", "--batches", "0"], "--batches: at least 1 is wanted, found 0"),
         (["MODEL", "DATA", "seed=1"], "'seed=1': key=value changes a recipe, and DATA is none"),
         (["MODEL", "DATA", "DATA", "DATA"], "two line-aligned files are wanted, found 3"),
-        (["MODEL", "DATA", "--out", "DATA"], "cannot be written to"),
+        (["MODEL", "DATA", "--out", "DATA"], "cannot be written (File exists)"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tiny_model_dir, data, tmp_path, capsys):

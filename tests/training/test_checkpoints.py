@@ -201,8 +201,8 @@ def test_clean_leftovers_touches_only_our_leftovers(tmp_path):
     os.rename(write(tmp_path, 2), tmp_path / ".checkpoint-2.old")  # cut off while replaced
     os.rename(write(tmp_path, 3), tmp_path / ".checkpoint-3.old")
     write(tmp_path, 3)  # replaced: the old one only had to be removed
-    os.rename(write(tmp_path, 4), tmp_path / ".checkpoint-4.old")
-    (tmp_path / ".checkpoint-4.old" / "manifest.json").unlink()  # half removed
+    os.rename(write(tmp_path, 4), tmp_path / ".checkpoint-4.tmp")  # half removed
+    (tmp_path / ".checkpoint-4.tmp" / "manifest.json").unlink()
     (tmp_path / ".checkpoint-5.tmp").mkdir()
     (tmp_path / ".git").mkdir()
     clean_leftovers(tmp_path)

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import signal
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import locked, new_folder
 from xplus_fast.model import checkpoint_files
 from xplus_fast.model.checkpoint_files import SINGLE, CheckpointFiles
 from xplus_fast.training.export import describe, export, layer_of, verify
@@ -243,10 +246,6 @@ def test_allowed_layers_on_the_command_line(base):
     out = exported(base)
     assert verify(base, out, {0}).ok and verify(base, out, {0, 3}).ok
     assert set(verify(base, out, {1, 2, 3}).outside) == {UP0, NORM0}
-    (out / "xplus_fast.json").unlink()
-    assert verify(base, out, {0}).ok
-    with pytest.raises(UserError, match=r"no xplus_fast.json .* --layers"):
-        verify(base, out)
     for text in ("{", "[]", "{}", '{"tensors": "all"}', '{"tensors": [1]}'):
         (out / "xplus_fast.json").write_text(text)
         with pytest.raises(UserError, match="xplus_fast.json: "):
@@ -326,16 +325,109 @@ def test_each_fault_alone_is_not_ok(base, change):
     assert not verify(base, rewritten(base, change)).ok
 
 
+def test_without_a_record_it_lists_what_changed_by_layer(base):
+    out = exported(base)
+    edit(out, UP2, flip(0, 0))
+    (out / "xplus_fast.json").unlink()
+    assert verify(base, out, {0, 2}).ok and not verify(base, out, {0}).ok
+    result = verify(base, out)
+    assert result.ok and not result.outside and set(result.changed) == {UP0, NORM0, UP2}
+    text = describe(result)
+    assert f"  layer 0: 2 tensors ({24 * 16 + 16} parameters)\n" in text
+    assert f"  layer 2: 1 tensor ({24 * 16} parameters)\n" in text
+    assert "no xplus_fast.json says what was to change" in text
+
+
 def test_notes(base):
     out = exported(base)
-    config = json.loads((out / "config.json").read_text())
-    config["rope_theta"], config["transformers_version"] = 5.0, "0"
-    (out / "config.json").write_text(json.dumps(config))
     edit(out, NORM0, lambda data: data.__setitem__(slice(None), raw(base, NORM0)))
     result = verify(base, out)
     assert result.ok and result.changed == [UP0]
     assert f"note: trained, but unchanged: 1 tensor, first {NORM0}" in describe(result)
-    assert "note: config.json differs in rope_theta\n" in describe(result)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("tokenizer.json", '{"model": 2}', "differs in model"),
+        ("tokenizer.json", None, "missing"),
+        ("tokenizer.json", "not JSON", "another"),
+        ("merges.txt", "b a", "another"),
+        ("tokenizer.model", "\0\2", "another"),
+        ("chat_template.jinja", "{{ evil }}", "another"),
+        ("additional_chat_templates/tools.jinja", "{{ evil }}", "another"),
+        ("additional_chat_templates/tools.jinja", None, "missing"),
+        ("additional_chat_templates/new.jinja", "", "in the result only"),
+        ("generation_config.json", '{"temperature": 9}', "differs in temperature"),
+        ("config.json", "+rope_theta", "differs in rope_theta"),
+        ("config.json", "+auto_map", "differs in auto_map"),
+        ("adapter_config.json", "{}", "in the result only"),
+        ("special_tokens_map.json", "{}", "in the result only"),
+        ("pytorch_model.bin", "", "in the result only"),
+        ("weights.pt", "", "in the result only"),
+        ("scores.pickle", "", "in the result only"),
+        ("modeling_evil.py", "import os", "in the result only"),
+        ("deep/inside/run.py", "import os", "in the result only"),
+        ("extra.safetensors", "", "in the result only"),
+    ],
+)
+def test_a_file_beside_the_weights_that_is_not_as_it_was(base, name, content, said):
+    beside = {
+        "tokenizer.json": '{"model": 1}', "merges.txt": "a b", "tokenizer.model": "\0\1",
+        "chat_template.jinja": "{{ x }}", "additional_chat_templates/tools.jinja": "{{ y }}",
+        "generation_config.json": '{"temperature": 1}',
+    }  # fmt: skip
+    for file, text in beside.items():
+        (base / file).write_text(text)
+    (base / "modeling_evil.py").unlink()
+    out = exported(base)
+    assert verify(base, out).ok
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        (out / name).unlink()
+    elif content[:1] == "+":
+        config = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps(config | {content[1:]: 5.0}))
+    else:
+        (out / name).write_text(content)
+    for result in (verify(base, out), verify(base, out, {0})):
+        assert not result.ok and result.files == [f"{name}: {said}"]
+    text = describe(result)
+    assert f"beside the weights: 1 file\n  {name}: {said}\n" in text and "NOT OK" in text
+
+
+def test_what_may_lie_beside_the_weights(base):
+    out = exported(base)
+    for name in ("README.md", "LICENSE", ".gitattributes", ".cache/huggingface/x.lock"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    for name in ("config.json", "generation_config.json"):  # as another version would save them
+        if (out / name).is_file():
+            config = json.loads((out / name).read_text()) | {"transformers_version": "0"}
+            (out / name).write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    assert verify(base, out).ok
+
+
+def test_leftovers_of_killed_exports_go_and_a_living_one_is_left_alone(base, tmp_path):
+    out, read, write = tmp_path / "out", *os.pipe()
+    child = os.fork()
+    if not child:
+        with locked(out), new_folder(out) as temporary:
+            (temporary / "half").write_text("")
+            os.write(write, b"x")
+            time.sleep(60)
+    os.read(read, 1)
+    with pytest.raises(UserError, match="out: in use by another process"):
+        export(base, changes(base), out, {})
+    assert (tmp_path / ".out.tmp/half").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    export(base, changes(base), out, {})
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out"}
+    (tmp_path / ".out.old").mkdir()  # killed when the new one was in its place
+    with pytest.raises(UserError, match="exists already"):
+        export(base, changes(base), out, {})
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out"}
 
 
 def raw(folder: Path, name: str) -> bytes:

@@ -412,11 +412,11 @@ def test_a_broken_model_folder_is_one_line_and_exit_code_2(
 def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(workplace, monkeypatch, capsys):
     write, calls = checkpoints.write_file, []
 
-    def full(file, pieces):
+    def full(file, pieces, **options):
         calls.append(file)
         if len(calls) > 12:
             raise OSError(28, "No space left on device")
-        return write(file, pieces)
+        return write(file, pieces, **options)
 
     monkeypatch.setattr(checkpoints, "write_file", full)
     assert xplus("train", workplace / "recipe.yaml") == 2

@@ -1,13 +1,10 @@
 """Sources -> a tokenized, packed corpus on disk, made once and found again by its content."""
 
-import contextlib
 import hashlib
 import heapq
+import io
 import json
-import os
-import shutil
 import sys
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +32,8 @@ from xplus_fast.data.readers import Example, Reading, read_examples, source_file
 from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
 from xplus_fast.errors import UserError
+from xplus_fast.files import NewFile, locked, new_folder, resolve, sweep
+from xplus_fast.manifest import check_files, write_manifest
 
 __all__ = [
     "Corpus", "PackCollator", "PackedDataset", "describe", "load_corpus", "pack_examples",
@@ -46,6 +45,7 @@ _VERSION = 3
 _BATCH = 1000  # examples tokenized together
 _BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
+_NAMES = "[0-9a-f]{32}"  # of corpora in the cache
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,14 @@ def load_corpus(
     Raises `UserError` for what is wrong with the sources, for sources that leave nothing to train
     on, and for a cache that cannot be written.
     """
-    cache = Path(data.cache).expanduser()
     others = list(keep_out)
-    folder = cache / _key(sources, data, tokenizer, seed, others, vocabulary)
-    found = folder.exists()
-    if not found:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            # Killed before the rename, this run leaves a folder that no key names.
-            building = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
-        except OSError as e:
-            raise UserError(f"{cache}: the cache cannot be written ({e.strerror})") from None
-        try:
-            _build(building, sources, data, tokenizer, seed, show, others, vocabulary)
-            with contextlib.suppress(FileExistsError):
-                _publish(building, folder)
-        except OSError as e:
-            raise UserError(f"{building}: the cache cannot be written ({e.strerror})") from None
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others, vocabulary)
+    if not (found := folder.exists()):
+        sweep(folder.parent, _NAMES)
+        with locked(folder, wait=True):  # of two that want it, one makes it
+            if not folder.exists():
+                with new_folder(folder) as building:
+                    _build(building, sources, data, tokenizer, seed, show, others, vocabulary)
     return _open(folder, found)
 
 
@@ -153,20 +142,14 @@ def _key(
     return digest.hexdigest()
 
 
-def _publish(building: Path, folder: Path) -> None:
-    """Move a whole corpus to its place; `FileExistsError` if another process was first."""
-    for path in building.iterdir():
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-    try:
-        building.rename(folder)
-    except OSError:
-        if folder.exists():  # "not empty" has no exception class of its own
-            raise FileExistsError(folder) from None
-        raise
-
-
 def _open(folder: Path, cached: bool) -> Corpus:
+    """Raises `UserError` for a damaged file: a flipped bit would train on other data.
+
+    All are read for it, once a process: about as long as `_key` takes for the sources, a minute for
+    100 GB where the disk keeps up.
+    """
+    if cached:
+        check_files(folder, "damaged cache; delete this folder")
     try:
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
         train = PackedDataset(folder)
@@ -239,7 +222,13 @@ def _build(
     groups: list[str] = []  # by tag
     read = cut = 0
     bar = tqdm(unit=" examples", disable=not (show and sys.stderr.isatty()), leave=False)
-    with open(folder / TOKENS, "wb") as tokens, open(folder / SUPERVISED, "wb") as mask, bar:
+    made: dict[str, NewFile] = {}
+
+    def new(name: str) -> io.BufferedWriter:
+        made[name] = NewFile(folder / name, hashed=True)
+        return io.BufferedWriter(made[name], 1 << 20)
+
+    with new(TOKENS) as tokens, new(SUPERVISED) as mask, bar:
         stream = (e for source in sources for e in read_examples(source, data, reading))
         for batch in _batches(stream):
             encoded = encode(batch, tokenizer, data.think, data.pack_tokens, vocabulary)
@@ -272,9 +261,9 @@ def _build(
     held = list(heldout.examples())
     # Neither side of a held-out pair may be trained on, not even with another translation.
     away = [*held, *others]
-    out = np.isin(keys, np.array([_hash(e.key) for e in away], np.uint64))
-    out |= np.isin(mirrors, np.array([_hash(e.mirror) for e in away if e.mirror], np.uint64))
-    train = np.flatnonzero(~out)
+    gone = np.isin(keys, np.array([_hash(e.key) for e in away], np.uint64))
+    gone |= np.isin(mirrors, np.array([_hash(e.mirror) for e in away if e.mirror], np.uint64))
+    train = np.flatnonzero(~gone)
     by_tag = np.bincount(tag[train], minlength=len(groups)).tolist()
     for group in dict.fromkeys(groups):
         if not sum(c for c, g in zip(by_tag, groups, strict=True) if g == group):
@@ -283,11 +272,12 @@ def _build(
                 f" to train on of {group}"
             )
     items, packs = pack(n[train], data.pack_tokens, seed)
-    np.save(folder / STARTS, np.concatenate([[0], np.cumsum(n)]))
-    np.save(folder / ITEMS, train[items])
-    np.save(folder / PACKS, packs)
-    with open(folder / _HELDOUT, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(asdict(e)) + "\n" for e in held)
+    starts = np.concatenate([[0], np.cumsum(n)])
+    for name, values in ((STARTS, starts), (ITEMS, train[items]), (PACKS, packs)):
+        with new(name) as out:
+            np.save(out, values)
+    with new(_HELDOUT) as out:
+        out.writelines((json.dumps(asdict(e)) + "\n").encode() for e in held)
     total, rows = int(n[train].sum()), len(packs) - 1
     summary = {
         "read": read,
@@ -309,7 +299,9 @@ def _build(
         "kept_out": len(n) - len(train),
         "template": has_template(tokenizer),
     }
-    (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
+    with new(_SUMMARY) as out:
+        out.write(json.dumps(summary).encode())
+    write_manifest(folder, made)
 
 
 def _check_unread(reading: Reading, tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from xplus_fast.data.splits import choose_split, some, split_of
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 
 LINE_LIMIT = 16 << 20  # bytes of a line, or of an item of a JSON list
 TEXT_LIMIT = 4_000_000  # characters of a conversation; tokenizing one takes 100 bytes
@@ -52,7 +53,7 @@ def stem(path: Path) -> str:
 
 def require(path: str) -> Path:
     """The path with `~` expanded; `UserError` if there is nothing there."""
-    found = Path(path).expanduser()
+    found = resolve(path)
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
     return found

@@ -54,12 +54,18 @@ class PackedDataset(Dataset):
 
 
 class PackCollator:
-    """Rows -> one batch of a single row, in the form that variable-length attention takes."""
+    """Rows -> one batch of a single row, in the form that variable-length attention takes.
+
+    Trainer's `remove_unused_columns` spares the columns that it reads.
+    """
+
+    columns = ("input_ids", "labels", "lengths")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Put rows end to end.
 
-        Returns input_ids, labels, position_ids (restarting in every sequence) int64 [1, T];
+        Returns input_ids, labels (-100 where a sequence begins), position_ids (restarting there)
+        int64 [1, T];
         cu_seq_lens_q and _k int32 [S + 1]; max_length_q and _k, Python ints; supervised_rows int64
         [R]: the t whose hidden state predicts a supervised token t + 1 of the same sequence.
         A row without "lengths" is one sequence.
@@ -72,8 +78,7 @@ class PackCollator:
         edges = torch.tensor([0, *lengths]).cumsum(0)
         assert edges[-1] == len(ids) == len(labels)
         starts = edges[:-1].repeat_interleave(torch.tensor(lengths))
-        predicted = labels != -100
-        predicted[edges[:-1]] = False  # nothing stands before the first token of a sequence
+        labels[edges[:-1]] = -100  # nothing stands before the first token of a sequence
         cu_seqlens, longest = edges.int(), max(lengths)
         return {
             "input_ids": ids[None],
@@ -83,7 +88,7 @@ class PackCollator:
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": longest,
             "max_length_k": longest,
-            "supervised_rows": predicted.nonzero()[:, 0] - 1,
+            "supervised_rows": (labels != -100).nonzero()[:, 0] - 1,
         }
 
 

@@ -45,6 +45,7 @@ from xplus_fast.data.records import (
     without,
 )
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 
 _NAMED = ("src", "tgt", "pair")  # what `xplus-fast prepare` writes beside messages
 _UNREAD = 100  # keys that are noted as unread at most
@@ -190,8 +191,8 @@ def source_files(source: Source) -> list[Path]:
     """Every file that reading the source reads."""
     chosen = file_format(source)
     if not isinstance(source.path, str):
-        return [Path(p).expanduser() for p in source.path]
-    path = Path(source.path).expanduser()
+        return [resolve(p) for p in source.path]
+    path = resolve(source.path)
     return [p for p, _ in catalogs(path, source)] if chosen == "gettext" else data_files(path)
 
 
@@ -203,7 +204,7 @@ def _name(source: Source) -> str:
 
 
 def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
-    a, b = (Path(p).expanduser() for p in source.path)
+    a, b = (resolve(p) for p in source.path)
     codes = source.languages or [_suffix_language(p) for p in (a, b)]
     languages = two_languages(codes, _name(source))
     # Counted before any work: a pair of files that slipped must not train for an hour first.
@@ -259,7 +260,7 @@ def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
 
     assert isinstance(source.path, str)
     origin = source.languages[0] if source.languages else "en"
-    for path, language in catalogs(Path(source.path).expanduser(), source):
+    for path, language in catalogs(resolve(source.path), source):
         languages = two_languages([origin, language], str(path))
         try:
             entries = polib.pofile(str(path), encoding="utf-8")
@@ -301,7 +302,7 @@ def _from_records(
     source: Source, chosen: str, reading: Reading
 ) -> Iterator[Pair | Example | Rejected]:
     assert isinstance(source.path, str)
-    path = Path(source.path).expanduser()
+    path = resolve(source.path)
     pinned, tag, seen = chosen != "auto", stem(path), False
     if path.is_dir():
         files, left = choose_files(path)

@@ -5,7 +5,6 @@ model's bytes: cut off at any moment, the same command goes on, and a base that 
 is evaluated once.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from xplus_fast.evaluation.translation import (
     read_sets,
     score,
 )
+from xplus_fast.files import make_folder, remove, resolve, write_text
 
 SAMPLES = 3  # translations shown of each direction
 
@@ -36,13 +36,10 @@ def evaluate(
 
     Raises `UserError` for what is wrong in the recipe, its files and the models.
     """
-    out = Path(recipe.output).expanduser()
+    out = resolve(recipe.output)
     lines = read_sets(recipe.translation.sets)  # before anything is generated
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"output: {out}: cannot be written ({e.strerror})") from None
+    make_folder(out)
     answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     done: dict[str, dict[str, Any]] = {}  # by the model's digest
@@ -92,7 +89,7 @@ def _translate(
         found[each.name] = generator.answer(asked, f"{which} {each.name}")
         texts = "\n".join(" ".join(text.split()) for text, _ in found[each.name])
         name = each.name.replace(":", ".")
-        (out / f"{which}.{name}.txt").write_text(texts + "\n", encoding="utf-8")
+        write_text(out / f"{which}.{name}.txt", texts + "\n")
     return found
 
 
@@ -180,10 +177,13 @@ def _judge_task(
 
 
 def model_folder(given: str, out: Path) -> Path:
-    """A model's folder: as given, or exported from a finished run."""
-    from xplus_fast.model.checkpoint_files import resolve_model
+    """A model's folder: as given, or exported from a finished run.
 
-    path = Path(given).expanduser()
+    Exported anew where the run is another than it was then: the record has its checksums.
+    """
+    from xplus_fast.model.checkpoint_files import RECORD, read_json, resolve_model
+
+    path = resolve(given)
     if not (path / "run.json").is_file() and not (path / ".xplus-run").is_file():
         return resolve_model(given)
     from xplus_fast.training.export import export
@@ -191,9 +191,10 @@ def model_folder(given: str, out: Path) -> Path:
 
     base, tensors, record = changed_tensors(path)
     folder = out / "model"
-    known = folder / "xplus.json"
-    if known.is_file() and json.loads(known.read_text()).get("stages") == record["stages"]:
-        return folder
-    out.mkdir(parents=True, exist_ok=True)
+    if (folder / RECORD).is_file():
+        known = read_json(folder / RECORD)
+        if all(known.get(key) == value for key, value in record.items()):
+            return folder
+        remove(folder)
     export(base, tensors, folder, record)
     return folder

@@ -7,7 +7,6 @@ tokens, score near zero, and every gain over it would be an artefact. The full a
 import hashlib
 import importlib.util
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +18,11 @@ from transformers import GenerationConfig
 
 from xplus_fast.data.chat import beyond_vocabulary
 from xplus_fast.errors import UserError
+from xplus_fast.files import append_lines, make_folder, whole_lines
+from xplus_fast.model.checkpoint_files import RECORD
 from xplus_fast.model.pretrained import load_tokenizer, refused
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
-LATE = 0.5  # seconds between two writes of the cache's tail
 
 
 @contextmanager
@@ -114,13 +114,12 @@ class Generator:
         identity = f"{model_digest(folder)}|{self.engine}|{max_new_tokens}|{dtype}"
         self._file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
         self._known: dict[str, tuple[str, bool]] = {}
-        if self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                try:
-                    key, text, cut = json.loads(line)
-                except ValueError:  # the last line of a process that was killed
-                    continue
+        for line in whole_lines(self._file):
+            try:
+                key, text, cut = json.loads(line)
                 self._known[key] = (text, cut)
+            except (ValueError, TypeError):  # the disk's fault: that answer is made again
+                continue
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -141,19 +140,15 @@ class Generator:
         return [self._known[k] for k in keys]
 
     def _make(self, keys: list[str], prompts: list[str], what: str) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._file.parent)
         bar = tqdm(total=len(keys), desc=what, unit="sentences", ascii=True, leave=False,
                    dynamic_ncols=True, disable=None if self.show else True)  # fmt: skip
-        with bar, open(self._file, "a", encoding="utf-8") as f:
-            f.write("\n" if self._file.stat().st_size else "")  # after a line that was cut off
-            flushed = time.monotonic()
+        with bar:
             for batch in self._batches(prompts):
-                for i, text, cut in batch:
-                    self._known[keys[i]] = (text, cut)
-                    f.write(json.dumps([keys[i], text, cut], ensure_ascii=False) + "\n")
-                if time.monotonic() - flushed > LATE:
-                    f.flush()
-                    flushed = time.monotonic()
+                made = {keys[i]: (text, cut) for i, text, cut in batch}
+                lines = (json.dumps([key, *m], ensure_ascii=False) for key, m in made.items())
+                append_lines(self._file, lines)
+                self._known |= made
                 bar.update(len(batch))
 
     def _batches(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
@@ -201,7 +196,7 @@ def model_digest(folder: Path) -> str:
     if not any(p.suffix == ".safetensors" for p in files):
         raise UserError(f"{folder}: no safetensors in it; a model folder or a run's is wanted")
     for path in files:
-        if path.name == "xplus.json":  # a record, which says when
+        if path.name == RECORD:  # which says when
             continue
         digest.update(path.name.encode())
         with open(path, "rb") as f:

@@ -17,6 +17,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import Generator
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, run_limited
+from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -53,7 +54,7 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
-    checkout = Path(own.folder).expanduser().absolute()
+    checkout = resolve(own.folder)
     if not (checkout / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
     options = ["--scenario", "codegeneration", "--release_version", own.release]
@@ -76,9 +77,9 @@ def _run(
         prompts.append(prompt_text(example, generator.tokenizer, "masked"))
     answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written, codes = (folder.absolute() / f"{name}.json" for name in ("answers", "codes"))
-    written.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+    write_json(written, answers)
     _ask(own.python, checkout, "codes", str(written), str(codes))
     code, said = run_limited(
         [own.python, "-m", "lcb_runner.runner.custom_evaluator", "--custom_output_file",
@@ -92,16 +93,16 @@ def _run(
     score = json.loads(judged.read_text())[0]["pass@1"]
     samples = folder / f"samples_{NAME}_{own.release}.jsonl"
     rows = json.loads(each.read_text(encoding="utf-8"))
-    samples.write_text(
+    write_text(
+        samples,
         "".join(
             json.dumps({"doc_id": i, "question_id": q["id"], "pass@1": row["pass@1"],
                         "answer": answer}, ensure_ascii=False) + "\n"
             for i, (q, row, answer) in enumerate(zip(questions, rows, answers, strict=True))
         ),
-        encoding="utf-8",
     )  # fmt: skip
     found = {"scores": {"pass@1": score}, "samples": [str(samples)], "results": str(judged)}
-    (folder / "results.json").write_text(json.dumps(found))  # last: all else is there
+    write_json(folder / "results.json", found)  # last: all else is there
 
 
 def _ask(python: str, checkout: Path, *arguments: str) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, run_limited
+from xplus_fast.files import move, remove
 from xplus_fast.options import parse_bytes
 
 REPLAY = Path(__file__).with_name("replay.py")
@@ -41,6 +41,8 @@ def run_tasks(
     is missing.
     """
     tasks, found = recipe.reasoning.tasks, {}
+    for left in out.glob(".*"):  # of a process that was killed
+        remove(left)
     for i, task in enumerate(tasks):
         folder = out / f"{task}-{_key(digest, recipe)}"
         if task == livecodebench.NAME:
@@ -88,7 +90,7 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     if about["judges"]:
         return f"{about['judges'][0]} executes code where it cannot be limited"
     working = folder.with_name(f".{folder.name}")
-    shutil.rmtree(working, ignore_errors=True)
+    remove(working)
     command = [python, *command_line(model, task, recipe, working, cache)]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if about["executes"]:
@@ -100,8 +102,8 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
         return last_error(said)
     if about["executes"]:
         answers = working.with_name(f"{working.name}.answers").absolute()
-        shutil.rmtree(answers, ignore_errors=True)
-        working.rename(answers)
+        remove(answers)
+        move(working, answers)
         command = [python, "-I", str(REPLAY), "run", str(answers)]
         command += judge_line(task, recipe, working)
         try:
@@ -113,9 +115,9 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
             return str(e)
         if code or not _results(working):
             return last_error(said)
-        shutil.rmtree(answers)
-    shutil.rmtree(folder, ignore_errors=True)
-    working.rename(folder)
+        remove(answers)
+    remove(folder)
+    move(working, folder)
     return None
 
 
@@ -225,7 +227,7 @@ def sample_scores(samples: list[str], metric: str) -> NDArray[np.float64] | None
     name, _, wanted = metric.partition(",")
     found: dict[tuple[str, int], float] = {}
     for file in samples:
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
+        for line in Path(file).read_bytes().splitlines():  # of bytes: only line ends of ASCII
             row = json.loads(line)
             if wanted and row.get("filter", wanted) != wanted:
                 continue

@@ -1,13 +1,14 @@
 """Every option of `xplus-fast evaluate`, in one dataclass tree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from xplus_fast.config import PROMPT
 from xplus_fast.data.languages import is_language
 from xplus_fast.errors import UserError
+from xplus_fast.files import program, resolve
 from xplus_fast.options import load_options
 
 Metric = Literal["chrf", "bleu", "spbleu", "off_target", "xcomet"]
@@ -108,4 +109,26 @@ def load_evaluate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Eva
             raise UserError(f"{key}: at least {least} is wanted, found {value}")
     if not 0.5 <= recipe.confidence < 1:
         raise UserError(f"confidence: from 0.5 to below 1 is wanted, found {recipe.confidence}")
-    return recipe
+    return _resolved(recipe)
+
+
+def _resolved(recipe: EvaluateRecipe) -> EvaluateRecipe:
+    """The recipe with absolute paths: some are opened by processes that run elsewhere."""
+    tasks, code = recipe.reasoning, recipe.reasoning.livecodebench
+    return replace(
+        recipe,
+        output=str(resolve(recipe.output)),
+        translation=replace(
+            recipe.translation,
+            sets=[replace(s, files=str(resolve(s.files))) for s in recipe.translation.sets],
+            comet_python=program(recipe.translation.comet_python),
+        ),
+        reasoning=replace(
+            tasks,
+            include_path=tasks.include_path and str(resolve(tasks.include_path)),
+            python=tasks.python and program(tasks.python),
+            livecodebench=replace(
+                code, folder=code.folder and str(resolve(code.folder)), python=program(code.python)
+            ),
+        ),
+    )

@@ -56,7 +56,7 @@ def run(answers: Path, options: list[str]) -> None:
     logged: dict[tuple[str, int], list[list[str]]] = {}
     for file in answers.glob("**/samples_*.jsonl"):
         task = file.stem.removeprefix("samples_").rpartition("_")[0]
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_bytes().splitlines():  # of bytes: only line ends of ASCII
             sample = json.loads(line)
             logged[task, sample["doc_id"]] = sample["resps"]
 

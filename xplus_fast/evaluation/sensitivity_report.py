@@ -4,7 +4,6 @@ Intervals are by bootstrap over the rows: the same figures of as many rows drawn
 again and again. They say what other rows of the same data would change, nothing about other data.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.sensitivity import PARTS, Sensitivity
+from xplus_fast.files import write_json, write_picture
 from xplus_fast.planning.from_recipe import read_shape
 from xplus_fast.planning.memory import layer_parameters
 from xplus_fast.planning.selection import describe_layers
@@ -248,28 +248,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     low.margins(x=0.01)
-    figure.savefig(file)
-
-
-def make_folder(out: Path) -> None:
-    """Before an hour's work, not after it. Raises `UserError` where it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written to ({e.strerror})") from None
+    write_picture(file, figure)
 
 
 def write(result: dict[str, Any], out: Path) -> list[Path]:
     """`sensitivity.json` and `sensitivity.png` in `out`. Raises `UserError` for a full disk."""
     files = [out / "sensitivity.json", out / "sensitivity.png"]
-    try:
-        files[0].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw(result, files[1])
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written to ({e.strerror})") from None
+    write_json(files[0], result)
+    draw(result, files[1])
     return files
 
 

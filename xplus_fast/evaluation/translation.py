@@ -18,6 +18,7 @@ from xplus_fast.data.records import say
 from xplus_fast.data.steps.quality import comet_scores
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.recipe import TestSet, TranslationConfig
+from xplus_fast.files import resolve
 
 # The SentencePiece models that sacrebleu downloads at first use; it trusts any file of the name
 SPM = {
@@ -47,7 +48,7 @@ def read_sets(sets: Sequence[TestSet]) -> list[Lines]:
         for direction in test.directions:
             texts = []
             for code in direction.split("-"):
-                path = Path(test.files.format(lang=test.languages.get(code, code))).expanduser()
+                path = resolve(test.files.format(lang=test.languages.get(code, code)))
                 if path not in files:
                     files[path] = _read(path)
                 texts.append(files[path])

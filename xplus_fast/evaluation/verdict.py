@@ -7,7 +7,6 @@ from sacrebleu's own statistics of sentences.
 
 import csv
 import io
-import json
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import write_json, write_picture, write_text
 
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -145,14 +145,14 @@ def describe(out: str, result: dict[str, Any]) -> str:
 def write(out: Path, result: dict[str, Any]) -> None:
     """verdict.json, verdict.csv, verdict.md and, with a base, verdict.png."""
     rows = result["rows"]
-    (out / "verdict.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "verdict.json", result)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["kind"])
     writer.writeheader()
     writer.writerows(rows)
-    (out / "verdict.csv").write_text(text.getvalue())
+    write_text(out / "verdict.csv", text.getvalue())
     picture = draw(rows, out / "verdict.png")
-    (out / "verdict.md").write_text(markdown(result, picture), encoding="utf-8")
+    write_text(out / "verdict.md", markdown(result, picture))
 
 
 def markdown(result: dict[str, Any], picture: bool) -> str:
@@ -226,6 +226,6 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> bool:
             axes.axvline(0, color="#5c6b7a", linewidth=1)
             axes.set_yticks(range(len(mine)), [f"{r['name']}, {r['metric']}" for r in mine])
             axes.set_title(f"{kind}: change from the base", loc="left")
-        figure.savefig(file, dpi=130)
+        write_picture(file, figure, dpi=130)
         plt.close(figure)
     return True

@@ -22,9 +22,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECORD = "xplus_fast.json"  # what `export` says of a model folder that it made
 CHUNK = 16 << 20  # bytes read or written at a time
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more
 
@@ -243,7 +245,7 @@ def resolve_model(path_or_hub_id: str) -> Path:
 
     Raises `UserError` for a missing folder and for a repository that cannot be had.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = resolve(path_or_hub_id)
     if path.is_dir():
         return path
     if path.exists():

@@ -3,6 +3,7 @@
 Legend: L layers, H hidden, N query heads, K key/value heads, D head_dim, F ffn, V vocabulary.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,20 @@ class Shape:
         if not self.tied:
             shapes[BESIDE["head"]] = (self.vocabulary, self.hidden)
         return shapes
+
+
+def stage_shapes(
+    shape: Shape, layers: Collection[int], also: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a stage trains under their Hugging Face names, with their shapes."""
+    blocks = tuple(f"model.layers.{i}." for i in layers)
+    tied = {"head": "embedding"} if shape.tied else {}
+    beside = {BESIDE[tied.get(kind, kind)] for kind in also}
+    return {
+        name: size
+        for name, size in shape.tensor_shapes().items()
+        if name in beside or name.startswith(blocks)
+    }
 
 
 # The most that config.json may say of a size: beyond any model, and harmless to compute with.

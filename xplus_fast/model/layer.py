@@ -19,6 +19,14 @@ from xplus_fast.model.linear import Products
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import Pack
 
+# What else Hugging Face hands down to a layer and its attention function; all is in the mask, the
+# positions and the cache already.
+PASSED_ON = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "seq_idx",
+}  # fmt: skip
+
 
 class Block(nn.Module):
     """One decoder layer. `run` is the engine's way through it; calling it is Hugging Face's.
@@ -75,6 +83,10 @@ class Block(nn.Module):
         self.register_state_dict_post_hook(_unpack_hook)
         self.register_load_state_dict_pre_hook(_pack_hook)
 
+    def packed_names(self) -> dict[str, tuple[str, ...]]:
+        """Packed weight -> the Hugging Face names, within the layer, of what it holds."""
+        return {packed: PACKED[packed] for packed in self.shape.packed_shapes()}
+
     def run(self, x: Tensor, pack: Pack) -> Tensor:
         """x [T, H] -> y [T, H]; under autocast in its dtype, the residual stream too."""
         weights = [getattr(self, name) for name in WEIGHTS]
@@ -98,9 +110,21 @@ class Block(nn.Module):
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hugging Face's call, for `generate()`: any mask, a cache; [B, S, H] -> [B, S, H]."""
+        """Hugging Face's call, for `generate()`: any mask, a cache; [B, S, H] -> [B, S, H].
+
+        cache: what transformers before 5.24 calls `past_key_values`. Raises `TypeError` for an
+        argument that is not known: what it asks for would not be done.
+        """
+        if unknown := kwargs.keys() - PASSED_ON:
+            raise TypeError(
+                f"layer {self.layer_idx}: unknown argument {unknown.pop()!r}; this version of"
+                " transformers is not supported"
+            )
+        cache = past_key_values if cache is None else cache
         assert position_embeddings is not None
         s, m = self.shape, Products(hidden_states.dtype, self.scratch)
         w = self._spec().weights(tuple(getattr(self, name) for name in WEIGHTS), backward=False)
@@ -115,8 +139,8 @@ class Block(nn.Module):
             q, k = norm(q, self.q_norm), norm(k, self.k_norm)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

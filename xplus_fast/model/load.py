@@ -31,7 +31,7 @@ from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
-from xplus_fast.model.prepare import prepare_model
+from xplus_fast.model.prepare import take_over
 from xplus_fast.model.pretrained import load_generation_config
 from xplus_kernels.linear_cross_entropy import head_logits
 
@@ -78,11 +78,13 @@ def load_model(
     Raises `UserError` for files that cannot be read and a layout that the model cannot take.
     """
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if (generation := load_generation_config(weights.folder)) is not None:
         model.generation_config = generation
-    prepare_model(model)
+    take_over(model)
     arrange(model, layout, weights, dtype=dtype, device=device)
     return model.eval()
 

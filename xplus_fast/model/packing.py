@@ -1,8 +1,10 @@
 """Any batch a Hugging Face model accepts -> one row of T packed tokens.
 
 Packed and padded input mean the same: padding is taken out before the first layer and put back
-after the last. Sequences are told apart by, in this order: `cu_seq_lens_q`, the attention mask,
-positions that do not go on by one.
+after the last. What attends to what is Hugging Face's rule: `cu_seq_lens_q` if it is given; else
+rows, cut further where positions do not go on by one or, beside an attention mask, where they start
+again (a mask's positions may jump and still be one sequence). What predicts what is its rule, too:
+a token's label is predicted by the token before it in the row.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 import xplus_kernels as ops
+from xplus_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Pack:
     cos: Tensor  # [T, D/2] fp32
     sin: Tensor  # [T, D/2] fp32
     at: Tensor | None  # [T] int64, index of each token in the flat [B * S] batch; None: no padding
+    row_ends: Tensor  # int64, index of the last token of each row that has one
 
 
 def make_pack(
@@ -69,21 +73,55 @@ def make_pack(
         cu_seqlens = cu_seq_lens.to(device=device, dtype=torch.int32)
     else:
         new = row[1:] != row[:-1]
-        if given:
+        if given and attention_mask is None:
             new = new | (positions[1:] != positions[:-1] + 1)
+        elif given:
+            new = new | (positions[1:] <= positions[:-1])
         edge = torch.tensor([0], device=device), torch.tensor([positions.numel()], device=device)
         cu_seqlens = torch.cat((edge[0], new.nonzero()[:, 0] + 1, edge[1])).int()
+    if at is None:
+        row_ends = torch.arange(1, batch + 1, device=device) * length - 1
+    else:
+        counts = torch.bincount(row, minlength=batch)
+        row_ends = (counts.cumsum(0) - 1)[counts > 0]
     if max_length is None:
         max_length = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if positions.numel() else 0
     # model.to(bfloat16) narrows this buffer, too; the angles are computed in fp32 all the same
     wide = inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()
     cos, sin = ops.rope_tables(positions, wide, scaling=scaling)
-    return Pack(positions, cu_seqlens, int(max_length), cos, sin, at)
+    return Pack(positions, cu_seqlens, int(max_length), cos, sin, at, row_ends)
 
 
-def next_tokens(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """labels [T] -> targets [T]: what each row must predict; -100 at the end of a sequence."""
+def next_tokens(labels: Tensor, row_ends: Tensor) -> Tensor:
+    """labels [T] -> targets [T]: what each token must predict; -100 at the end of a row."""
     targets = torch.full_like(labels, -100)
     targets[:-1] = labels[1:]
-    targets[cu_seqlens[1:].long() - 1] = -100
+    targets[row_ends] = -100
     return targets
+
+
+def unpad_labels(
+    labels: Tensor, attention_mask: Tensor | None, pack: Pack, *, shifted: bool
+) -> Tensor:
+    """labels [B, S] -> [T], those of the tokens that are not padding.
+
+    Raises `UserError` for a label that only padding could predict, or a labelled padding: what
+    Hugging Face's models make of these depends on the attention implementation.
+    """
+    flat = labels.flatten()
+    if pack.at is None:
+        return flat
+    assert attention_mask is not None
+    padded = attention_mask == 0
+    counts = labels != -100
+    if (counts & padded).any():
+        raise UserError(
+            "labels: a padded position carries a label, -100 is wanted there;"
+            " DataCollatorForSeq2Seq pads labels so"
+        )
+    if not shifted and (counts[:, 1:] & padded[:, :-1]).any():
+        raise UserError(
+            "labels: a token that follows padding carries a label, and no token is there to"
+            " predict it: set it to -100, or pad on the right"
+        )
+    return flat[pack.at]

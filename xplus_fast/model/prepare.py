@@ -7,6 +7,7 @@ same weights.
 """
 
 import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any
@@ -21,7 +22,8 @@ from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.head import LossFunction
 from xplus_fast.model.layer import Block, unpack
 from xplus_fast.model.offload import Offload
-from xplus_fast.model.packing import Pack, make_pack, next_tokens
+from xplus_fast.model.packing import Pack, make_pack, next_tokens, unpad_labels
+from xplus_fast.model.stock import check_modules, check_stock
 
 
 def prepare_model(
@@ -47,8 +49,18 @@ def prepare_model(
     Raises:
         UserError: a model that is not supported, or flags that split a packed weight.
     """
-    if not type(model).__name__.endswith("ForCausalLM"):
-        raise UserError(f"{type(model).__name__}: a ...ForCausalLM model is wanted")
+    check_stock(model)
+    return take_over(model, layers, also=also, activations=activations)
+
+
+def take_over(
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    *,
+    also: Iterable[str] = (),
+    activations: str | None = None,
+) -> nn.Module:
+    """`prepare_model` without a look at what the modules are: for one that holds no weights yet."""
     if activations is not None and activations not in KEEP:
         raise UserError(f"activations: one of {', '.join(KEEP)} is wanted, found {activations!r}")
     config: Any = model.config
@@ -57,8 +69,8 @@ def prepare_model(
     if not is_prepared(model):
         for i, layer in enumerate(base.layers):
             base.layers[i] = Block(layer, shape, i, config).train(model.training)
-        model.forward = MethodType(_wrap(model, _causal_lm_forward), model)  # type: ignore[method-assign]
-        base.forward = MethodType(_wrap(base, _base_forward), base)
+        model.forward = _wrap(model, _causal_lm_forward)  # type: ignore[method-assign]
+        base.forward = _wrap(base, _base_forward)
     if activations is not None:
         offload = Offload()
         for block in base.layers:
@@ -77,28 +89,30 @@ def is_prepared(model: Any) -> bool:
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What trains, under Hugging Face's names: views into the model's own storage."""
-    return _named_tensors(model, trained_only=True)
+    return named_tensors(model, [p for p in model.parameters() if p.requires_grad])
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors under Hugging Face's names into a prepared model's storage.
 
-    Raises `UserError` for a name or shape that the model does not have.
+    Raises `UserError` for a name or shape that the model does not have; nothing is copied then.
     """
-    state = _named_tensors(model)
+    state = named_tensors(model, model.parameters())
     for name, value in tensors.items():
         if name not in state or state[name].shape != value.shape:
             found = tuple(state[name].shape) if name in state else "no such tensor"
             raise UserError(f"{name}: {tuple(value.shape)} does not fit the model: {found}")
+    for name, value in tensors.items():
         state[name].copy_(value)
 
 
-def _named_tensors(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """Parameters under Hugging Face's names, as views; frozen formats have none."""
+def named_tensors(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
+    """Some of a model's parameters under Hugging Face's names, as views of them."""
+    wanted = {id(p) for p in parameters}
     tensors: dict[str, Tensor] = {}
     blocks = {f"model.layers.{b.layer_idx}.": b for b in model.modules() if isinstance(b, Block)}
     for name, p in model.named_parameters():
-        if trained_only and not p.requires_grad:
+        if id(p) not in wanted:
             continue
         prefix, _, packed = name.rpartition(".")
         block = blocks.get(prefix + ".")
@@ -108,6 +122,23 @@ def _named_tensors(model: nn.Module, *, trained_only: bool = False) -> dict[str,
             for part, view in unpack(block.shape, packed, p.detach()).items():
                 tensors[f"{prefix}.{part}"] = view
     return tensors
+
+
+def note_changes(model: Any, names: Iterable[str]) -> None:
+    """Remember which tensors may differ from the base model's, whoever trains them."""
+    model.__dict__.setdefault("_xplus_changed", set()).update(names)
+
+
+def forget_changes(model: Any) -> None:
+    """What has changed so far is kept elsewhere."""
+    model.__dict__.pop("_xplus_changed", None)
+
+
+def changed_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors that `note_changes` was told of, as `trained_tensors` has them."""
+    names = model.__dict__.get("_xplus_changed", set())
+    tensors = named_tensors(model, model.parameters())
+    return {name: tensors[name] for name in sorted(names)}
 
 
 def layer_ids(model: nn.Module) -> list[int]:
@@ -130,40 +161,47 @@ def _select(model: Any, layers: set[int], also: set[str]) -> None:
         model.get_parameter(BESIDE[name]).requires_grad_(True)
 
 
+# What the engine's own way through a model takes; with anything else the library's way is gone.
+ENGINE = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
+    "num_items_in_batch", "supervised_rows", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+    "max_length_k", "use_cache",
+}  # fmt: skip
+
+
 def _wrap(module: nn.Module, forward: Any) -> Any:
-    # generate() and Trainer look at the signature: let them see the library's own
-    return functools.wraps(type(module).forward)(forward)
+    """The method that stands before a module's own forward: all arguments by their names."""
+    stock = type(module).forward
+    names = list(inspect.signature(stock).parameters)[1:]
+
+    @functools.wraps(stock)  # generate() and Trainer look at the signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, dict(zip(names, args, strict=False)) | kwargs)
+
+    return MethodType(method, module)
 
 
 def _run_stack(
-    model: Any,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    max_length: int | None,
-    collect: list[Tensor] | None = None,
+    model: Any, given: dict[str, Any], collect: list[Tensor] | None = None
 ) -> tuple[Tensor, Pack, tuple[int, int]]:
     """Embedding and blocks: a [B, S] batch -> hidden states [T, H] before the final norm."""
-    if (input_ids is None) == (inputs_embeds is None):
+    check_modules(model.layers)
+    input_ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (input_ids is None) == (embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is wanted")
-    given: Any = input_ids if inputs_embeds is None else inputs_embeds
-    batch = (given.shape[0], given.shape[1])
+    if embeds is None:
+        embeds = model.embed_tokens(input_ids)  # [B, S, H], as hooks on it expect
+        if not any(p.requires_grad for p in model.embed_tokens.parameters()):
+            # Trainer's input-require-grads hook would drag a graph through every frozen layer
+            embeds = embeds.detach()
+    batch = (embeds.shape[0], embeds.shape[1])
     pack = make_pack(
-        batch, given.device, attention_mask=attention_mask, position_ids=position_ids,
-        cu_seq_lens=cu_seq_lens, max_length=max_length,
+        batch, embeds.device, attention_mask=given.get("attention_mask"),
+        position_ids=given.get("position_ids"), cu_seq_lens=given.get("cu_seq_lens_q"),
+        max_length=given.get("max_length_q"),
         inv_freq=model.rotary_emb.inv_freq, scaling=model.rotary_emb.attention_scaling,
     )  # fmt: skip
-    flat = given.flatten(0, 1) if pack.at is None else given.flatten(0, 1)[pack.at]
-    if inputs_embeds is None:
-        x = model.embed_tokens(flat)
-        table = model.embed_tokens.weight  # None where it lies on the host
-        if table is None or not table.requires_grad:
-            # Trainer's input-require-grads hook would drag a graph through every frozen layer
-            x = x.detach()
-    else:
-        x = flat
+    x = embeds.flatten(0, 1) if pack.at is None else embeds.flatten(0, 1)[pack.at]
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
     lowest = trains.index(True) if True in trains else len(trains)
     for i, block in enumerate(model.layers):
@@ -177,52 +215,33 @@ def _run_stack(
     return x, pack, batch
 
 
-def _causal_lm_forward(
-    self: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | Tensor = 0,
-    **kwargs: Any,
-) -> Any:
+def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     """With labels: the loss, by the engine, and no logits. Without: the library's own forward.
 
     Beside Hugging Face's arguments, `num_items_in_batch` (the divisor of the summed loss),
     `shift_labels` ([B, S], already shifted), and `supervised_rows` ([R] int64, the rows of the
-    flattened batch that predict something, so that the device is not asked for them).
+    flattened batch that predict something, so that the device is not asked for them). With
+    `return_logits`, or whatever else the engine does not make, all goes the library's own way.
     """
-    if labels is None or past_key_values is not None or kwargs.get("return_logits"):
-        kwargs.pop("return_logits", None)
-        kwargs.pop("supervised_rows", None)
-        return type(self).forward(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels,
-            use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
-        )  # fmt: skip
-    x, pack, _ = _run_stack(
-        self.model, input_ids, inputs_embeds, attention_mask, position_ids,
-        kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"),
-    )  # fmt: skip
-    shifted = kwargs.get("shift_labels")
-    flat = (labels if shifted is None else shifted).flatten()
-    if pack.at is not None:
-        hidden = torch.ones_like(flat, dtype=torch.bool)
-        hidden[pack.at] = False
-        if (flat[hidden] != -100).any():
-            raise UserError(
-                "labels: a padded position carries a label, -100 is wanted there;"
-                " DataCollatorForSeq2Seq pads labels so"
-            )
-        flat = flat[pack.at]
-    targets = next_tokens(flat, pack.cu_seqlens) if shifted is None else flat
-    rows = kwargs.get("supervised_rows")
+    asked = {k for k, v in given.items() if v is not None and v is not False}
+    asked -= {"return_dict"} if given.get("return_dict") else set()
+    asked -= {"logits_to_keep"} if type(given.get("logits_to_keep")) is int else set()
+    if given.get("labels") is None or asked - ENGINE or given.get("return_dict") is False:
+        own = ("return_logits", "supervised_rows")
+        return type(self).forward(self, **{k: v for k, v in given.items() if k not in own})
+    check_modules([self.model.norm, self.lm_head])
+    x, pack, _ = _run_stack(self.model, given)
+    labels, shifted = given["labels"], given.get("shift_labels")
+    mask = given.get("attention_mask")
+    if shifted is None:
+        flat = unpad_labels(labels, mask, pack, shifted=False)
+        targets = next_tokens(flat, pack.row_ends)
+    else:
+        targets = unpad_labels(shifted, mask, pack, shifted=True)
+    rows = given.get("supervised_rows")
     if rows is None or pack.at is not None:
         rows = (targets != -100).nonzero()[:, 0]
-    divisor = kwargs.get("num_items_in_batch")
+    divisor = given.get("num_items_in_batch")
     if divisor is None:
         divisor = rows.numel()
     norm, head = self.model.norm.weight.to(x.dtype), self.lm_head.weight
@@ -238,30 +257,16 @@ def _causal_lm_forward(
     return CausalLMOutputWithPast(loss=loss)
 
 
-def _base_forward(
-    self: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    use_cache: bool | None = None,
-    **kwargs: Any,
-) -> Any:
+def _base_forward(self: Any, given: dict[str, Any]) -> Any:
     """The last hidden state [B, S, H]: by the engine where no cache is wanted."""
+    use_cache, mask = given.get("use_cache"), given.get("attention_mask")
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    plain = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2)
-    if use_cache or past_key_values is not None or not plain or kwargs.get("output_attentions"):
-        return type(self).forward(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            **kwargs,
-        )  # fmt: skip
-    states: list[Tensor] | None = [] if kwargs.get("output_hidden_states") else None
-    x, pack, (b, s) = _run_stack(
-        self, input_ids, inputs_embeds, attention_mask, position_ids,
-        kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"), states,
-    )  # fmt: skip
+    plain = mask is None or (torch.is_tensor(mask) and mask.ndim == 2)
+    asked = {k for k, v in given.items() if v is not None and v is not False}
+    if use_cache or not plain or asked - ENGINE - {"output_hidden_states", "cache_position"}:
+        return type(self).forward(self, **given)
+    states: list[Tensor] | None = [] if given.get("output_hidden_states") else None
+    x, pack, (b, s) = _run_stack(self, given, states)
 
     def unpacked(y: Tensor) -> Tensor:
         if pack.at is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xplus_fast.config import Recipe, stage_name
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 from xplus_fast.model.families import Shape
 from xplus_fast.model.pretrained import config_shape
 from xplus_fast.options import parse_bytes
@@ -126,7 +127,7 @@ def read_shape(model: str) -> Shape:
 
     transformers would take two seconds to say the same. Raises `UserError`.
     """
-    folder = Path(model).expanduser()
+    folder = resolve(model)
     return config_shape(folder / "config.json" if folder.is_dir() else _download(model))
 
 
@@ -139,7 +140,7 @@ def _reach(url: str) -> None:
 
 
 def _download(model: str) -> Path:
-    path = Path(model).expanduser()
+    path = resolve(model)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII) or path.parent.is_dir():
         raise UserError(f"{model}: no such model folder")
     import httpx

@@ -2,20 +2,16 @@
 
 `checkpoint-<step>/` holds `<stem>.safetensors` and `<stem>.json` files (the trained tensors, the
 optimizer state, everything else as JSON; never a frozen tensor, never a pickle) and, written last,
-`manifest.json` with the size and SHA-256 of each. It is written as `.checkpoint-<step>.tmp`,
-flushed to the disk, then renamed: a process killed at any moment leaves the checkpoints before it
-as they were. A run calls `clean_leftovers` before it looks for its `latest_checkpoint`.
+`manifest.json` with the size and SHA-256 of each. A process killed at any moment leaves the
+checkpoints before it as they were; a run calls `clean_leftovers` before it looks for its
+`latest_checkpoint`.
 """
 
 import base64
-import hashlib
 import json
-import os
 import random
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xplus_fast.errors import UserError
-from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES, read_json
+from xplus_fast.files import NewFile, new_folder, remove, sweep, write_file
+from xplus_fast.manifest import check_files, is_whole, read_manifest, write_manifest
+from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES
 
-MANIFEST = "manifest.json"
+FINAL = "final"  # the name of a stage's last checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,17 @@ def write_checkpoint(
     texts = {stem: json.dumps(document).encode() for stem, document in documents.items()}
     needed = sum(t.nbytes for group in tensors.values() for t in group.values())
     needed += sum(len(text) for text in texts.values())
-    listed = {}
+    made: dict[str, NewFile] = {}
     with new_folder(folder, needed) as temp:
 
         def write(name: str, pieces: Iterable[bytes | memoryview]) -> None:
-            digest = hashlib.sha256()
-            size = write_file(temp / name, _hashed(pieces, digest))
-            listed[name] = {"bytes": size, "sha256": digest.hexdigest()}
+            made[name] = write_file(temp / name, pieces, hashed=True)
 
         for stem, group in tensors.items():
             write(f"{stem}.safetensors", _safetensors(group))
         for stem, text in texts.items():
             write(f"{stem}.json", [text])
-        write_file(temp / MANIFEST, [json.dumps({"files": listed}, indent=1).encode()])
+        write_manifest(temp, made)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -74,27 +70,35 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     The tensors are on the CPU. Raises `UserError` naming the file that is missing or damaged.
     """
-    listed = _manifest(folder)
-    hint = "remove this checkpoint to go on from the one before it"
-    for name, item in listed.items():
-        file = folder / name
-        try:
-            if (size := file.stat().st_size) != item["bytes"]:
-                raise UserError(f"{file}: damaged: {size} bytes, not {item['bytes']}; {hint}")
-            with file.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as e:
-            raise UserError(f"{file}: cannot be read ({e.strerror}); {hint}") from None
-        if digest != item["sha256"]:
-            raise UserError(f"{file}: damaged: its SHA-256 is not that of {MANIFEST}; {hint}")
     tensors, documents = {}, {}
-    for name in listed:
+    for name in check_files(folder, "remove this checkpoint to go on from the one before it"):
         file = folder / name
         if file.suffix == ".safetensors":
             tensors[file.stem] = load_file(file)
         else:
             documents[file.stem] = json.loads(file.read_bytes())
     return Checkpoint(folder, tensors, documents)
+
+
+def read_final(
+    folder: Path, stage: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], str]:
+    """A finished stage's tensors, and the SHA-256 of their file.
+
+    stage: its name; shapes: of what it trains. Raises `UserError` for another stage's checkpoint
+    and for what `read_checkpoint` finds.
+    """
+    found = read_checkpoint(folder)
+    trained = found.tensors.get("trained", {})
+    have = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    of = found.documents.get("selection", {}).get("stage", stage)
+    if of != stage or have != dict(shapes):
+        wrong = [n for n in [*shapes, *have] if have.get(n) != shapes.get(n)]
+        what = f"it differs in {wrong[0]}" if wrong else f"it is that of {of}"
+        raise UserError(
+            f"{folder}: not what stage {stage} trains: {what}; remove it to train the stage again"
+        )
+    return trained, read_manifest(folder)["trained.safetensors"]["sha256"]
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -110,25 +114,13 @@ def rotate(parent: Path, keep: int, *, spare: str | None = None) -> None:
     """Remove all whole checkpoints but the `keep` newest and the one named `spare`."""
     assert keep >= 1
     for folder in _whole_checkpoints(parent)[:-keep]:
-        if folder.name == spare:
-            continue
-        # out of sight first: a half-removed checkpoint must not look like one
-        aside = _sibling(folder, "tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        shutil.rmtree(aside)
+        if folder.name != spare:
+            remove(folder)
 
 
 def clean_leftovers(parent: Path) -> None:
     """Undo and remove what a killed process left: call it before `latest_checkpoint`, alone."""
-    for old in parent.glob(".checkpoint-*.old"):
-        final = parent / old.name[1 : -len(".old")]
-        if not final.exists() and _is_whole(old):
-            os.rename(old, final)  # killed between the two renames of a replacement
-        else:
-            shutil.rmtree(old)
-    for temp in parent.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(temp)
+    sweep(parent, rf"checkpoint-\d+|{FINAL}")
 
 
 def rng_state() -> dict[str, Any]:
@@ -155,60 +147,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_from_base64(state["cuda"]))
 
 
-@contextmanager
-def new_folder(final: Path, needed: int) -> Iterator[Path]:
-    """A temporary sibling to fill, which becomes `final` when the block ends without an exception.
-
-    needed: bytes to be written, for the message. An existing `final` is replaced. On any exception
-    the temporary folder is removed; an `OSError` (a full disk) becomes a `UserError`.
-    """
-    temp = _sibling(final, "tmp")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if temp.exists():
-            shutil.rmtree(temp)
-        temp.mkdir()
-        yield temp
-        sync_folder(temp)
-        _move(temp, final)
-    except OSError as e:
-        shutil.rmtree(temp, ignore_errors=True)  # before counting what is free without it
-        home = next(p for p in final.absolute().parents if p.is_dir())
-        free = shutil.disk_usage(home).free
-        raise UserError(
-            f"{final}: cannot be written ({e.strerror}): {needed / 1e6:,.1f} MB wanted,"
-            f" {free / 1e6:,.1f} MB free; what was there before is untouched"
-        ) from e
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-def write_file(file: Path, pieces: Iterable[bytes | memoryview]) -> int:
-    """Write the pieces and flush them to the disk; return the number of bytes."""
-    size = 0
-    with file.open("wb") as handle:
-        for piece in pieces:
-            handle.write(piece)
-            size += len(piece)
-        handle.flush()
-        os.fsync(handle.fileno())
-    return size
-
-
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
     """A tensor's elements in row-major order as bytes, in pieces of `CHUNK`."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), CHUNK):
         yield flat[start : start + CHUNK].data
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -229,65 +172,14 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield from tensor_bytes(tensors[name])
 
 
-def _hashed(
-    pieces: Iterable[bytes | memoryview], digest: "hashlib._Hash"
-) -> Iterator[bytes | memoryview]:
-    for piece in pieces:
-        digest.update(piece)
-        yield piece
-
-
-def _move(temp: Path, final: Path) -> None:
-    """Rename temp to final; what is there goes aside first, and back on an error."""
-    old = _sibling(final, "old")
-    if final.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(final, old)
-    try:
-        os.rename(temp, final)
-        sync_folder(final.parent)
-    except OSError:
-        if final.exists():
-            os.rename(final, temp)
-        if old.exists():
-            os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # `clean_leftovers` removes the rest
-
-
-def _sibling(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{kind}")
-
-
 def _whole_checkpoints(parent: Path) -> list[Path]:
     """The whole checkpoints of a run, by step."""
     steps = {
         int(match[1]): folder
         for folder in parent.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and _is_whole(folder)
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_whole(folder)
     }
     return [steps[step] for step in sorted(steps)]
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        listed = _manifest(folder)
-        return all((folder / n).stat().st_size == item["bytes"] for n, item in listed.items())
-    except (UserError, OSError):
-        return False
-
-
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> {"bytes", "sha256"}; `UserError` if there is no manifest or it is damaged."""
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no {MANIFEST}: not a checkpoint, or one cut off while written")
-    listed = read_json(folder / MANIFEST).get("files")
-    if not isinstance(listed, dict) or not all(
-        isinstance(item, dict) and item.keys() == {"bytes", "sha256"} for item in listed.values()
-    ):
-        raise UserError(f"{folder / MANIFEST}: damaged: not a list of files and their checksums")
-    return listed
 
 
 def _to_base64(state: Tensor) -> str:

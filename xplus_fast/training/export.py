@@ -1,14 +1,16 @@
 """Export a trained model as a Hugging Face folder, and verify that nothing else changed.
 
 `export` copies the base folder and replaces the bytes of the changed tensors only, so that every
-other byte of every shard is the base's. `verify` compares two folders tensor by tensor on their
-stored bytes (NaNs and the sign of zero count), in bounded memory.
+other byte of every shard and of every file beside them is the base's; it adds xplus_fast.json.
+`verify` compares two folders tensor by tensor on their stored bytes (NaNs and the sign of zero
+count) in bounded memory, and the files beside them.
 """
 
 import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,33 @@ import torch
 from torch import Tensor
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import (
+    locked,
+    make_folder,
+    new_folder,
+    settle,
+    speaking,
+    sync_folder,
+    write_file,
+)
 from xplus_fast.model.checkpoint_files import (
     DTYPE_CODES,
+    INDEX,
+    RECORD,
     CheckpointFiles,
     read_json,
     read_range,
 )
-from xplus_fast.training.checkpoints import new_folder, sync_folder, tensor_bytes, write_file
+from xplus_fast.training.checkpoints import tensor_bytes
 
-RECORD = "xplus_fast.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what from_pretrained, tokenizers and servers read beside the weights; never code, never pickles
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, next to chat_template.jinja
+# which files of a result, and which keys of a JSON file, may be others than the base's: those that
+# no library reads
+MAY_DIFFER = (RECORD, "*.md", "LICENSE*", "NOTICE*", ".*")
+UNREAD = ("transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,8 @@ class Verification:
     """What `verify` found, by tensor name in the base's order.
 
     missing: in the base only. extra: in the result only. reshaped: in both, with another shape or
-    dtype. changed: other bytes; outside: those of them that were not to change.
+    dtype. changed: other bytes; outside: those of them that were not to change, where a record
+    or a selection has `judged` that. files: beside the weights, what is not as it was, and how.
     """
 
     base: Path
@@ -46,14 +63,20 @@ class Verification:
     missing: list[str]
     extra: list[str]
     reshaped: list[str]
-    changed_parameters: int
+    files: list[str]
+    judged: bool
+    numel: dict[str, int]  # of what changed
     identical: int  # tensors
     identical_bytes: int
     notes: list[str]
 
     @property
+    def changed_parameters(self) -> int:
+        return sum(self.numel.values())
+
+    @property
     def ok(self) -> bool:
-        return not (self.outside or self.missing or self.extra or self.reshaped)
+        return not (self.outside or self.missing or self.extra or self.reshaped or self.files)
 
 
 def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, Any]) -> None:
@@ -66,7 +89,16 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     have, for values that are not finite, for a damaged base, and for a full disk; `out` does not
     come into being then.
     """
-    files = CheckpointFiles.open(base)
+    with locked(out):
+        _export(CheckpointFiles.open(base), changed, out, record)
+
+
+def _export(
+    files: CheckpointFiles, changed: dict[str, Tensor], out: Path, record: dict[str, Any]
+) -> None:
+    base = files.folder
+    with speaking(out):
+        settle(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; export writes to a new or empty folder")
     if _tied(files) and EMBEDDING in changed and HEAD in files.entries:
@@ -82,7 +114,7 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     with new_folder(out, needed) as temp:
         for file in copied:
             target = temp / file.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
             write_file(target, _copy(file))
         for shard in shards:
             replaced = changed if shard in rewritten else {}
@@ -96,18 +128,20 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
 def verify(
     base: Path, result: Path, allowed: set[int] | None = None, also: Collection[str] = ()
 ) -> Verification:
-    """Compare every tensor of two model folders byte for byte.
+    """Compare every tensor of two model folders byte for byte, and the files beside the weights.
 
     allowed: ids of the decoder layers that may differ; None: the tensors that the result's
-    xplus_fast.json names. also: names of tensors that may differ beside those layers. A head that
-    one side leaves out because it is tied is that side's embedding.
+    xplus_fast.json names, all where there is none. also: names of tensors that may differ beside
+    those layers. A head that one side leaves out because it is tied is that side's embedding.
 
-    Raises `UserError` if neither is given, or if a folder cannot be read.
+    Raises `UserError` if a folder cannot be read.
     """
     a, b = CheckpointFiles.open(base), CheckpointFiles.open(result)
-    may_change = _recorded(result) if allowed is None else set()
+    recorded = _recorded(result) if allowed is None else None
+    judged, may_change = allowed is not None or recorded is not None, recorded or set()
     changed, outside, missing, extra, reshaped = [], [], [], [], []
-    parameters = identical = identical_bytes = 0
+    numel: dict[str, int] = {}
+    identical = identical_bytes = 0
     for name in [*a.entries, *(n for n in b.entries if n not in a.entries)]:
         x, y = _stored(a, name), _stored(b, name)
         if x is None:
@@ -121,9 +155,9 @@ def verify(
             identical_bytes += a.entries[x].end - a.entries[x].start
         else:
             changed.append(name)
-            parameters += a.entries[x].numel
+            numel[name] = a.entries[x].numel
             if allowed is None:
-                permitted = bool(may_change & {x, y})
+                permitted = not judged or bool(may_change & {x, y})
             else:
                 permitted = layer_of(name) in allowed or bool({x, y}.intersection(also))
             if not permitted:
@@ -132,10 +166,8 @@ def verify(
     notes = []
     if still := sorted(may_change.difference(changed)):
         notes.append(f"trained, but unchanged: {_count(len(still))}, first {still[0]}")
-    ignored = {"transformers_version", "_name_or_path"}
-    keys = (a.config.keys() | b.config.keys()) - ignored
-    if differ := sorted(key for key in keys if a.config.get(key) != b.config.get(key)):
-        notes.append(f"config.json differs in {', '.join(differ)}")
+    if not judged:
+        notes.append(f"no {RECORD} says what was to change: a list, no proof; --layers judges it")
     return Verification(
         base=base,
         result=result,
@@ -144,7 +176,9 @@ def verify(
         missing=missing,
         extra=extra,
         reshaped=reshaped,
-        changed_parameters=parameters,
+        files=_files(a, b),
+        judged=judged,
+        numel=numel,
         identical=identical,
         identical_bytes=identical_bytes,
         notes=notes,
@@ -159,10 +193,10 @@ def describe(verification: Verification) -> str:
         ids = sorted({i for name in v.changed if (i := layer_of(name)) is not None})
         places = [f"layer{'s' if len(ids) > 1 else ''} {_ranges(ids)}"] if ids else []
         places += [name for name in v.changed if layer_of(name) is None]
-        lines.append(
-            f"changed: {_count(len(v.changed))} ({v.changed_parameters:,} parameters)"
-            f" in {', '.join(places)}"
-        )
+        lines.append(f"changed: {_size(v, v.changed)} in {', '.join(places)}")
+        for i in ids if not v.judged else ():
+            of_layer = [name for name in v.changed if layer_of(name) == i]
+            lines.append(f"  layer {i}: {_size(v, of_layer)}")
     else:
         lines.append("changed: no tensor")
     others = "all others bit-identical" if v.ok else "bit-identical"
@@ -172,9 +206,11 @@ def describe(verification: Verification) -> str:
         ("missing in the result", v.missing),
         ("in the result only", v.extra),
         ("of another shape or dtype", v.reshaped),
+        ("beside the weights", v.files),
     ):
         if names:
-            lines.append(f"{what}: {_count(len(names))}")
+            kind = "file" if names is v.files else "tensor"
+            lines.append(f"{what}: {_count(len(names), kind)}")
             lines += [f"  {name}" for name in names[:20]]
             lines += [f"  and {len(names) - 20} more"] if len(names) > 20 else []
     lines += [f"note: {note}" for note in v.notes]
@@ -242,17 +278,54 @@ def _stored(files: CheckpointFiles, name: str) -> str | None:
     return name if name in files.entries else None
 
 
-def _recorded(result: Path) -> set[str]:
-    """The tensors that the result's own record says were trained."""
+def _recorded(result: Path) -> set[str] | None:
+    """The tensors that the result's own record says were trained; None where it has none."""
     file = result / RECORD
     if not file.is_file():
-        raise UserError(
-            f"{result}: no {RECORD} says which layers were trained; name them with --layers"
-        )
+        return None
     names = read_json(file).get("tensors")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: 'tensors' is not a list of tensor names")
     return set(names)
+
+
+def _files(a: CheckpointFiles, b: CheckpointFiles) -> list[str]:
+    """What is not as it was beside the weights, in words."""
+    weights = {entry.file.name for f in (a, b) for entry in f.entries.values()} | {INDEX}
+    of_base = {str(p.relative_to(a.folder)) for p in _companions(a.folder)} - weights
+    here = {p.relative_to(b.folder) for p in b.folder.rglob("*") if p.is_file()}
+    found = []
+    for name in sorted(of_base | {str(path) for path in here} - weights):
+        if any(fnmatch(name, pattern) for pattern in MAY_DIFFER):
+            continue
+        if Path(name) not in here:
+            found.append(f"{name}: missing")
+        elif not (a.folder / name).is_file():
+            found.append(f"{name}: in the result only")
+        elif differ := _difference(a.folder / name, b.folder / name):
+            found.append(f"{name}: {differ}")
+    return found
+
+
+def _difference(a: Path, b: Path) -> str:
+    """How two files differ: JSON by its values, all else by bytes; empty if they do not."""
+    if a.stat().st_size == b.stat().st_size and _same(_copy(a), _copy(b)):
+        return ""
+    if a.suffix != ".json":
+        return "another"
+    try:
+        there, here = (json.loads(b"".join(_copy(file))) for file in (a, b))
+    except ValueError:
+        return "another"
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return "" if there == here else "another"
+    keys = [k for k in [*there, *(k for k in here if k not in there)] if k not in UNREAD]
+    differ = [k for k in keys if there.get(k) != here.get(k)]
+    return f"differs in {', '.join(differ)}" if differ else ""
+
+
+def _size(v: Verification, names: list[str]) -> str:
+    return f"{_count(len(names))} ({sum(v.numel[name] for name in names):,} parameters)"
 
 
 def _same(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
@@ -264,8 +337,8 @@ def _kind(files: CheckpointFiles, name: str) -> str:
     return f"{DTYPE_CODES[files.dtype(name)]} {list(files.shape(name))}"
 
 
-def _count(tensors: int) -> str:
-    return f"{tensors:,} tensor{'' if tensors == 1 else 's'}"
+def _count(number: int, kind: str = "tensor") -> str:
+    return f"{number:,} {kind}{'' if number == 1 else 's'}"
 
 
 def _ranges(ids: list[int]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from xplus_fast.data.corpus import describe
 from xplus_fast.errors import UserError
+from xplus_fast.files import write_picture, write_text
 from xplus_fast.training import watch
 from xplus_fast.training.progress import duration, si
 
@@ -67,7 +68,7 @@ def write_report(run: Path) -> str:
         _table(["software", "version"], [list(pair) for pair in about["versions"].items()]),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    (run / "report.md").write_text(text, encoding="utf-8")
+    write_text(run / "report.md", text)
     where = ", ".join(str(run / name) for name in pictures)
     return "\n".join([*_summary(rows), f"report    {run / 'report.md'}", f"pictures  {where}"])
 
@@ -341,7 +342,7 @@ def _draw_loss(steps: Steps, path: Path) -> None:
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
@@ -403,4 +404,4 @@ def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
     for label, colour in ((labels[0], _BEFORE), (labels[-1], _AFTER)):
         grid[0].scatter([], [], s=42, color=colour, label=label)
     figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    figure.savefig(path)
+    write_picture(path, figure)

@@ -9,6 +9,7 @@ import gc
 import json
 import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
+    resolved,
     stage_name,
 )
 from xplus_fast.data.chat import Encoded, preview
@@ -30,15 +32,16 @@ from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
+from xplus_fast.files import append_lines, make_folder, resolve, write_json
 from xplus_fast.model.checkpoint_files import (
     CheckpointFiles,
     check_against,
     read_header,
     resolve_model,
 )
-from xplus_fast.model.families import shape_of
+from xplus_fast.model.families import shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
-from xplus_fast.model.prepare import load_tensors, trained_tensors
+from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
 from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
@@ -46,13 +49,16 @@ from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
+    FINAL,
     clean_leftovers,
     latest_checkpoint,
-    read_checkpoint,
+    read_final,
     write_checkpoint,
 )
 from xplus_fast.training.memory_log import ran_out
+from xplus_fast.training.peers import watched
 from xplus_fast.training.place import (
     Place,
     barrier,
@@ -68,16 +74,15 @@ from xplus_fast.training.report import write_report
 from xplus_fast.training.run_folder import (
     claim,
     cut_metrics,
+    hold,
     last_step,
     look_at,
     read_metrics,
     read_recipe,
     throw_away,
-    write_json,
 )
+from xplus_fast.training.stop import StopWhenAsked
 from xplus_fast.training.watch import Watch
-
-FINAL = "final"
 
 
 def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> str:
@@ -92,7 +97,8 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         UserError: whatever the user can put right; what was computed so far is kept.
     """
     try:
-        return _train(recipe, restart, dry_run)
+        with ExitStack() as held:
+            return _train(resolved(recipe), restart, dry_run, held)
     except RuntimeError as e:
         if not ran_out(e):
             raise
@@ -103,8 +109,9 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
         ) from None
 
 
-def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
+def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str:
     place = find_place(recipe)
+    held.enter_context(watched(place))
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
@@ -116,12 +123,13 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     plans = [plan for _, plan in share(named, place)]
     check_plans(plans)
     say(describe_plans(recipe.model, shape, where, named, whole=dry_run or where.card is not None))
-    run = Path(recipe.output)
+    run = resolve(recipe.output)
     if not dry_run:
-        if restart and place.first:
-            throw_away(run)
+        if place.first:
+            held.enter_context(hold(run))
         barrier(place)
-        look_at(run, recipe)
+        if not restart:
+            look_at(run, recipe)
     tokenizer = load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
@@ -129,6 +137,8 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
     if dry_run:
         return "dry run: nothing was trained"
     if place.first:
+        if restart:
+            throw_away(run)
         rows = [_step_rows(recipe, corpus, place) for corpus in corpora]
         claim(run, recipe, base, corpora, rows, [frozen_formats(plan) for plan in plans])
     barrier(place)
@@ -160,13 +170,14 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool) -> str:
         arrange(model, plan.layout, weights, **kind)
         done, memory = run / name / FINAL, {}
         if done.exists():
-            load_tensors(model, read_checkpoint(done).tensors["trained"])
+            load_tensors(model, read_final(done, name, stage_shapes(shape, ids, stage.also))[0])
             say(f"stage {name}: trained before, taken from {done}")
         else:
             memory = _train_stage(
                 recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout
             )
         weights.cover(read_header(done / "trained.safetensors"))
+        forget_changes(model)
         stages.append(
             {
                 "name": name,
@@ -209,6 +220,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
     tensors: dict[str, torch.Tensor] = {}
     layers: set[int] = set()
     also: set[str] = set()
+    checksums: list[str] = []
     base = resolve_model(recipe.model)
     shape = shape_of(load_config(base))
     for i, stage in enumerate(recipe.stages):
@@ -218,8 +230,11 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
                 f"{run}: stage {stage_name(recipe, i)} is not finished;"
                 " start its recipe again first"
             )
-        tensors |= read_checkpoint(folder).tensors["trained"]
-        layers |= set(resolve_layers(stage.layers, shape.layers))
+        name, ids = stage_name(recipe, i), resolve_layers(stage.layers, shape.layers)
+        trained, checksum = read_final(folder, name, stage_shapes(shape, ids, stage.also))
+        tensors |= trained
+        checksums.append(checksum)
+        layers |= set(ids)
         also |= set(stage.also)
     record = {
         "base": recipe.model,
@@ -229,6 +244,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
             {"name": stage_name(recipe, i), "layers": resolve_layers(s.layers, shape.layers)}
             for i, s in enumerate(recipe.stages)
         ],
+        "checksums": checksums,  # of the stages' tensors, as trained
         "xplus_fast": __version__,
     }
     return base, tensors, record
@@ -246,13 +262,10 @@ class _RunLog(TrainerCallback):
             return
         line = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
         line |= {k: v for k, v in logs.items() if k != "epoch"}
+        del state.log_history[:-1]  # all of it is in the file; a checkpoint would repeat it
         self.live = self.live or LiveLine(self.stage, state.max_steps)
         self.live.update(line)
-        try:
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(line) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.file}: cannot be written ({e.strerror})") from None
+        append_lines(self.file, [json.dumps(line)])
 
     def say(self, line: str) -> None:
         """Say something for good, above the live line."""
@@ -274,7 +287,7 @@ def _train_stage(
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
     folder = run / name
     if place.first:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         clean_leftovers(folder)
     barrier(place)
     rows = _step_rows(recipe, corpus, place)
@@ -325,15 +338,24 @@ def _train_stage(
         trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
-    try:
-        trainer.train(resume)
-    finally:
-        log.close()
+    with finish_first(f"stage {name} finishes its step and saves") as asked:
+        stop = StopWhenAsked(asked, place)
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume)
+        finally:
+            log.close()
+        stop.check(f"stage {name}")
     if place.first:
         write_checkpoint(
             folder / FINAL,
             {"trained": trained_tensors(model)},
-            {"selection": {"layers": resolve_layers(stage.layers, len(model.model.layers))}},
+            {
+                "selection": {
+                    "layers": resolve_layers(stage.layers, len(model.model.layers)),
+                    "stage": name,
+                }
+            },
         )
     barrier(place)
     memory = trainer.memory

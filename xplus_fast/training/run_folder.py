@@ -2,28 +2,38 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from xplus_fast.config import Recipe, load_recipe, stage_name
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.errors import UserError
+from xplus_fast.files import is_free, remove, whole_lines, working_in, write_json, write_text
+from xplus_fast.manifest import MANIFEST
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.options import dump_options, first_difference, to_dict
-from xplus_fast.training.checkpoints import sync_folder
 
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
 COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
 ROWS, FORMATS = "rows a step", "frozen format"
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
-FILES = ("recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png")
+FILES = ("metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png", "recipe.yaml")
+
+
+def hold(run: Path) -> Any:
+    """A lock on a run's folder, for all that is done in it. Raises `UserError` if it is another's.
+
+    The mark is written first and says nothing until the rest is there; it says nothing again
+    before a run is thrown away. So at any moment the folder is ours, and either begun or free.
+    """
+    if not is_free(run, MARK) and not (run / MARK).is_file():
+        raise UserError(f"{run}: is not empty and no run of ours; choose another output")
+    return working_in(run)
 
 
 def look_at(run: Path, recipe: Recipe) -> None:
-    """See that the output is free, or holds a run of this recipe."""
+    """See that a run begun in this folder is one of this recipe."""
     if _made_of(run):
         there, here = (_comparable(r) for r in (read_recipe(run), recipe))
         if difference := first_difference(there, here):
@@ -31,20 +41,26 @@ def look_at(run: Path, recipe: Recipe) -> None:
                 f"{run} holds a run of another recipe ({difference});"
                 " choose another output, or --restart to throw that run away"
             )
-    elif _made_of(run) is None and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: is not empty and no run of ours; choose another output")
 
 
 def throw_away(run: Path) -> None:
-    """Remove an earlier run: what we wrote, and nothing else that may lie in its folder."""
-    if not _made_of(run):
-        return  # no run of ours: _look_at says what is in the way
-    recipe = read_recipe(run)
-    for folder in ("evaluation", *(stage_name(recipe, i) for i in range(len(recipe.stages)))):
-        shutil.rmtree(run / folder, ignore_errors=True)
-    for file in FILES:
-        (run / file).unlink(missing_ok=True)
+    """Remove an earlier run: what we wrote, and nothing else that may lie in its folder.
+
+    Called again, it goes on where it was cut off.
+    """
+    stages = _stages(run)
     write_json(run / MARK, {})
+    for name in ("evaluation", *stages, *FILES):  # the recipe last: it says what the stages are
+        remove(run / name)
+
+
+def _stages(run: Path) -> list[str]:
+    """The folders of a run's stages."""
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+    except UserError:  # it is gone or damaged: what a stage's folder holds tells
+        return [f.parent.parent.name for f in run.glob(f"*/*/{MANIFEST}")]
+    return [stage_name(recipe, i) for i in range(len(recipe.stages))]
 
 
 def claim(
@@ -65,8 +81,8 @@ def claim(
     }
     there, told = _made_of(run), (ROWS, FORMATS)
     if not there:
-        write_json(run / MARK, {})  # ours from here on, begun once it says of what
-        _write_text(run / "recipe.yaml", dump_options(recipe))
+        throw_away(run)  # the rest of what a --restart that was cut off was to remove
+        write_text(run / "recipe.yaml", dump_options(recipe))
         write_json(run / MARK, made_of)
     for what, was in (there or {}).items():
         if was != made_of[what]:
@@ -83,8 +99,10 @@ def _made_of(run: Path) -> dict[str, Any] | None:
         return json.loads((run / MARK).read_text(encoding="utf-8"))
     except OSError:
         return None
-    except json.JSONDecodeError:
-        raise UserError(f"{run / MARK}: damaged; remove the folder or choose another") from None
+    except ValueError:
+        raise UserError(
+            f"{run / MARK}: damaged; --restart throws the run away, or choose another output"
+        ) from None
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -97,50 +115,30 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_recipe(run: Path) -> Recipe:
+    """The recipe of a run that is begun. Raises `UserError` where there is none."""
     if not _made_of(run):
         raise UserError(f"{run}: no run is here")
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: its recipe.yaml is gone; --restart throws the run away")
     return load_recipe(run / "recipe.yaml")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return []
     lines = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
+    for line in whole_lines(run / "metrics.jsonl"):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the empty end of the file, or a line cut short
+        except ValueError:
+            break
     return lines
 
 
 def cut_metrics(run: Path, stage: str, step: int) -> None:
     """Take out what was logged after the step that a stage goes on from."""
     kept = [m for m in read_metrics(run) if m["stage"] != stage or m["step"] <= step]
-    _write_text(run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+    write_text(run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def last_step(run: Path, stage: str) -> int:
     return max((m["step"] for m in read_metrics(run) if m["stage"] == stage), default=0)
-
-
-def write_json(file: Path, value: Any) -> None:
-    _write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written ({e.strerror})") from None

@@ -18,8 +18,8 @@ class Meter:
     Counts stay on the device until `read`, so that adding a batch never waits for it.
     """
 
-    def __init__(self, shape: Shape, layers: Collection[int], also: Collection[str]) -> None:
-        self.shape, self.layers, self.also = shape, layers, also
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
         self.peak: float | None = None  # FLOP/s of a large GEMM
         self.seen = 0  # tokens so far, all processes
         self.start()
@@ -67,8 +67,13 @@ class Meter:
         self._pairs = self._pairs + pairs
         self._supervised = self._supervised + (inputs["labels"][..., 1:] != -100).sum()
 
-    def read(self, device: torch.device) -> dict[str, Any]:
-        """Rates since the last read, over all processes: every process calls this."""
+    def read(
+        self, device: torch.device, layers: Collection[int], also: Collection[str]
+    ) -> dict[str, Any]:
+        """Rates since the last read, over all processes: every process calls this.
+
+        layers, also: which trained.
+        """
         assert self.peak is not None
         counts = torch.tensor(
             [int(self._tokens), int(self._supervised), int(self._pairs)], device=device
@@ -80,7 +85,7 @@ class Meter:
             processes = torch.distributed.get_world_size()
         tokens, supervised, pairs = counts.tolist()
         flops = necessary_flops(
-            self.shape, self.layers, self.also, tokens=tokens, supervised=supervised, pairs=pairs
+            self.shape, layers, also, tokens=tokens, supervised=supervised, pairs=pairs
         ).total
         self.seen += tokens
         self.start()
@@ -98,7 +103,8 @@ class Meter:
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here and now: the best of a few."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         _wait(device)

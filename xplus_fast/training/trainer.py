@@ -15,39 +15,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.model.prepare import (
+    check_stock,
     is_prepared,
     layer_ids,
-    load_tensors,
+    note_changes,
     prepare_model,
-    trained_tensors,
 )
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
+from xplus_fast.training.arguments import OUR_ADAMW, asks_for_checkpointing, check_arguments
 from xplus_fast.training.checkpoints import (
-    Checkpoint,
     latest_checkpoint,
-    read_checkpoint,
-    rng_state,
-    rotate,
-    set_rng_state,
-    write_checkpoint,
 )
 from xplus_fast.training.optimizer import AdamW
+from xplus_fast.training.saving import SavingTrainer, bare_optimizer
 from xplus_fast.training.throughput import Meter
+from xplus_fast.training.unpacked import ELEMENTWISE, Unpacked, check_given
 
-OUR_ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Trainer's defaults ask for
 ON_DEVICE = UpdateLayout()  # fp32 states and masters, all on the device
 
 
-class XPlusTrainer(Trainer):
+class XPlusTrainer(SavingTrainer):
     """A Trainer for selected layers.
 
     Args:
@@ -74,70 +69,86 @@ class XPlusTrainer(Trainer):
         **options: Any,
     ) -> None:
         self._selection = (layers, tuple(also), activations)
-        if getattr(args, "use_liger_kernel", False):
-            raise UserError("use_liger_kernel: the engine has its own kernels; leave it off")
-        if args is not None and args.n_gpu > 1:
-            args._n_gpu = 1  # DataParallel would cut packed batches; torchrun takes several GPUs
+        self._update = update
+        if args is not None:
+            check_arguments(args)
+            if args.n_gpu > 1:
+                args._n_gpu = 1  # DataParallel would cut packed batches; torchrun takes several
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)
-        self._choose_optimizer(update)
-        self.add_callback(_ForgetGradients())
-        self._resumed: Checkpoint | None = None
-        self._count()
+        self._check_update()
+        self.meter = Meter(shape_of(self.model.config))  # type: ignore[union-attr]
+        self.add_callback(_Begin(self))
         if self.optimizer is not None:
             mine = {id(p) for p in self.model.parameters()}  # type: ignore[union-attr]
-            groups = bare_optimizer(self.optimizer).param_groups
-            if any(id(p) not in mine for group in groups for p in group["params"]):
+            bare = bare_optimizer(self.optimizer)
+            if any(id(p) not in mine for group in bare.param_groups for p in group["params"]):
                 raise UserError(
                     "optimizers: made from parameters that are not the prepared model's; call"
                     " prepare_model(model) before making it, or use optimizer_cls_and_kwargs"
                 )
+            check_given(bare)
 
-    def _choose_optimizer(self, update: UpdateLayout) -> None:
-        free = self.optimizer is None and self.optimizer_cls_and_kwargs is None
-        if free and self.args.optim in OUR_ADAMW:
-            self.optimizer_cls_and_kwargs = (
-                AdamW,
-                dict(
-                    lr=self.args.learning_rate,
-                    betas=(self.args.adam_beta1, self.args.adam_beta2),
-                    eps=self.args.adam_epsilon,
-                    seed=self.args.seed,
-                    **dataclasses.asdict(update),
-                ),
-            )
-        elif update != ON_DEVICE:
-            given = (
-                "one of its own" if not free else f"optim={OptimizerNames(self.args.optim).value}"
-            )
-            raise UserError(
-                f"update: {update} is for the AdamW that optim=adamw_torch makes, and this run"
-                f" has {given}"
-            )
+    def _prepare(self, model: Any) -> None:
+        layers, also, activations = self._selection
+        check_stock(model)
+        ids = None if layers is None else resolve_layers(layers, shape_of(model.config).layers)
+        prepare_model(model, ids, also=also, activations=activations)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("nothing trains: every parameter is frozen and no layers are selected")
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._prepare(model)
         return model
 
-    def _prepare(self, model: Any) -> None:
-        layers, also, activations = self._selection
-        ids = None if layers is None else resolve_layers(layers, shape_of(model.config).layers)
-        prepare_model(model, ids, also=also, activations=activations)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UserError("nothing trains: every parameter is frozen and no layers are selected")
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[assignment]
+        for name in getattr(self.data_collator, "columns", ()):
+            if name not in columns:  # what the collator reads is used, though not by the model
+                columns.append(name)
 
-    def _count(self) -> None:
-        model: Any = self.model
-        trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        also = [kind for kind, name in BESIDE.items() if name in trained]
-        if shape_of(model.config).tied and "embedding" in also:
-            also.append("head")
-        self.meter = Meter(shape_of(model.config), layer_ids(model), also)
+    # The optimizer, made of the arguments as they are when training begins
+
+    def _is_ours(self) -> bool:
+        """Whether the arguments ask for our AdamW."""
+        free = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        return free and self.args.optim in OUR_ADAMW
+
+    def _check_update(self) -> None:
+        if self._update == ON_DEVICE or self._is_ours():
+            return
+        own = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        given = "one of its own" if own else f"optim={OptimizerNames(self.args.optim).value}"
+        raise UserError(
+            f"update: {self._update} is for the AdamW that optim=adamw_torch makes, and this run"
+            f" has {given}"
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+        if self.optimizer is not None:
+            return self.optimizer
+        check_arguments(self.args)  # a search or a script may have changed them
+        self._check_update()
+        stock: Any = self.accelerator.unwrap_model(self.model if model is None else model)
+        asked = self.optimizer_cls_and_kwargs
+        if self._is_ours():
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            options = dict(
+                lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon,
+                seed=self.args.seed, **dataclasses.asdict(self._update),
+            )  # fmt: skip
+            self.optimizer_cls_and_kwargs = (AdamW, options)
+        elif asked is None or not issubclass(asked[0], (AdamW, *ELEMENTWISE)):
+            self._unpacked = Unpacked(stock)
+        try:
+            optimizer = super().create_optimizer(self._unpacked or stock)
+        finally:
+            self.optimizer_cls_and_kwargs = asked
+        if self._unpacked is not None:
+            self._unpacked.attach(optimizer)
         adamw = our_adamw(optimizer)
         if adamw is not None and adamw.gradients == "host":
             if self.accelerator.scaler is not None:
@@ -165,23 +176,37 @@ class XPlusTrainer(Trainer):
             resume_from_checkpoint = latest_checkpoint(Path(folder))
             if resume_from_checkpoint is None:
                 raise UserError(f"{folder}: no whole checkpoint to resume from")
-        if self.args.gradient_checkpointing and self.is_world_process_zero():
+        if asks_for_checkpointing(self.args) and self.is_world_process_zero():
             print(
                 "gradient_checkpointing: not needed, blocks keep what `activations` says",
                 flush=True,
             )
-        if self.is_world_process_zero():
-            print(describe_selection(self.model), flush=True)
         path = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
-        model: Any = self.model
+        if self.model_init is not None:
+            self._unpacked = None  # of a model that is about to be made again
+        self.meter.seen = 0
+        try:
+            return super().train(path, *args, **kwargs)
+        finally:
+            self._resumed = None  # where no epoch was left to run
+
+    def begin(self) -> None:
+        """Before the first step: say what trains, and see what the device can do."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        note_changes(model, self._held_tensors())
+        if self.is_world_process_zero():
+            print(describe_selection(model), flush=True)
         dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         self.meter.measure_peak(self.args.device, dtype)
         self.meter.start()
-        return super().train(path, *args, **kwargs)
 
     # A step, watched
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # resumed where it had ended: the library would make one step more
+            self.control.should_training_stop = True
+            return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and items is not None and int(items) == 0:
             raise UserError(
@@ -204,6 +229,8 @@ class XPlusTrainer(Trainer):
         """The norm before clipping, which our AdamW does in its one pass over the gradients."""
         optimizer = our_adamw(self.optimizer)
         if optimizer is None:
+            if self._unpacked is not None:
+                self._unpacked.share_gradients()  # fp16's scaler looks at the optimizer's
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         norm = optimizer.grad_norm()
@@ -229,7 +256,12 @@ class XPlusTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.meter.read(self.args.device)}
+            model: Any = self.accelerator.unwrap_model(self.model)
+            trained = {n for n, p in model.named_parameters() if p.requires_grad}
+            also = [kind for kind, name in BESIDE.items() if name in trained]
+            if shape_of(model.config).tied and "embedding" in also:
+                also.append("head")
+            logs = {**logs, **self.meter.read(self.args.device, layer_ids(model), also)}
         super().log(logs, start_time)
 
     def prediction_step(
@@ -244,129 +276,9 @@ class XPlusTrainer(Trainer):
             inputs = {**inputs, "return_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    # Checkpoints
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self.meter.paused():
             return super().evaluation_loop(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.meter.paused():
-            self._save_and_rotate(trial)
-
-    def _save_and_rotate(self, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self.store_flos()
-        if self.state.best_global_step:
-            best_folder = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best_folder == folder or best_folder.exists():
-                self.state.best_model_checkpoint = str(best_folder)
-        states = _gather(rng_state(), self.args.world_size)
-        if self.args.should_save:
-            self._write(folder, states)
-            if self.args.save_total_limit:
-                best = self.state.best_model_checkpoint
-                spare = None if best is None else Path(best).name
-                rotate(folder.parent, self.args.save_total_limit, spare=spare)
-        self.accelerator.wait_for_everyone()
-
-    def _write(self, folder: Path, rng_states: list[Any]) -> None:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        tensors = {"trained": trained_tensors(model)}
-        documents: dict[str, Any] = {
-            "selection": {"layers": layer_ids(model), "base": model.config._name_or_path},
-        }
-        if not self.args.save_only_model:
-            assert self.lr_scheduler is not None
-            tensors["optimizer"], scalars, groups = self._optimizer_state()
-            documents["training"] = {
-                "optimizer": {"scalars": scalars, "groups": groups},
-                "scheduler": self.lr_scheduler.state_dict(),
-                "rng": rng_states,
-                "tokens_seen": self.meter.seen,
-            }
-        callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                callbacks[type(callback).__name__] = callback.state()
-        documents["trainer_state"] = dataclasses.asdict(self.state)
-        write_checkpoint(folder, tensors, documents)
-
-    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
-        optimizer = bare_optimizer(self.optimizer)
-        if isinstance(optimizer, AdamW):
-            optimizer.synchronize()
-        names = {id(p): n for n, p in self.accelerator.unwrap_model(self.model).named_parameters()}
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, Any] = {}
-        for p, state in optimizer.state.items():
-            for key, value in state.items():
-                target = tensors if torch.is_tensor(value) else scalars
-                target[f"{names[id(p)]}.{key}"] = value
-        groups = [
-            {k: v for k, v in g.items() if k != "params"}
-            | {"params": [names[id(p)] for p in g["params"]]}
-            for g in optimizer.param_groups
-        ]
-        return tensors, scalars, groups
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        self._resumed = read_checkpoint(Path(resume_from_checkpoint))
-        trained = self._resumed.tensors["trained"]
-        if trained.keys() != trained_tensors(model).keys():
-            layers = self._resumed.documents["selection"]["layers"]
-            raise UserError(
-                f"{resume_from_checkpoint}: holds layers {describe_layers(layers)}, and this run"
-                f" trains {describe_layers(layer_ids(model)) or 'none'}"
-            )
-        load_tensors(model, trained)
-
-    def _load_best_model(self) -> None:
-        best = read_checkpoint(Path(str(self.state.best_model_checkpoint)))
-        load_tensors(self.accelerator.unwrap_model(self.model), best.tensors["trained"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        assert self._resumed is not None
-        training = self._resumed.documents.get("training")
-        if training is None:
-            raise UserError(f"{checkpoint}: was saved with save_only_model and cannot be resumed")
-        optimizer = bare_optimizer(self.optimizer)
-        if isinstance(optimizer, AdamW):
-            optimizer.check_saved(training["optimizer"]["groups"], checkpoint)
-        values = {**self._resumed.tensors["optimizer"], **training["optimizer"]["scalars"]}
-        parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        for group, saved in zip(
-            optimizer.param_groups, training["optimizer"]["groups"], strict=True
-        ):
-            group.update({k: v for k, v in saved.items() if k != "params"})
-            for name in saved["params"]:
-                p = parameters[name]
-                state = {
-                    k.rpartition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")
-                }
-                if state and isinstance(optimizer, AdamW):
-                    optimizer.restore(p, state)
-                    continue
-                for key, value in state.items():
-                    beside = key != "step" or group.get("fused") or group.get("capturable")
-                    if torch.is_tensor(value) and beside:
-                        state[key] = value.to(p.device)
-                if state:
-                    optimizer.state[p] = state
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(training["scheduler"])
-        self.meter.seen = training["tokens_seen"]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        assert self._resumed is not None
-        states = self._resumed.documents["training"]["rng"]
-        set_rng_state(states[min(self.args.process_index, len(states) - 1)])
-        self._resumed = None  # the last of the loads; let its tensors go
 
 
 def describe_selection(model: Any) -> str:
@@ -388,29 +300,26 @@ def describe_selection(model: Any) -> str:
     )
 
 
-def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-
-
 def our_adamw(optimizer: Any) -> AdamW | None:
     bare = bare_optimizer(optimizer)
     return bare if isinstance(bare, AdamW) else None
 
 
-class _ForgetGradients(TrainerCallback):
-    """Trainer zeroes the model's gradients here, which does not reach those on the host."""
+class _Begin(TrainerCallback):
+    """Tells the trainer when training begins, whoever made model and optimizer in between.
+
+    Trainer also zeroes the model's gradients then, and after each step, which does not reach those
+    on the host.
+    """
+
+    def __init__(self, trainer: XPlusTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.on_step_end(optimizer=optimizer)
+        self.trainer.begin()
+
+    def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         adamw = our_adamw(optimizer)
         if adamw is not None:
             adamw.zero_grad()
-
-    on_step_end = on_train_begin
-
-
-def _gather(value: Any, processes: int) -> list[Any]:
-    if processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

@@ -40,6 +40,7 @@ from xplus_fast.data.preparation.recipe import Corpus, corpus_name
 from xplus_fast.data.readers import Pair, catalog_pairs, catalogs, line_pairs
 from xplus_fast.data.records import Unfit, translation
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
 
 Row = dict[str, Any]  # a row of `steps.batch.SCHEMA`
 NLLB_COLUMNS = 3  # source, target, LASER score; probabilities of the languages and origins follow
@@ -65,7 +66,7 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
     elif chosen == "hub":
         items = _records(_hub(corpus), corpus)
     else:
-        items = _records(read_records(Path(str(corpus.path)).expanduser()), corpus)
+        items = _records(read_records(resolve(str(corpus.path))), corpus)
     for item in islice(items, corpus.limit):
         if isinstance(item, Rejected):
             yield item
@@ -98,7 +99,7 @@ def corpus_format(corpus: Corpus) -> str:
         return "lines"
     if corpus.format == "lines":
         raise UserError(f"{corpus.path}: format 'lines' wants a list of two files, found one path")
-    path = Path(corpus.path).expanduser()
+    path = resolve(corpus.path)
     if corpus.format != "auto":
         require(corpus.path)
         return corpus.format
@@ -127,8 +128,8 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     if chosen == "hub":
         return []
     if not isinstance(corpus.path, str):
-        return [Path(p).expanduser() for p in [*corpus.path, *filter(None, [corpus.scores])]]
-    path = Path(corpus.path).expanduser()
+        return [resolve(p) for p in [*corpus.path, *filter(None, [corpus.scores])]]
+    path = resolve(corpus.path)
     if chosen == "gettext":
         return [p for p, _ in catalogs(path, _source(corpus))]
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -163,7 +164,7 @@ def _scored(pair: Pair, text: str | Rejected, where: str) -> tuple[Pair, float] 
 
 def _moses(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
     """OPUS: Corpus.en-sw.en, Corpus.en-sw.sw, maybe Corpus.en-sw.scores, README, LICENSE."""
-    path = Path(str(corpus.path)).expanduser()
+    path = resolve(str(corpus.path))
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.rpartition(".")[2]: name for name in archive.namelist()}
@@ -205,7 +206,7 @@ def _member(
 
 def _nllb(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
     """Columns as allenai/nllb has them; languages as in the name, eng_Latn-swh_Latn.gz."""
-    path = Path(str(corpus.path)).expanduser()
+    path = resolve(str(corpus.path))
     named = _NLLB_NAME.search(path.name)
     codes = corpus.languages or (list(named.groups()) if named else [])
     if not codes:
@@ -263,7 +264,7 @@ def _hub(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
-    path = Path(str(corpus.path)).expanduser()
+    path = resolve(str(corpus.path))
     wanted = [canonical(code) for code in corpus.languages]
     unit = 0
     try:

@@ -6,8 +6,6 @@ tokens, and a JSON of what was counted. Finding them is all that "done already" 
 
 import glob
 import heapq
-import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction, instruct_pairs
 from xplus_fast.data.steps.quality import score_pairs
 from xplus_fast.errors import UserError
+from xplus_fast.files import resolve, write_bytes, write_json
 
 STEPS = ("format", "clean", "identify", "decontaminate")  # of a part; the others see all parts
 CONVERSATIONS = ".conversations.parquet"
@@ -75,7 +74,7 @@ def filter_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> str
     ]
     write_table(pa.Table.from_batches(made), part.file(".parquet"))
     # last: its being there says that the part is whole
-    write_json(counts, part.file(".json"))
+    write_json(part.file(".json"), counts)
     return part.name
 
 
@@ -157,12 +156,12 @@ def evaluation_files(sets: EvaluationSets) -> list[Path]:
     """The files of the evaluation sets. Raises `UserError` where a named one is missing."""
     found = []
     for pattern in sets.files:
-        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        paths = sorted(glob.glob(str(resolve(pattern)), recursive=True))
         if not paths:
             raise UserError(f"evaluation.files: {pattern}: no such file")
         found += paths
     for pattern in sets.flores:
-        found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        found += sorted(glob.glob(str(resolve(pattern)), recursive=True))
     return [Path(p) for p in dict.fromkeys(found) if Path(p).is_file()]
 
 
@@ -180,20 +179,4 @@ def evaluation_index(files: tuple[str, ...]) -> Index:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
-
-
-def write_json(tree: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+    write_bytes(path, lambda out: pq.write_table(table, out, compression="zstd"))

@@ -5,6 +5,7 @@ from typing import Any
 
 from xplus_fast.data.languages import language_name
 from xplus_fast.data.preparation.parts import EDGES
+from xplus_fast.files import write_picture, write_text
 
 COLORS = ("#2b6f86", "#c8553d", "#e0a458", "#e9d8a6", "#b4d3da", "#7bb4c2", "#94a3ad")
 
@@ -12,7 +13,7 @@ COLORS = ("#2b6f86", "#c8553d", "#e0a458", "#e9d8a6", "#b4d3da", "#7bb4c2", "#94
 def write_report(out: Path, manifest: dict[str, Any]) -> None:
     """`manifest` is what manifest.json will hold."""
     pictures = _draw(out, manifest)
-    (out / "report.md").write_text(_text(manifest, pictures), encoding="utf-8")
+    write_text(out / "report.md", _text(manifest, pictures))
 
 
 def funnel(counts: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
@@ -111,7 +112,7 @@ def _draw(out: Path, manifest: dict[str, Any]) -> list[str]:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axes.set_title("pairs left after each step", loc="left")
         axes.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=9)
-        figure.savefig(out / "funnel.png", dpi=130)
+        write_picture(out / "funnel.png", figure, dpi=130)
         plt.close(figure)
 
         lengths = counts["lengths"]
@@ -130,6 +131,6 @@ def _draw(out: Path, manifest: dict[str, Any]) -> list[str]:
         for axes in list(grid.flat)[len(lengths) :]:
             axes.set_visible(False)
         figure.supxlabel("characters of a text, from the figure on", fontsize=9)
-        figure.savefig(out / "lengths.png", dpi=130)
+        write_picture(out / "lengths.png", figure, dpi=130)
         plt.close(figure)
     return ["funnel.png", "lengths.png"]

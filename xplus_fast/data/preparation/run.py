@@ -9,9 +9,8 @@ them alone. So a run that was cut off goes on, and gives what an undisturbed one
 
 import glob
 import hashlib
+import io
 import json
-import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +38,6 @@ from xplus_fast.data.preparation.parts import (
     filter_part,
     instruct_part,
     smallest,
-    write_json,
 )
 from xplus_fast.data.preparation.recipe import Corpus, EvaluationSets, PrepareRecipe, corpus_name
 from xplus_fast.data.preparation.report import write_report
@@ -48,6 +46,19 @@ from xplus_fast.data.steps.batch import SCHEMA
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction
 from xplus_fast.errors import UserError
+from xplus_fast.files import (
+    NewFile,
+    is_free,
+    make_folder,
+    move,
+    program,
+    remove,
+    resolve,
+    speaking,
+    working_in,
+    write_json,
+    write_text,
+)
 from xplus_fast.options import to_dict
 
 MANIFEST, QUARANTINE, WORK = "manifest.json", "quarantine.jsonl", ".work"
@@ -62,7 +73,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
 
     Raises `UserError` for what is wrong in the recipe, its corpora or its output folder.
     """
-    out = Path(recipe.output).expanduser()
+    out = resolve(recipe.output)
     sources = [_describe_corpus(c) for c in recipe.corpora]
     evaluation = evaluation_files(recipe.evaluation)
     about = {
@@ -72,35 +83,38 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
         "versions": _versions(),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    if _finished(out, digest, restart):
-        return f"{out}: done already, from the same sources and options; --restart does it again"
-    # the parts depend on less than the whole recipe, but one folder a recipe is easy to trust
-    work = out.resolve() / WORK / digest
     about |= {"digest": digest, "recipe": to_dict(recipe)}
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        (out / PREPARED).touch()
+    if not is_free(out, PREPARED) and not (out / PREPARED).is_file():
+        raise UserError(f"output: {out}: holds something else; give a new or empty folder")
+    with working_in(out), speaking(out):
+        write_text(out / PREPARED, "")  # ours from here on
+        if _finished(out, digest, restart):
+            return (
+                f"{out}: done already, from the same sources and options; --restart does it again"
+            )
+        # the parts depend on less than the whole recipe, but one folder a recipe is easy to trust
+        work = out / WORK / digest
+        make_folder(work)
         for other in (out / WORK).iterdir():
             if other.name != digest:
-                shutil.rmtree(other)
+                remove(other)
         manifest = _carry_out(_anywhere(recipe, evaluation), about, work, show)
-        shutil.rmtree(out / WORK)
-    except OSError as e:
-        raise UserError(f"output: {out}: cannot be written ({e.strerror or e})") from None
-    return _summary(out, manifest)
+        remove(out / WORK)
+        return _summary(out, manifest)
 
 
 def _anywhere(recipe: PrepareRecipe, evaluation: list[Path]) -> PrepareRecipe:
     """The recipe with the paths that workers open, whatever folder they run in."""
-    files = [glob.escape(str(path.resolve())) for path in evaluation]
+    files = [glob.escape(str(path)) for path in evaluation]
     tokenizer = recipe.balance.tokenizer
-    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
-        tokenizer = str(Path(tokenizer).expanduser().resolve())
+    if tokenizer is not None and resolve(tokenizer).is_dir():
+        tokenizer = str(resolve(tokenizer))
     return replace(
         recipe,
-        output=str(Path(recipe.output).expanduser().resolve()),
+        output=str(resolve(recipe.output)),
         evaluation=EvaluationSets(files=files, flores=[]),
         balance=replace(recipe.balance, tokenizer=tokenizer),
+        quality=replace(recipe.quality, python=program(recipe.quality.python)),
     )
 
 
@@ -109,7 +123,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     """All phases; returns the manifest."""
     out = Path(recipe.output)
-    with open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
+    with io.BufferedWriter(NewFile(work / QUARANTINE)) as quarantine:
         reading = Reading(recipe, work, quarantine)
         names = _filter(recipe, work, reading, show)
     rows = Rows.load(work, names)
@@ -123,18 +137,19 @@ def _carry_out(
     manifest = {
         **about, "counts": counts, "quarantined": dict(reading.aside), "shards": shards,
     }  # fmt: skip
-    (out / QUARANTINE).unlink(missing_ok=True)
     if reading.aside:
-        os.replace(work / QUARANTINE, out / QUARANTINE)
+        move(work / QUARANTINE, out / QUARANTINE)
+    else:
+        remove(out / QUARANTINE)
     write_report(out, manifest)
-    write_json(manifest, out / MANIFEST)  # last: its being there says that all is
+    write_json(out / MANIFEST, manifest)  # last: its being there says that all is
     return manifest
 
 
 class Reading:
     """The pass over the corpora: parts for the workers, and what could not be read."""
 
-    def __init__(self, recipe: PrepareRecipe, work: Path, quarantine: TextIO) -> None:
+    def __init__(self, recipe: PrepareRecipe, work: Path, quarantine: BinaryIO) -> None:
         self.recipe, self.work, self.quarantine = recipe, work, quarantine
         self.names: list[str] = []
         self.aside: Counter[str] = Counter()  # "corpus: reason" -> records or files
@@ -173,7 +188,7 @@ class Reading:
     def _set_aside(self, corpus: str, where: str, reason: str, detail: str) -> None:
         self.aside[f"{corpus}: {reason}"] += 1
         line = {"corpus": corpus, "where": where, "reason": reason, "detail": detail}
-        self.quarantine.write(json.dumps(line) + "\n")
+        self.quarantine.write((json.dumps(line) + "\n").encode())
 
 
 def _filter(recipe: PrepareRecipe, work: Path, reading: Reading, show: bool) -> list[str]:
@@ -245,21 +260,22 @@ def _write_shards(
             bar.update()
 
     made = rows.work / "shards"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
+    remove(made)
+    make_folder(made)
     shards: list[dict[str, Any]] = []
     tables = (pq.read_table(part.file(CONVERSATIONS)) for part in parts)
     for table in _cut(tables, recipe.shard_conversations):
         path = made / f"data-{len(shards):05}.parquet"
-        pq.write_table(table, path, compression="zstd")
-        about = {"name": path.name, "conversations": table.num_rows, "sha256": _checksum(path)}
-        shards.append(about)
+        with NewFile(path, hashed=True) as shard:
+            pq.write_table(table, shard, compression="zstd")
+        about = {"name": path.name, "conversations": table.num_rows}
+        shards.append(about | {"sha256": shard.digest.hexdigest()})
     if not shards:
         raise UserError("no pair is left: the report of a run with wider options would say why")
     for old in out.glob("data-*.parquet"):
-        old.unlink()
-    for shard in shards:
-        (made / shard["name"]).rename(out / shard["name"])
+        remove(old)
+    for about in shards:
+        move(made / about["name"], out / about["name"])
     return shards
 
 
@@ -294,22 +310,28 @@ def _totals(work: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _finished(out: Path, digest: str, restart: bool) -> bool:
-    """Whether the output holds this recipe's result; makes room where it may."""
-    if not out.exists():
-        return False
-    if not out.is_dir() or (any(out.iterdir()) and not (out / PREPARED).exists()):
-        raise UserError(f"output: {out}: holds something else; give a new or empty folder")
+    """Whether the output holds this recipe's result, whole; makes room where it may."""
     manifest = out / MANIFEST
-    if manifest.exists():
-        same = json.loads(manifest.read_text(encoding="utf-8")).get("digest") == digest
-        if same and not restart:
-            return True
-        if not restart:
-            raise UserError(f"output: {out}: holds another recipe's result; --restart replaces it")
-        manifest.unlink()
     if restart:
-        shutil.rmtree(out / WORK, ignore_errors=True)
-    return False
+        remove(manifest)
+        remove(out / WORK)
+    if not manifest.exists():
+        return False
+    again = "--restart makes all of it again"
+    try:
+        made = json.loads(manifest.read_bytes())
+        same = made["digest"] == digest
+        shards = {out / shard["name"]: shard["sha256"] for shard in made["shards"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{manifest}: damaged ({e}); {again}") from None
+    if not same:
+        raise UserError(f"output: {out}: holds another recipe's result; --restart replaces it")
+    for shard, checksum in shards.items():
+        if not shard.is_file():
+            raise UserError(f"{shard}: missing, though {MANIFEST} names it; {again}")
+        if _checksum(shard) != checksum:
+            raise UserError(f"{shard}: damaged: its SHA-256 is not that of {MANIFEST}; {again}")
+    return True
 
 
 def _describe_corpus(corpus: Corpus) -> dict[str, Any]:

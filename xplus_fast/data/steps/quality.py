@@ -13,11 +13,9 @@ whether a pair is closer than the same source with neighbours' targets.
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
+from xplus_fast.files import scratch, write_text
 
 NEIGHBOURS = 4  # targets of other pairs that a pair's own is held against
 
@@ -148,9 +147,9 @@ def comet_scores(
     """
     if not rows:
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder) / "rows.jsonl", Path(folder) / "scores.json"
-        given.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with scratch("xplus-comet-") as folder:
+        given, made = folder / "rows.jsonl", folder / "scores.json"
+        write_text(given, "".join(json.dumps(row) + "\n" for row in rows))
         command = [python, "-c", _COMET, model, str(given), str(made)]
         try:
             ran = subprocess.run(command, capture_output=True, text=True)
