@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from xplus_fast.data.chat import beyond_vocabulary
 from xplus_fast.errors import UserError
 from xplus_fast.files import append_lines, make_folder, whole_lines
 from xplus_fast.model.checkpoint_files import RECORD, CheckpointFiles, check_against
 from xplus_fast.model.families import FAMILIES, shape_of
+from xplus_fast.model.pretrained import load_tokenizer, refused
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
 
@@ -36,12 +37,15 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     generation, pad = model.generation_config, tokenizer.pad_token_id
     ends = getattr(generation, "eos_token_id", None)
     both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    size = model.config.vocab_size
     ends = sorted(end for end in both if end is not None)
+    # rows that are over are filled with it, and it is embedded
+    pad = next((i for i in (pad, *ends) if i is not None and i < size), 0)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if pad is None and ends else pad,
+        pad_token_id=pad,
         use_cache=True,
     )
     model.eval()
@@ -64,12 +68,15 @@ def answers(
     model.config.use_cache = True
     generation = model.generation_config
     tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if beyond := beyond_vocabulary(ids, tokenizer, model.config.vocab_size):
+            raise UserError(f"prompt {prompt!r:.60}: {beyond}")
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
     for at in range(0, len(order), batch_size):
         ids = order[at : at + batch_size]
         width = len(tokens[ids[0]])
         # [B, width], padded on the left, so that every row's next token is the last column's
-        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
+        input_ids = torch.full((len(ids), width), generation.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for b, i in enumerate(ids):
             input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])
@@ -120,9 +127,7 @@ class Generator:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
     def answer(self, prompts: Sequence[str], what: str) -> list[tuple[str, bool]]:
@@ -180,12 +185,11 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     files = CheckpointFiles.open(folder)
     if any(entry.scale is not None for entry in files.entries.values()):
         return _load_codes(files, wanted, device)
-    try:
+    with refused(f"{folder}: no model"):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, trust_remote_code=False
-        )
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: no model ({' '.join(str(e).split())[:200]})") from None
+            folder, dtype=wanted, trust_remote_code=False, local_files_only=True,
+            use_safetensors=True, attn_implementation="sdpa",
+        )  # fmt: skip
     return model.to(device)
 
 
@@ -225,11 +229,8 @@ def check_model(folder: Path, *, stock: bool) -> None:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"{folder}/config.json: not a model configuration: {why}") from None
+    with refused(f"{folder}/config.json: not a model configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def model_digest(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import xplus_kernels as ops
 from xplus_fast.errors import UserError
@@ -34,6 +34,7 @@ from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.prepare import take_over
+from xplus_fast.model.pretrained import load_generation_config
 from xplus_kernels.linear_cross_entropy import head_logits
 
 
@@ -104,8 +105,8 @@ def load_model(
             config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    if (weights.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(weights.folder)
+    if (generation := load_generation_config(weights.folder)) is not None:
+        model.generation_config = generation
     take_over(model)
     arrange(model, layout, weights, dtype=dtype, device=device)
     return model.eval()
