@@ -31,7 +31,7 @@ from xplus_fast.data.packed import (
 from xplus_fast.data.packing import pack
 from xplus_fast.data.readers import Example, Reading, read_examples, source_files
 from xplus_fast.errors import UserError
-from xplus_fast.files import NewFile, locked, new_folder, resolve, sweep
+from xplus_fast.files import BUFFER, NewFile, locked, new_folder, resolve, sweep
 from xplus_fast.manifest import check_files, write_manifest
 
 __all__ = [
@@ -215,7 +215,7 @@ def _build(
 
     def new(name: str) -> io.BufferedWriter:
         made[name] = NewFile(folder / name, hashed=True)
-        return io.BufferedWriter(made[name], 1 << 20)
+        return io.BufferedWriter(made[name], BUFFER)
 
     with new(TOKENS) as tokens, new(SUPERVISED) as mask, bar:
         stream = (e for source in sources for e in read_examples(source, data, reading))
