@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve, working_in
+from xplus_fast.signals import Stopped, listen
 
 RESUMABLE = ("prepare", "train", "evaluate")
 BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input."""
+    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input,
+    128 + a signal that ended it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(r.startswith("-") or "=" not in r for r in rest) or (
@@ -27,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes key=value only before the first option
         options.overrides += rest
     try:
-        return options.run(options)
+        with listen():
+            return options.run(options)
     except UserError as e:
         print(f"xplus-fast: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        signum, said = (e.signum, e.said) if isinstance(e, Stopped) else (signal.SIGINT, "")
         more = "; start the same command again to go on" if options.command in RESUMABLE else ""
-        print(f"\nxplus-fast: stopped{more}", file=sys.stderr)
-        return 130
+        print(f"\nxplus-fast: stopped{said and ' ' + said}{more}", file=sys.stderr)
+        return 128 + signum
 
 
 def _parser() -> argparse.ArgumentParser:

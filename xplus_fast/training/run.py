@@ -42,13 +42,14 @@ from xplus_fast.model.checkpoint_files import (
 )
 from xplus_fast.model.families import shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
-from xplus_fast.model.prepare import load_tensors, trained_tensors
+from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     FINAL,
     clean_leftovers,
@@ -57,6 +58,7 @@ from xplus_fast.training.checkpoints import (
     write_checkpoint,
 )
 from xplus_fast.training.memory_log import ran_out
+from xplus_fast.training.peers import watched
 from xplus_fast.training.place import (
     Place,
     barrier,
@@ -79,6 +81,7 @@ from xplus_fast.training.run_folder import (
     read_recipe,
     throw_away,
 )
+from xplus_fast.training.stop import StopWhenAsked
 from xplus_fast.training.watch import Watch
 
 
@@ -108,6 +111,7 @@ def train(recipe: Recipe, *, restart: bool = False, dry_run: bool = False) -> st
 
 def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str:
     place = find_place(recipe)
+    held.enter_context(watched(place))
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
@@ -173,6 +177,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
                 recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout
             )
         weights.cover(read_header(done / "trained.safetensors"))
+        forget_changes(model)
         stages.append(
             {
                 "name": name,
@@ -257,6 +262,7 @@ class _RunLog(TrainerCallback):
             return
         line = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
         line |= {k: v for k, v in logs.items() if k != "epoch"}
+        del state.log_history[:-1]  # all of it is in the file; a checkpoint would repeat it
         self.live = self.live or LiveLine(self.stage, state.max_steps)
         self.live.update(line)
         append_lines(self.file, [json.dumps(line)])
@@ -332,10 +338,14 @@ def _train_stage(
         trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
-    try:
-        trainer.train(resume)
-    finally:
-        log.close()
+    with finish_first(f"stage {name} finishes its step and saves") as asked:
+        stop = StopWhenAsked(asked, place)
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume)
+        finally:
+            log.close()
+        stop.check(f"stage {name}")
     if place.first:
         write_checkpoint(
             folder / FINAL,
