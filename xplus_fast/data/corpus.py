@@ -74,8 +74,8 @@ def load_corpus(
     """
     others = list(keep_out)
     folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others)
+    sweep(folder.parent, _NAMES)
     if not (found := folder.exists()):
-        sweep(folder.parent, _NAMES)
         with locked(folder, wait=True):  # of two that want it, one makes it
             if not folder.exists():
                 with new_folder(folder) as building:
