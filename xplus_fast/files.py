@@ -37,13 +37,16 @@ def resolve(path: str | Path) -> Path:
     Raises `UserError` for what no path can be.
     """
     try:
-        found = Path(path).expanduser()
-        if found.name == "..":
-            return found.resolve()
-        return found.parent.resolve() / found.name
+        given = Path(path).expanduser()
+        in_folder = given.parent.resolve() / given.name
+        found = given.resolve() if given.name == ".." else in_folder
+        os.lstat(found)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return found  # whoever opens it will say so
     except (OSError, RuntimeError, ValueError) as e:  # too long; no such home, a circle; NUL
         why = (e.strerror if isinstance(e, OSError) else None) or e
         raise UserError(f"{str(path)[:100]!r}: not a path ({why})") from None
+    return found
 
 
 def program(name: str) -> str:
