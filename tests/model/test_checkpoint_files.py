@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -22,6 +21,7 @@ from xplus_fast.model.checkpoint_files import (
     read_header,
     resolve_model,
 )
+from xplus_fast.planning.from_recipe import read_shape
 
 
 def model(tied: bool = False) -> Qwen3ForCausalLM:
@@ -271,8 +271,14 @@ def test_resolve_local(tmp_path, monkeypatch):
         resolve_model("file")
 
 
+# The hub's HTTP client, whichever this release has: its errors are the bases of the hub's own.
+CLIENT_ERROR = errors.HfHubHTTPError.__bases__[0]
+
+
 def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-    return kind("x\ny", response=httpx.Response(401, request=httpx.Request("GET", "https://hub")))
+    raised = kind.__new__(kind)  # its __init__ wants the client's response
+    Exception.__init__(raised, "x\ny")
+    return raised
 
 
 @pytest.mark.parametrize(
@@ -281,21 +287,31 @@ def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
         (http_error(errors.GatedRepoError), "gated"),
         (http_error(errors.RepositoryNotFoundError), "no such repository on the hub"),
         (errors.LocalEntryNotFoundError("long\nstory"), "cannot be reached"),
-        (errors.OfflineModeIsEnabled("off"), "cannot be reached"),
-        (httpx.ReadTimeout("slow\nline"), "cannot be downloaded from the hub: slow line"),
+        (errors.OfflineModeIsEnabled("off"), "may not be asked (offline)"),
+        (CLIENT_ERROR("slow\nline"), "cannot be downloaded from the hub: slow line"),
+        (
+            errors.CorruptedCacheException("odd\nfile"),
+            "cannot be downloaded from the hub: odd file",
+        ),
+        (errors.HFValidationError("no\nid"), "not a hub id"),
+        (ConnectionResetError("gone"), "cannot be reached"),
+        (TimeoutError("late"), "cannot be reached"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
-def test_resolve_hub_failures_are_one_line(tmp_path, monkeypatch, raised, said):
-    def fail(repo, allow_patterns):
+@pytest.mark.parametrize("what", ["snapshot_download", "hf_hub_download"])
+def test_hub_failures_are_one_line(tmp_path, monkeypatch, raised, said, what):
+    def fail(*_, **__):
         raise raised
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, what, fail)
+    monkeypatch.setattr("xplus_fast.model.hub._reach", lambda url: None)
     with pytest.raises(UserError) as caught:
-        resolve_model("Qwen/Qwen3-8B")
+        resolve_model("Qwen/Nowhere") if what[0] == "s" else read_shape("Qwen/Nowhere")
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).startswith("Qwen/Qwen3-8B: ")
+    assert str(caught.value).startswith("Qwen/Nowhere: ")
 
 
 def test_resolve_hub_downloads_what_is_needed(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from xplus_fast.evaluation.translation import (
     read_sets,
     score,
 )
-from xplus_fast.files import make_folder, remove, resolve, write_text
+from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
 
 SAMPLES = 3  # translations shown of each direction
 
@@ -194,6 +194,7 @@ def model_folder(given: str, out: Path) -> Path:
 
     base, tensors, record = changed_tensors(path)
     folder = out / "model"
+    sweep(out, folder.name)
     if (folder / RECORD).is_file():
         known = read_json(folder / RECORD)
         if all(known.get(key) == value for key, value in record.items()):

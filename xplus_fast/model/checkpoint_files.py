@@ -5,7 +5,6 @@ checks them against each other and against the files' sizes, before a byte of a 
 Plans are made of it: torch is loaded where a tensor is read.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,11 @@ from xplus_fast.model.headers import (
     CHUNK,
     CODES,
     Entry,
-    one_line,
     read_header,
     read_json,
     read_range,
 )
+from xplus_fast.model.hub import model_from_hub
 from xplus_fast.model.quantized import check_config, paired, scale_name
 
 if TYPE_CHECKING:
@@ -220,29 +219,7 @@ def resolve_model(path_or_hub_id: str) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path}: a file; a model folder is wanted")
-    # "org/name" is a hub id unless it starts like a path or its first half is a folder here
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_hub_id, re.ASCII)
-    if not hub_id or path.parent.is_dir():
-        raise UserError(f"{path_or_hub_id}: no such model folder")
-
-    import httpx
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*"]
-    try:
-        return Path(huggingface_hub.snapshot_download(path_or_hub_id, allow_patterns=wanted))
-    except errors.GatedRepoError:
-        why = "gated: accept its terms on huggingface.co, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "no such folder here, and no such repository on the hub (or a private one)"
-    except errors.HFValidationError:
-        why = "no such folder here, and not a hub id (org/name)"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "no such folder here, nor in the hub's cache, and the hub cannot be reached"
-    except (OSError, httpx.HTTPError) as e:
-        why = f"cannot be downloaded from the hub: {one_line(e)}"
-    raise UserError(f"{path_or_hub_id}: {why}")
+    return model_from_hub(path_or_hub_id)
 
 
 def _read_sharded(folder: Path) -> dict[str, Entry]:

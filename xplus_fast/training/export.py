@@ -88,10 +88,10 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     changed: Hugging Face name -> tensor of the base's shape, any dtype and device; it is rounded
     to the dtype in which the base stores it, or, where that is codes, to the model's.
     record: JSON-able (resolved layers, base, version); it goes to xplus_fast.json with the changed
-    names under "tensors".
-    Raises `UserError` if `out` holds anything, for names, shapes or dtypes that the base does not
-    have, for values that are not finite, for a damaged base, and for a full disk; `out` does not
-    come into being then.
+    names under "tensors". An `out` that holds this very export already is left as it is.
+    Raises `UserError` if `out` holds anything else, for names, shapes or dtypes that the base does
+    not have, for values that are not finite, for a damaged base, and for a full disk; `out` does
+    not come into being then.
     """
     with locked(out):
         _export(CheckpointFiles.open(base), changed, out, record)
@@ -103,11 +103,15 @@ def _export(
     base = files.folder
     with speaking(out):
         settle(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; export writes to a new or empty folder")
     if _tied(files) and EMBEDDING in changed and HEAD in files.entries:
         # some tied checkpoints store both; a head left as it was would no longer be tied
         changed = {HEAD: changed[EMBEDDING], **changed}
+    record = {**record, "tensors": sorted(changed)}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # killed after its last step, it has only to be started again
+        if "checksums" in record and (out / RECORD).is_file() and read_json(out / RECORD) == record:
+            return
+        raise UserError(f"{out}: exists already; export writes to a new or empty folder")
     for name, tensor in changed.items():
         _check(files, name, tensor)
 
@@ -130,8 +134,7 @@ def _export(
                 write_file(temp / shard.name, _shard(files, shard, replaced))
             elif made_anew[shard]:
                 write_file(temp / shard.name, uncoded_shard(files, shard, changed))
-        text = json.dumps({**record, "tensors": sorted(changed)}, indent=2)
-        write_file(temp / RECORD, [text.encode()])
+        write_file(temp / RECORD, [json.dumps(record, indent=2).encode()])
         if (temp / TEMPLATES).is_dir():
             sync_folder(temp / TEMPLATES)
 
