@@ -39,6 +39,7 @@ from xplus_fast.files import (
 from xplus_fast.manifest import check_files, is_whole, read_manifest, write_manifest
 
 PACKAGE = Path(xplus_fast.__file__).parent
+CONFINE = PACKAGE / "evaluation/confine.py"  # in a file system of its own, without the package
 
 # Nobody else writes
 
@@ -64,7 +65,7 @@ ALLOWED = {
     ("data/preparation/parts.py", "pq.write_table"),
     ("data/preparation/run.py", "pq.write_table"),
     ("evaluation/livecodebench_bridge.py", "target.write_text"),
-    ("evaluation/sandbox.py", "tempfile.TemporaryDirectory"),  # the home of what it runs
+    ("evaluation/sandbox.py", "shutil.copytree"),  # into the home of what it runs
     ("signals.py", "os.write"),  # to the terminal
 }
 
@@ -106,7 +107,7 @@ def test_nothing_else_in_the_package_writes():
     found = {
         (str(file.relative_to(PACKAGE)), call)
         for file in PACKAGE.rglob("*.py")
-        if file != Path(files.__file__)
+        if file not in (Path(files.__file__), CONFINE)
         for call in writers(file.read_text())
     }
     assert found - ALLOWED == set()
