@@ -24,6 +24,7 @@ from typing import Any
 
 from xplus_fast.errors import UserError
 
+BUFFER = 1 << 20  # bytes that are written together; what is larger goes by itself
 LOCK = ".lock"  # in a folder that one command at a time works in
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that lock nothing
 Bytes = bytes | memoryview
@@ -36,13 +37,16 @@ def resolve(path: str | Path) -> Path:
     Raises `UserError` for what no path can be.
     """
     try:
-        found = Path(path).expanduser()
-        if found.name == "..":
-            return found.resolve()
-        return found.parent.resolve() / found.name
+        given = Path(path).expanduser()
+        in_folder = given.parent.resolve() / given.name
+        found = given.resolve() if given.name == ".." else in_folder
+        os.lstat(found)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return found  # whoever opens it will say so
     except (OSError, RuntimeError, ValueError) as e:  # too long; no such home, a circle; NUL
         why = (e.strerror if isinstance(e, OSError) else None) or e
         raise UserError(f"{str(path)[:100]!r}: not a path ({why})") from None
+    return found
 
 
 def program(name: str) -> str:
@@ -103,13 +107,13 @@ def write_file(file: Path, pieces: Iterable[Bytes], *, hashed: bool = False) -> 
 
     Raises `OSError`.
     """
-    with NewFile(file, hashed=hashed) as out:
+    with NewFile(file, hashed=hashed) as raw, io.BufferedWriter(raw, BUFFER) as out:
         for piece in pieces:
             out.write(piece)
-    return out
+    return raw
 
 
-def write_bytes(file: Path, data: Bytes | Callable[[NewFile], Any]) -> None:
+def write_bytes(file: Path, data: Bytes | Callable[[Any], Any]) -> None:
     """Write a file whole or not at all: the bytes, or what a function writes into it.
 
     Its folder is made where it is missing, but none above it: they have vanished, then. Raises
@@ -119,7 +123,7 @@ def write_bytes(file: Path, data: Bytes | Callable[[NewFile], Any]) -> None:
     with speaking(file):
         _make_parent(file)
         try:
-            with NewFile(temporary) as out:
+            with NewFile(temporary) as raw, io.BufferedWriter(raw, BUFFER) as out:
                 if callable(data):
                     data(out)
                 else:
@@ -266,9 +270,20 @@ def locked(path: Path, *, wait: bool = False) -> Any:
     return lock(sibling(path, "lock"), path, wait=wait)
 
 
-def working_in(folder: Path) -> Any:
-    """`lock` for a folder that a command works in: inside it, and the folder is made for it."""
-    return lock(folder / LOCK, folder)
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """`lock` for a folder that a command works in: inside it.
+
+    The folder is made for it, and goes again if nothing came into it.
+    """
+    new = not folder.exists()
+    try:
+        with lock(folder / LOCK, folder):
+            yield
+    finally:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            with speaking(folder):
+                folder.rmdir()
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def test_a_hub_id_that_cannot_be_had(capsys, model, monkeypatch):
         raise errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(from_recipe, "_reach", lambda url: None)
+    monkeypatch.setattr("xplus_fast.model.hub._reach", lambda url: None)
     code, _, err = plan(capsys, model, "model=some-org/some-model")
     assert code == 2 and "nor in the hub's cache, and the hub cannot be reached" in err
 

@@ -32,7 +32,7 @@ from xplus_fast.data.readers import Example, Reading, read_examples, source_file
 from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
 from xplus_fast.errors import UserError
-from xplus_fast.files import NewFile, locked, new_folder, resolve, sweep
+from xplus_fast.files import BUFFER, NewFile, locked, new_folder, resolve, sweep
 from xplus_fast.manifest import check_files, write_manifest
 
 __all__ = [
@@ -77,8 +77,8 @@ def load_corpus(
     """
     others = list(keep_out)
     folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others, vocabulary)
+    sweep(folder.parent, _NAMES)
     if not (found := folder.exists()):
-        sweep(folder.parent, _NAMES)
         with locked(folder, wait=True):  # of two that want it, one makes it
             if not folder.exists():
                 with new_folder(folder) as building:
@@ -226,7 +226,7 @@ def _build(
 
     def new(name: str) -> io.BufferedWriter:
         made[name] = NewFile(folder / name, hashed=True)
-        return io.BufferedWriter(made[name], 1 << 20)
+        return io.BufferedWriter(made[name], BUFFER)
 
     with new(TOKENS) as tokens, new(SUPERVISED) as mask, bar:
         stream = (e for source in sources for e in read_examples(source, data, reading))

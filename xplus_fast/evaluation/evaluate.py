@@ -13,8 +13,8 @@ import numpy as np
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
-from xplus_fast.evaluation.generate import Generator, model_digest
-from xplus_fast.evaluation.reasoning import run_tasks, sample_scores
+from xplus_fast.evaluation.generate import Generator, check_model, model_digest
+from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.translation import (
     Lines,
@@ -24,7 +24,7 @@ from xplus_fast.evaluation.translation import (
     read_sets,
     score,
 )
-from xplus_fast.files import make_folder, remove, resolve, write_text
+from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
 
 SAMPLES = 3  # translations shown of each direction
 
@@ -39,6 +39,9 @@ def evaluate(
     out = resolve(recipe.output)
     lines = read_sets(recipe.translation.sets)  # before anything is generated
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
+    stock = bool(recipe.reasoning.tasks) and harness_model(recipe) == "hf"
+    for folder in folders.values():
+        check_model(folder, stock=stock)
     make_folder(out)
     answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
     tasks: dict[str, dict[str, Any]] = {}
@@ -191,6 +194,7 @@ def model_folder(given: str, out: Path) -> Path:
 
     base, tensors, record = changed_tensors(path)
     folder = out / "model"
+    sweep(out, folder.name)
     if (folder / RECORD).is_file():
         known = read_json(folder / RECORD)
         if all(known.get(key) == value for key, value in record.items()):

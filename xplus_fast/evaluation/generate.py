@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 from xplus_fast.data.chat import beyond_vocabulary
 from xplus_fast.errors import UserError
 from xplus_fast.files import append_lines, make_folder, whole_lines
-from xplus_fast.model.checkpoint_files import RECORD
+from xplus_fast.model.checkpoint_files import RECORD, CheckpointFiles, check_against
+from xplus_fast.model.families import FAMILIES, shape_of
 from xplus_fast.model.pretrained import load_tokenizer, refused
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
@@ -165,7 +166,7 @@ class Generator:
 
         if self._model is None:
             dtype = "auto" if self.dtype == "auto" else self.dtype
-            self._model = LLM(str(self.folder), dtype=dtype)
+            self._model = LLM(str(self.folder), dtype=dtype, trust_remote_code=False)
         options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens)
         ids = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         made = self._model.generate([{"prompt_token_ids": i} for i in ids], options, use_tqdm=False)
@@ -178,15 +179,58 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted: Any = dtype
-    if dtype == "auto":
-        wanted = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    wanted: Any = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+    files = CheckpointFiles.open(folder)
+    if any(entry.scale is not None for entry in files.entries.values()):
+        return _load_codes(files, wanted, device)
     with refused(f"{folder}: no model"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=wanted, trust_remote_code=False, local_files_only=True,
             use_safetensors=True, attn_implementation="sdpa",
         )  # fmt: skip
     return model.to(device)
+
+
+def _load_codes(files: CheckpointFiles, dtype: torch.dtype, device: str) -> Any:
+    """A model in FP8, as it is trained: transformers mistakes the size of blocks that are cut off
+    at a matrix's edge, and on a GPU wants a kernel from the hub."""
+    from xplus_fast.model.layout import LayerLayout, Layout
+    from xplus_fast.model.load import Weights, load_model
+
+    config = _config(files.folder)
+    layout = Layout((LayerLayout(),) * shape_of(config).layers)
+    return load_model(Weights(files), config, layout, dtype=dtype, device=torch.device(device))
+
+
+def check_model(folder: Path, *, stock: bool) -> None:
+    """Refuse a model whose weights would not be read as they are meant, before it is loaded.
+
+    stock: transformers will read it itself. Raises `UserError`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    files = CheckpointFiles.open(folder)
+    if files.config.get("model_type") in FAMILIES:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(_config(folder))
+        check_against(files, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    for name, entry in files.entries.items() if stock else ():
+        cut = any(n % b for n, b in zip(entry.shape, entry.block, strict=False))
+        if entry.scale is not None and cut:
+            raise UserError(
+                f"{entry.file}: {name!r}, {list(entry.shape)}, is in FP8 blocks of"
+                f" {list(entry.block)}, the last of them cut off, which transformers does not read"
+                " as it is meant: reasoning needs engine=vllm, or a model that is not in FP8"
+            )
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    with refused(f"{folder}/config.json: not a model configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def model_digest(folder: Path) -> str:

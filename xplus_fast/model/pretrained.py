@@ -13,6 +13,7 @@ from typing import Any
 
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
+from xplus_fast.model.quantized import check_config
 
 GENERATION = "generation_config.json"
 # What transformers takes where config.json says nothing. Its class defaults, not Qwen's models'.
@@ -33,8 +34,8 @@ COMMON = dict(
 def config_shape(file: Path) -> Shape:
     """The sizes in a config.json, without transformers, which takes two seconds to load.
 
-    Raises `UserError` where the file is missing or damaged, holds impossible values, or is of a
-    model that `shape_of` refuses.
+    Raises `UserError` where the file is missing or damaged, holds impossible values, tells of
+    codes that are not read, or is of a model that `shape_of` refuses.
     """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -44,6 +45,7 @@ def config_shape(file: Path) -> Shape:
         raise UserError(f"{file}: not a model configuration: {one_line(e)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a model configuration: a mapping is wanted")
+    check_config(file.parent, config)
     kind = config.get("model_type")
     full = {**COMMON, **DEFAULTS.get(str(kind), {}), **config, "model_type": kind}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -111,6 +111,7 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
         tree["training"].pop(key)
     tree["memory"] = {key: tree["memory"][key] for key in COMPUTED}
     tree.pop("output")
+    tree["data"].pop("cache")
     return tree
 
 

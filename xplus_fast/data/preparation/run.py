@@ -47,6 +47,7 @@ from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction
 from xplus_fast.errors import UserError
 from xplus_fast.files import (
+    BUFFER,
     NewFile,
     is_free,
     make_folder,
@@ -266,8 +267,8 @@ def _write_shards(
     tables = (pq.read_table(part.file(CONVERSATIONS)) for part in parts)
     for table in _cut(tables, recipe.shard_conversations):
         path = made / f"data-{len(shards):05}.parquet"
-        with NewFile(path, hashed=True) as shard:
-            pq.write_table(table, shard, compression="zstd")
+        with NewFile(path, hashed=True) as shard, io.BufferedWriter(shard, BUFFER) as file:
+            pq.write_table(table, file, compression="zstd")
         about = {"name": path.name, "conversations": table.num_rows}
         shards.append(about | {"sha256": shard.digest.hexdigest()})
     if not shards:
