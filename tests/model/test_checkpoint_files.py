@@ -261,7 +261,7 @@ def test_resolve_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models" / "q").mkdir(parents=True)
-    assert resolve_model("models/q") == Path("models/q")
+    assert resolve_model("models/q") == tmp_path / "models" / "q"
     assert resolve_model("~/models/q") == tmp_path / "models" / "q"
     for missing in ("models/r", "./q", "/q/r", "~/x", "a/b/c", "q", "../x"):
         with pytest.raises(UserError, match="no such model folder"):

@@ -48,6 +48,7 @@ def _had(name: str, download: Callable[[Any], str]) -> Path:
     huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of each of its retries
     own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     clients = errors.HfHubHTTPError.__mro__[1:-3]  # up to Exception, BaseException, object
+    others: tuple[type[Exception], ...] = (OSError, *own, *clients)  # type: ignore[assignment]
     try:
         return Path(download(huggingface_hub))
     except errors.GatedRepoError:
@@ -62,7 +63,7 @@ def _had(name: str, download: Callable[[Any], str]) -> Path:
         why = "no such folder here, nor in the hub's cache, and the hub cannot be reached"
     except errors.EntryNotFoundError as e:
         why = f"its repository has not what is wanted: {_line(e)}"
-    except (OSError, *own, *clients) as e:
+    except others as e:
         why = f"cannot be downloaded from the hub: {_line(e)}"
     raise UserError(f"{name}: {why}")
 
