@@ -34,7 +34,7 @@ Seed = Range(0, 2**32 - 1)  # that numpy takes
 # Of a run's folder, beside its stages' folders
 RESERVED = (
     "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png",
-    "quality.png", "manifest.json", "model",
+    "quality.png",
 )  # fmt: skip
 Format = Literal["auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"]
 

@@ -21,8 +21,11 @@ from tests.fuzz.mutations import mutate_bytes, mutate_tree
 from xplus_fast.cli import main
 from xplus_fast.config import load_recipe
 from xplus_fast.data.corpus import load_corpus
+from xplus_fast.data.preparation.recipe import load_prepare_recipe
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation.recipe import load_evaluate_recipe
 from xplus_fast.options import dump_options
+from xplus_fast.terminal import one_line
 
 TIMES = int(os.environ.get("XPLUS_FUZZ", 1))
 SECONDS, MEMORY = 20, 2 << 30  # of a case; of the process beyond what it has when the tests begin
@@ -113,6 +116,42 @@ def test_recipes(place: Path, run: Any, part: int) -> None:
             path.write_text(dump_options(recipe))
             assert load_recipe(path) == recipe
     assert accepted or part > 1
+
+
+PREPARE: dict[str, Any] = {
+    "output": "out", "corpora": [{"path": ["a.en", "a.sw"], "languages": ["en", "sw"], "limit": 5},
+                                 {"path": "x.jsonl", "name": "x", "format": "translation"}],
+    "clean": {"ratio": 0.5, "max_digits": 0.5}, "dedup": {"near": 3}, "workers": 2, "seed": 1,
+    "balance": {"tokens": 1000, "temperature": 2.0, "directions": "both"},
+    "instruct": {"prompts": ["{src} {tgt}: {text}"]}, "quality": {"method": "none"},
+}  # fmt: skip
+EVALUATE: dict[str, Any] = {
+    "output": "out", "engine": "generate", "confidence": 0.9, "bootstrap": 10, "seed": 1,
+    "translation": {"sets": [{"name": "n", "files": "x/{lang}", "directions": ["en-sw"],
+                              "languages": {"en": "eng_Latn"}, "limit": 3}], "metrics": ["chrf"]},
+    "reasoning": {"tasks": ["t"], "limit": 2, "code_memory": "1GB"},
+}  # fmt: skip
+
+
+def test_recipes_of_other_commands(tmp_path: Path) -> None:
+    accepted = 0
+    for seed in seeds(200):
+        rng = random.Random(seed)
+        load: Any = load_prepare_recipe if seed % 2 else load_evaluate_recipe
+        tree = mutate_tree(PREPARE if seed % 2 else EVALUATE, rng, rng.randrange(1, 3))
+        try:
+            (tmp_path / "r.yaml").write_text(yaml.dump(tree))
+        except UnicodeEncodeError:
+            continue
+        try:
+            recipe = load(tmp_path / "r.yaml")
+        except UserError as e:
+            assert "\n" not in one_line(str(e)) and len(str(e)) < 1000
+            continue
+        accepted += 1
+        (tmp_path / "r.yaml").write_text(dump_options(recipe))
+        assert load(tmp_path / "r.yaml") == recipe
+    assert accepted > 20
 
 
 def test_overrides(place: Path, run: Any) -> None:
