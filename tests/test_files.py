@@ -136,6 +136,14 @@ def test_the_search_for_writers_leaves_readers_alone(line):
     assert not writers(line)
 
 
+def test_no_file_is_split_where_unicode_ends_a_line():
+    """U+2028 and its like occur inside sentences: a file's lines end in \\n alone."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".splitlines"):
+                assert "read_text" not in ast.unparse(node.func), f"{file}:{node.lineno}"
+
+
 # Paths
 
 
@@ -314,6 +322,7 @@ def test_small_writes_are_joined_and_counted(tmp_path):
 
 def test_remove_and_move(tmp_path):
     begin(tmp_path / "f")
+    (tmp_path / "f" / ".none.tmp").mkdir()  # of a removal that was killed
     remove(tmp_path / "f" / "none")
     remove(tmp_path / "f" / "a.txt")
     (tmp_path / "f" / "link").symlink_to(tmp_path / "f" / "folder")
