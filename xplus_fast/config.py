@@ -31,6 +31,7 @@ class Source:
     # of gettext catalogs: the language of the msgids, then those to read; empty: by file name
     directions: Literal["both", "forward", "backward"] = "both"
     limit: int | None = None  # first examples only (pairs, for parallel text)
+    ignore: list[str] = field(default_factory=list)  # keys of records to leave unread, e.g. tools
 
 
 @dataclass(frozen=True)

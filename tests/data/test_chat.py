@@ -120,9 +120,13 @@ def test_a_prompt_for_a_thought_leaves_room_for_it(qwen_tokenizer: Any) -> None:
     assert prompt_text(e, qwen_tokenizer, "masked").endswith("<|im_start|>assistant\n")
 
 
-def test_space_around_an_answer_goes(qwen_tokenizer: Any) -> None:
-    bare, spaced = (one(example("q", a), qwen_tokenizer) for a in ("yes", " \n yes\n"))
-    assert bare.input_ids.tolist() == spaced.input_ids.tolist()
+def test_space_around_an_answer_stays_where_the_template_keeps_it(qwen_tokenizer: Any) -> None:
+    for answer in ("    return x\n", " \n yes\n", "\tyes", "yes "):
+        encoded = one(example("q", answer), qwen_tokenizer)
+        assert supervised(encoded, qwen_tokenizer) == answer + END
+        assert encoded.input_ids.tolist() == template_ids(example("q", answer), qwen_tokenizer)
+    # the template strips newlines before the last answer
+    assert supervised(one(example("q", "\n\n  a"), qwen_tokenizer), qwen_tokenizer) == "  a" + END
 
 
 LLAMA = (

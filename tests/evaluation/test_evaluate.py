@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,12 @@ from tests.assets import load_tokenizer, save_small_tokenizer, save_tiny_model
 from xplus_fast import cli
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import generate, reasoning, translation, verdict
-from xplus_fast.evaluation.recipe import TestSet, TranslationConfig
+from xplus_fast.evaluation.recipe import (
+    EvaluateRecipe,
+    ReasoningConfig,
+    TestSet,
+    TranslationConfig,
+)
 from xplus_fast.files import append_lines
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +136,7 @@ def test_flores_with_the_cached_answers_of_a_real_model(place, tmp_path, capsys,
     tokenizer = load_tokenizer(place / "tokenizer")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("xplus_fast.evaluation.evaluate.check_model", lambda *a, **k: None)
     monkeypatch.setattr(generate, "model_digest", lambda folder: "smollm2")
     monkeypatch.setattr(generate, "_load", lambda *a: pytest.fail("an answer is not in the cache"))
     options = dict(engine="auto", batch_size=32, max_new_tokens=96, dtype="auto", device="auto")
@@ -409,3 +416,52 @@ def test_prompts_are_the_trainings_own_with_thinking_off(place):
     assert "Translate the following text from English to French." in prompt
     assert "English source: Good morning." in prompt
     assert prompt.endswith("<think>\n\n</think>\n\n")
+
+
+def test_no_code_of_a_model_runs_and_nobody_is_asked(place, tmp_path, capsys, monkeypatch):
+    """A model with `auto_map` is the stock one of its type; of another type it is refused."""
+    model = shutil.copytree(place / "tuned", tmp_path / "model")
+    mark = tmp_path / "mark"
+    for name in ("modeling_x", "configuration_x", "tokenization_x"):
+        (model / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nclass X: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("somebody is asked"))
+    stock = run(capsys, place / "tuned", recipe(place, tmp_path / "stock"), "--json")
+    code, out, err = run(capsys, model, recipe(place, tmp_path / "out"), "--json")
+    assert code == 0 and not mark.exists(), err
+    assert json.loads(out)["rows"] == json.loads(stock[1])["rows"]
+    config["model_type"] = "x"
+    (model / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, model, recipe(place, tmp_path / "other"))
+    assert code == 2 and err.count("\n") == 1 and not mark.exists()
+
+
+def test_what_loads_models_by_itself_is_told_to_run_none_of_their_code(
+    place, tmp_path, monkeypatch
+):
+    for engine, kind in (("generate", "hf"), ("vllm", "vllm")):
+        options = EvaluateRecipe(str(tmp_path), engine=engine, reasoning=ReasoningConfig(["x"]))
+        line = reasoning.command_line(tmp_path, "x", options, tmp_path, tmp_path)
+        told = dict(zip(line, line[1:], strict=False))
+        assert told["--model"] == kind and "--trust_remote_code" not in line
+        assert "trust_remote_code=False" in told["--model_args"].split(",")
+    made = []
+
+    class LLM:
+        def __init__(self, folder, **options):
+            made.append((folder, options))
+
+        def generate(self, prompts, options, use_tqdm):
+            answer = SimpleNamespace(text=" yes ", finish_reason="length")
+            return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    fake = SimpleNamespace(LLM=LLM, SamplingParams=dict, __spec__=object())
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    generator = generate.Generator(
+        place / "tuned", tmp_path / "cache", engine="vllm", batch_size=1, max_new_tokens=1,
+        dtype="auto", device="cpu", show=False,
+    )  # fmt: skip
+    assert generator.answer(["x", "y"], "") == [("yes", True)] * 2
+    assert made == [(str(place / "tuned"), {"dtype": "auto", "trust_remote_code": False})]

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from xplus_fast.errors import UserError
-from xplus_fast.model import checkpoint_files
+from xplus_fast.model import headers
 from xplus_fast.model.checkpoint_files import (
     INDEX,
     SINGLE,
@@ -22,6 +21,7 @@ from xplus_fast.model.checkpoint_files import (
     read_header,
     resolve_model,
 )
+from xplus_fast.planning.from_recipe import read_shape
 
 
 def model(tied: bool = False) -> Qwen3ForCausalLM:
@@ -64,7 +64,7 @@ def refused(folder: Path) -> str:
 @pytest.mark.parametrize("shards", ["4KB", "1GB"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_shapes_dtypes_and_bytes_are_those_of_the_model(tmp_path, shards, tied, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "CHUNK", 100)  # several pieces and a rest
+    monkeypatch.setattr(headers, "CHUNK", 100)  # several pieces and a rest
     stock = model(tied)
     stock.save_pretrained(tmp_path, max_shard_size=shards)
     files = CheckpointFiles.open(tmp_path)
@@ -80,15 +80,16 @@ def test_names_shapes_dtypes_and_bytes_are_those_of_the_model(tmp_path, shards, 
 
 
 def test_every_dtype_scalars_and_empty_tensors(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    tensors = {str(d): torch.ones(3, 5).to(d) for d in checkpoint_files.DTYPE_CODES}
+    dtypes = {code: getattr(torch, name) for code, (name, _) in headers.CODES.items()}
+    tensors = {code: torch.ones(3, 5).to(dtype) for code, dtype in dtypes.items()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
     save_file(tensors, tmp_path / SINGLE)
-    files = CheckpointFiles.open(tmp_path)
+    files = CheckpointFiles(tmp_path, {}, headers.read_header(tmp_path / SINGLE))
     assert set(files.names) == set(tensors)
     for name, value in tensors.items():
         assert files.dtype(name) == value.dtype and files.shape(name) == tuple(value.shape)
         assert torch.equal(files.tensor(name).double(), value.double())
+        assert name not in dtypes or files.entries[name].code == name
     assert files.entries["scalar"].numel == 1 and list(files.raw("empty")) == []
 
 
@@ -97,11 +98,14 @@ def test_check_against_names_the_first_offender_and_the_count(sharded):
     expected = {name: files.shape(name) for name in files.names}
     assert check_against(files, expected) == []
     head = expected.pop("lm_head.weight")
-    assert check_against(files, expected) == ["lm_head.weight"]
+    assert check_against(files, expected) == ["lm_head.weight"]  # a tied one may be stored
     with pytest.raises(UserError, match=r"no tensor 'a' \(2 missing in all\)"):
         check_against(files, {"lm_head.weight": head, "a": (1,), "b": (1,)})
     with pytest.raises(UserError, match=r"'lm_head.weight' has shape \[64, 16\].*\[64, 32\]"):
         check_against(files, {"lm_head.weight": (64, 32)})
+    del expected["model.norm.weight"], expected["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(UserError, match=r"_proj.weight' is nothing that.*\(2 such tensors in all"):
+        check_against(files, expected)
 
 
 # what is missing
@@ -257,7 +261,7 @@ def test_resolve_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models" / "q").mkdir(parents=True)
-    assert resolve_model("models/q") == Path("models/q")
+    assert resolve_model("models/q") == tmp_path / "models" / "q"
     assert resolve_model("~/models/q") == tmp_path / "models" / "q"
     for missing in ("models/r", "./q", "/q/r", "~/x", "a/b/c", "q", "../x"):
         with pytest.raises(UserError, match="no such model folder"):
@@ -267,8 +271,14 @@ def test_resolve_local(tmp_path, monkeypatch):
         resolve_model("file")
 
 
+# The hub's HTTP client, whichever this release has: its errors are the bases of the hub's own.
+CLIENT_ERROR = errors.HfHubHTTPError.__bases__[0]
+
+
 def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-    return kind("x\ny", response=httpx.Response(401, request=httpx.Request("GET", "https://hub")))
+    raised = kind.__new__(kind)  # its __init__ wants the client's response
+    Exception.__init__(raised, "x\ny")
+    return raised
 
 
 @pytest.mark.parametrize(
@@ -277,21 +287,31 @@ def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
         (http_error(errors.GatedRepoError), "gated"),
         (http_error(errors.RepositoryNotFoundError), "no such repository on the hub"),
         (errors.LocalEntryNotFoundError("long\nstory"), "cannot be reached"),
-        (errors.OfflineModeIsEnabled("off"), "cannot be reached"),
-        (httpx.ReadTimeout("slow\nline"), "cannot be downloaded from the hub: slow line"),
+        (errors.OfflineModeIsEnabled("off"), "may not be asked (offline)"),
+        (CLIENT_ERROR("slow\nline"), "cannot be downloaded from the hub: slow line"),
+        (
+            errors.CorruptedCacheException("odd\nfile"),
+            "cannot be downloaded from the hub: odd file",
+        ),
+        (errors.HFValidationError("no\nid"), "not a hub id"),
+        (ConnectionResetError("gone"), "cannot be reached"),
+        (TimeoutError("late"), "cannot be reached"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
-def test_resolve_hub_failures_are_one_line(tmp_path, monkeypatch, raised, said):
-    def fail(repo, allow_patterns):
+@pytest.mark.parametrize("what", ["snapshot_download", "hf_hub_download"])
+def test_hub_failures_are_one_line(tmp_path, monkeypatch, raised, said, what):
+    def fail(*_, **__):
         raise raised
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, what, fail)
+    monkeypatch.setattr("xplus_fast.model.hub._reach", lambda url: None)
     with pytest.raises(UserError) as caught:
-        resolve_model("Qwen/Qwen3-8B")
+        resolve_model("Qwen/Nowhere") if what[0] == "s" else read_shape("Qwen/Nowhere")
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).startswith("Qwen/Qwen3-8B: ")
+    assert str(caught.value).startswith("Qwen/Nowhere: ")
 
 
 def test_resolve_hub_downloads_what_is_needed(tmp_path, monkeypatch):

@@ -111,8 +111,8 @@ def test_bad_input_is_one_line_and_2(capsys, model, arguments, message):
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model type 'gpt2' is not supported"),
-        ({"hidden_size": "wide"}, "hidden_size: a whole number above 0 is wanted"),
-        ({"use_sliding_window": True}, "layer_types = True is not supported"),
+        ({"hidden_size": "wide"}, "hidden_size: a whole number from 1 to 1,048,576 is wanted"),
+        ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_type = 'dynamic' is not supported"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_hub_id_that_cannot_be_had(capsys, model, monkeypatch):
         raise errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(from_recipe, "_reach", lambda url: None)
+    monkeypatch.setattr("xplus_fast.model.hub._reach", lambda url: None)
     code, _, err = plan(capsys, model, "model=some-org/some-model")
     assert code == 2 and "nor in the hub's cache, and the hub cannot be reached" in err
 
@@ -147,7 +147,7 @@ def test_a_hub_id_that_cannot_be_had(capsys, model, monkeypatch):
     "given",
     [
         {},
-        {"num_attention_heads": 16, "hidden_size": 512},
+        {"num_attention_heads": 64, "hidden_size": 512},
         {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True},
     ],
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from xplus_fast.errors import UserError
 from xplus_fast.files import locked, new_folder
-from xplus_fast.model import checkpoint_files
+from xplus_fast.model import headers
 from xplus_fast.model.checkpoint_files import SINGLE, CheckpointFiles
 from xplus_fast.training.export import describe, export, layer_of, verify
 
@@ -86,7 +86,7 @@ def flip(at: int, bit: int):
 @pytest.mark.parametrize("family", [Qwen3Config, LlamaConfig])
 @pytest.mark.parametrize("shards", ["4KB", "1GB"])
 def test_round_trip_through_stock_transformers(tmp_path, tied, family, shards, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "CHUNK", 1000)
+    monkeypatch.setattr(headers, "CHUNK", 1000)
     base = make_base(tmp_path / "base", tied=tied, family=family, shards=shards)
     changed = changes(base)
     changed[UP0] = changed[UP0].t().contiguous().t()  # strides of its own
@@ -181,13 +181,6 @@ def test_export_refuses(base, tmp_path):
     assert verify(base, out).ok
 
 
-def test_export_does_not_pretend_to_requantize(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    save_file({NORM0: torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / SINGLE)
-    with pytest.raises(UserError, match="F8_E4M3, a quantized format"):
-        export(tmp_path, {NORM0: torch.ones(4)}, tmp_path / "out", {})
-
-
 def test_full_disk_leaves_nothing(base, tmp_path, monkeypatch):
     before, real = contents(tmp_path), os.fsync
     for nth in (0, 3, 7):
@@ -215,7 +208,7 @@ def exported(base: Path) -> Path:
 
 @pytest.mark.parametrize("at, bit", [(0, 0), (-1, 7), (500, 3)])
 def test_one_flipped_bit_in_a_frozen_tensor(base, at, bit, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "CHUNK", 100)
+    monkeypatch.setattr(headers, "CHUNK", 100)
     out = exported(base)
     edit(out, UP2, flip(at, bit))
     result = verify(base, out)

@@ -8,7 +8,7 @@ the prompt's last token and the answer's first never merge into one that generat
     prompt                                      | block: `think` decides  | answer
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ import numpy as np
 
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.readers import Example
+from xplus_fast.data.template import Chat, Unrendered
 from xplus_fast.errors import UserError
-
-_Segments = list[tuple[str, bool]]  # (text, supervised), alternating, ends with an answer
 
 
 @dataclass(frozen=True)
@@ -31,46 +30,111 @@ class Encoded:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, think: str, max_tokens: int
+    examples: Sequence[Example],
+    tokenizer: Any,
+    think: str,
+    max_tokens: int,
+    vocabulary: int | None = None,
 ) -> list[Encoded | Rejected]:
     """Tokenize conversations with the tokenizer's chat template.
 
     think: where Qwen3's empty think block stands: "masked" (before the last answer, outside the
     loss), "loss" (the same, inside it) or "absent". Templates without a block are not affected.
     max_tokens: the last answer's tail is cut to fit; a prompt that leaves it no room, or an answer
-    that is longer by itself, is rejected.
+    that is longer by itself, is rejected. vocabulary: of the model; a conversation with a token
+    beyond it is rejected.
 
-    Returns one item per example, in order.
+    Returns one item per example, in order. Raises `UserError` for a template that cannot be
+    rendered, or that itself makes tokens beyond the vocabulary.
     """
-    chat = _Chat(tokenizer)
-    rendered = [chat.segments(example, think) for example in examples]
-    texts = [text for r in rendered if not isinstance(r, Rejected) for text, _ in r]
-    ids: Iterator[list[int]] = iter(())
-    if texts:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        ids = iter(tokenizer(texts, **options)["input_ids"])
+    chat = Chat(tokenizer)
+    pieces = _Pieces(tokenizer)
+    if beyond := beyond_vocabulary(pieces.ids([[chat.around]])[0][0], tokenizer, vocabulary):
+        raise UserError(f"{tokenizer.name_or_path}: its chat template has {beyond}")
+    rendered = [
+        # each message is a token at least: what cannot fit is not rendered turn by turn
+        Rejected(e.where, "longer than the token budget", f"{len(e.messages)} messages")
+        if len(e.messages) > max_tokens
+        else chat.segments(e, think)
+        for e in examples
+    ]
+    ids = iter(
+        pieces.ids([[text for text, _ in r] for r in rendered if not isinstance(r, Rejected)])
+    )
     encoded: list[Encoded | Rejected] = []
     for example, r in zip(examples, rendered, strict=True):
         if isinstance(r, Rejected):
             encoded.append(r)
-        else:
-            pieces = [(next(ids), supervised) for _, supervised in r]
-            encoded.append(_join(pieces, example.where, max_tokens))
+            continue
+        parts = [(i, supervised) for i, (_, supervised) in zip(next(ids), r, strict=True)]
+        made = _join(parts, example.where, max_tokens)
+        if isinstance(made, Encoded) and (
+            beyond := beyond_vocabulary(made.input_ids, tokenizer, vocabulary)
+        ):
+            made = Rejected(example.where, "a token that the model does not have", beyond)
+        encoded.append(made)
     return encoded
+
+
+def beyond_vocabulary(ids: Any, tokenizer: Any, vocabulary: int | None) -> str:
+    """The first token that a model of so many has no row for, in words; empty where all fit."""
+    ids = np.asarray(ids, np.int64)
+    if vocabulary is None or not len(ids) or ids.max() < vocabulary:
+        return ""
+    first = int(ids[ids >= vocabulary][0])
+    return (
+        f"the token {tokenizer.convert_ids_to_tokens(first)!r:.40}, {first}: the model has"
+        f" {vocabulary:,} (tokens were added, and its embedding was not resized)"
+    )
+
+
+class _Pieces:
+    """Tokenizes the pieces of conversations apart, each as it stands behind the one before.
+
+    SentencePiece's tokenizers (Llama 2's) take the beginning of any text for a word's and put a
+    space before it; behind a newline they do not.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        bare, newline, behind = self._ids(["a", "\n", "\na"])
+        spaced = behind[: len(newline)] == newline and behind[len(newline) :] != bare
+        self.guard = newline if spaced else []
+
+    def ids(self, conversations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Token ids of each piece of each conversation."""
+        texts = [
+            f"\n{text}" if self.guard and i else text
+            for pieces in conversations
+            for i, text in enumerate(pieces)
+        ]
+        flat = iter(self._ids(texts))
+        return [
+            [self._unguarded(next(flat), text, i) for i, text in enumerate(pieces)]
+            for pieces in conversations
+        ]
+
+    def _unguarded(self, ids: list[int], text: str, place: int) -> list[int]:
+        n = len(self.guard)
+        if not n or not place:
+            return ids
+        return ids[n:] if ids[:n] == self.guard else self._ids([text])[0]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(list(texts), **options)["input_ids"] if texts else []
 
 
 def prompt_text(example: Example, tokenizer: Any, think: str) -> str:
     """What `generate()` is fed to give the last answer; tokenize it without special tokens.
 
     The empty think block is in it, so that the answer comes at once, unless `think` is "absent" or
-    the example's own answer has a thought.
+    the example's own answer has a thought. Raises `UserError` where the template refuses it.
     """
-    return _Chat(tokenizer).prompt(example, think)
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Whether conversations are rendered by a template; if not: prompt, newline, answer, eos."""
-    return tokenizer.chat_template is not None
+    try:
+        return Chat(tokenizer).prompt(example, think)
+    except Unrendered as e:
+        raise UserError(f"{example.where}: the chat template refuses it ({e})") from None
 
 
 def preview(encoded: Encoded, tokenizer: Any, colour: bool) -> str:
@@ -84,114 +148,6 @@ def preview(encoded: Encoded, tokenizer: Any, colour: bool) -> str:
         piece = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         text += f"{start}{piece}{end}" if on[0] else piece
     return text
-
-
-class _Chat:
-    """A tokenizer's chat template, and what it puts around an answer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.block = ""
-        if has_template(tokenizer):
-            from jinja2 import TemplateError
-
-            probe = [{"role": "user", "content": "?"}]
-            try:
-                plain = self._render(probe, True)
-                without = self._render(probe, True, enable_thinking=False)
-            except TemplateError as e:
-                raise UserError(
-                    f"{tokenizer.name_or_path}: its chat template cannot be rendered: {e}"
-                ) from None
-            self.block = without.removeprefix(plain) if without.startswith(plain) else ""
-        # Base checkpoints end turns with a token that is not their eos.
-        added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.stops = [s for s in (tokenizer.eos_token, *added) if s]
-
-    def _render(self, messages: Sequence[dict[str, str]], prompt: bool, **options: Any) -> str:
-        if not has_template(self.tokenizer):
-            bos = self.tokenizer.bos_token
-            begins = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-            texts = [m["content"] + "\n" for m in messages]
-            return (bos if bos and begins else "") + "".join(texts)
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, **options
-        )
-
-    def prompt(self, example: Example, think: str) -> str:
-        """The text up to the last answer."""
-        answer = self._tidy(example.messages[-1])["content"]
-        block = "" if think == "absent" or answer.startswith("<think>") else self.block
-        return self._render(example.messages[:-1], True) + block
-
-    def segments(self, example: Example, think: str) -> _Segments | Rejected:
-        from jinja2 import TemplateError
-
-        messages = [self._tidy(m) for m in example.messages]
-        if not has_template(self.tokenizer):
-            return [
-                (self._render(messages[:-1], True), False),
-                (messages[-1]["content"] + self.tokenizer.eos_token, True),
-            ]
-        try:
-            full = self._render(messages, False)
-            # Generation prompts up to every answer, the think block not in them.
-            prompts = [
-                (k, self._render(messages[:k], True))
-                for k, m in enumerate(messages)
-                if m["role"] == "assistant"
-            ]
-        except TemplateError as e:
-            return Rejected(example.where, "the chat template refuses it", str(e))
-        segments: _Segments = []
-        done = 0  # characters of `full` that are in segments already
-        for k, prompt in prompts:
-            content = messages[k]["content"]
-            found = self._find(full, len(prompt), content) if full.startswith(prompt) else None
-            if found is None:
-                return Rejected(
-                    example.where, "the chat template does not keep the answer", f"turn {k + 1}"
-                )
-            head, answer = found
-            end = len(prompt) + len(head) + len(answer)
-            stop = next((s for s in self.stops if full.startswith(s, end)), None)
-            if stop is None:
-                return Rejected(
-                    example.where, "the chat template ends the answer with no special token"
-                )
-            # The block goes where the template puts it, and before the last answer in any case:
-            # that is where generation without thinking has it.
-            thought = head if head != self.block else ""
-            last = k == len(messages) - 1 and not thought and not answer.startswith("<think>")
-            block = self.block if think != "absent" and (last or head == self.block) else ""
-            masked, learnt = (block, thought) if think == "masked" else ("", block + thought)
-            segments += [(full[done : len(prompt)] + masked, False)]
-            segments += [(learnt, True)] if learnt else []
-            segments += [(answer + stop, True)]
-            done = end + len(stop)
-        return segments
-
-    def _tidy(self, message: dict[str, str]) -> dict[str, str]:
-        """An answer without space around it (templates differ there) and without empty thought."""
-        if message["role"] != "assistant":
-            return message
-        content = message["content"].strip()
-        if self.block:
-            content = content.removeprefix(self.block.strip()).strip()
-        return {"role": "assistant", "content": content}
-
-    def _find(self, full: str, at: int, content: str) -> tuple[str, str] | None:
-        """What stands before the answer at `full[at:]`, and the answer itself; None: not there."""
-        thought, mark, answer = content.rpartition("</think>")
-        thought, answer = thought.removeprefix("<think>").strip(), answer.strip()
-        ways = [(self.block, content), ("", content)]
-        if mark:  # rewritten by the template, or dropped from all turns but the last
-            ways += [
-                (f"<think>\n{thought}\n</think>\n\n", answer),
-                (self.block, answer),
-                ("", answer),
-            ]
-        return next((way for way in ways if full.startswith("".join(way), at)), None)
 
 
 def _join(pieces: list[tuple[list[int], bool]], where: str, max_tokens: int) -> Encoded | Rejected:

@@ -8,7 +8,6 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xplus_fast.config import DataConfig, Source
-from xplus_fast.data.chat import Encoded, encode, has_template
+from xplus_fast.data.chat import Encoded, encode
 from xplus_fast.data.packed import (
     ITEMS,
     PACKS,
@@ -30,6 +29,8 @@ from xplus_fast.data.packed import (
 )
 from xplus_fast.data.packing import pack
 from xplus_fast.data.readers import Example, Reading, read_examples, source_files
+from xplus_fast.data.splits import some
+from xplus_fast.data.template import has_template, template_variables
 from xplus_fast.errors import UserError
 from xplus_fast.files import BUFFER, NewFile, locked, new_folder, resolve, sweep
 from xplus_fast.manifest import check_files, write_manifest
@@ -42,6 +43,7 @@ __all__ = [
 # Of everything between the sources' bytes and the files below; raise it when it changes.
 _VERSION = 3
 _BATCH = 1000  # examples tokenized together
+_BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
 _NAMES = "[0-9a-f]{32}"  # of corpora in the cache
 
@@ -63,23 +65,24 @@ def load_corpus(
     seed: int,
     show: bool,
     keep_out: Iterable[Example] = (),
+    vocabulary: int | None = None,
 ) -> Corpus:
     """Read, tokenize, hold out and pack the sources, or find that done in the cache.
 
     seed: of the packing. show: a progress bar, on a terminal. keep_out: what another corpus holds
-    out, with its duplicates not to be trained on here either.
+    out, with its duplicates not to be trained on here either. vocabulary: of the model.
 
     Raises `UserError` for what is wrong with the sources, for sources that leave nothing to train
     on, and for a cache that cannot be written.
     """
     others = list(keep_out)
-    folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others)
+    folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others, vocabulary)
     sweep(folder.parent, _NAMES)
     if not (found := folder.exists()):
         with locked(folder, wait=True):  # of two that want it, one makes it
             if not folder.exists():
                 with new_folder(folder) as building:
-                    _build(building, sources, data, tokenizer, seed, show, others)
+                    _build(building, sources, data, tokenizer, seed, show, others, vocabulary)
     return _open(folder, found)
 
 
@@ -93,6 +96,12 @@ def describe(summary: dict[str, Any]) -> str:
         f" {summary['fill']:.1%} full",
     ]
     lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
+    for name, files in summary["files"].items():
+        left = summary["left"][name]
+        aside = f"; other splits, left alone: {some(left)}" if left else ""
+        lines.append(f"read: {some(files)} of {name}{aside}")
+    if summary["unread"]:
+        lines.append(f"keys of records that are not read: {some(summary['unread'], 12)}")
     for reason, n in summary["skipped"].items():
         lines.append(f"left out: {n:,} x {reason}: {', '.join(summary['skipped_first'][reason])}")
         lines[-1] += ", ..." if n > len(summary["skipped_first"][reason]) else ""
@@ -110,15 +119,16 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def _key(
-    sources: Sequence[Source], data: DataConfig, tokenizer: Any, seed: int, others: list[Example]
-) -> str:
+    sources: Sequence[Source], data: DataConfig, tokenizer: Any, seed: int, others: list[Example],
+    vocabulary: int | None,
+) -> str:  # fmt: skip
     """Hash of everything that decides what a corpus holds."""
     options = asdict(data)
     for name in ("sources", "retention", "cache"):
         del options[name]
     digest = hashlib.blake2b(digest_size=16)
     away = sorted({(e.key, e.mirror) for e in others})
-    asked = [_VERSION, seed, away, options, [asdict(s) for s in sources]]
+    asked = [_VERSION, seed, vocabulary, away, options, [asdict(s) for s in sources]]
     digest.update(json.dumps(asked).encode())
     about = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps([*about, tokenizer.bos_token]).encode())
@@ -201,6 +211,7 @@ def _build(
     seed: int,
     show: bool,
     others: list[Example],
+    vocabulary: int | None,
 ) -> None:
     """Write a corpus into an empty folder. Raises `UserError`, and `OSError` for a full disk."""
     reading, heldout = Reading(), _Heldout(data.heldout)
@@ -219,8 +230,8 @@ def _build(
 
     with new(TOKENS) as tokens, new(SUPERVISED) as mask, bar:
         stream = (e for source in sources for e in read_examples(source, data, reading))
-        while batch := list(islice(stream, _BATCH)):
-            encoded = encode(batch, tokenizer, data.think, data.pack_tokens)
+        for batch in _batches(stream):
+            encoded = encode(batch, tokenizer, data.think, data.pack_tokens, vocabulary)
             for example, e in zip(batch, encoded, strict=True):
                 if not isinstance(e, Encoded):
                     reading.skip(e, data)
@@ -239,6 +250,7 @@ def _build(
                 cut += e.cut
             read += len(batch)
             bar.update(len(batch))
+    _check_unread(reading, tokenizer)
     if not lengths:
         left_out = "; ".join(f"{n} x {reason}" for reason, n in reading.skipped.items())
         raise UserError(
@@ -270,6 +282,9 @@ def _build(
     summary = {
         "read": read,
         "formats": reading.formats,
+        "files": reading.files,
+        "left": reading.left,
+        "unread": sorted(reading.unread),
         "skipped": dict(reading.skipped),
         "skipped_first": reading.first,
         "cut": cut,
@@ -287,6 +302,30 @@ def _build(
     with new(_SUMMARY) as out:
         out.write(json.dumps(summary).encode())
     write_manifest(folder, made)
+
+
+def _check_unread(reading: Reading, tokenizer: Any) -> None:
+    """See that no key of records that went unread is a variable of the chat template."""
+    for key in sorted(template_variables(tokenizer) & set(reading.unread)):
+        raise UserError(
+            f"{reading.unread[key]}: the chat template has a variable '{key}', and that of records"
+            f" is not given to it; `ignore: [{key}]` of the source leaves it unread"
+        )
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Lists of examples to be tokenized together, bounded in number and in text."""
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        length = sum(len(m["content"]) for m in example.messages)
+        if batch and (len(batch) == _BATCH or size + length > _BATCH_TEXT):
+            yield batch
+            batch, size = [], 0
+        batch.append(example)
+        size += length
+    if batch:
+        yield batch
 
 
 def _hash(text: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from xplus_fast.config import DataConfig
-from xplus_fast.data.chat import Encoded, encode
+from xplus_fast.data.chat import Encoded, beyond_vocabulary, encode
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.packing import pack
 from xplus_fast.data.readers import Example
@@ -104,11 +104,19 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig)
     return _pack_rows([e for e in encoded if isinstance(e, Encoded)], data.pack_tokens)
 
 
-def pack_texts(texts: Sequence[str], tokenizer: Any, pack_tokens: int) -> list[dict]:
-    """Pack raw texts in memory: every token but the first is supervised, long texts are cut."""
+def pack_texts(
+    texts: Sequence[str], tokenizer: Any, pack_tokens: int, vocabulary: int | None = None
+) -> list[dict]:
+    """Pack raw texts in memory: every token but the first is supervised, long texts are cut.
+
+    Raises `UserError` for a text with a token beyond the model's vocabulary.
+    """
     encoded = []
-    for ids in tokenizer(list(texts), verbose=False)["input_ids"] if texts else []:
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
         tokens = np.asarray(ids[:pack_tokens], np.int32)
+        if beyond := beyond_vocabulary(tokens, tokenizer, vocabulary):
+            raise UserError(f"retention: {text!r:.40}: {beyond}")
         if len(tokens) > 1:
             encoded.append(Encoded(tokens, np.arange(len(tokens)) > 0))
     return _pack_rows(encoded, pack_tokens)

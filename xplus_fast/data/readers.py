@@ -20,7 +20,9 @@ from typing import Any
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.files import (
     RECORDS,
+    TEXT_LIMIT,
     Rejected,
+    choose_files,
     data_files,
     kind,
     read_lines,
@@ -30,9 +32,23 @@ from xplus_fast.data.files import (
     stem,
 )
 from xplus_fast.data.languages import is_language, language_name, two_languages
-from xplus_fast.data.records import CONVERSATIONS, ODD_KEYS, Unfit, detect, say, translation
+from xplus_fast.data.records import (
+    CONVERSATIONS,
+    ODD_KEYS,
+    READ,
+    Unfit,
+    detect,
+    is_empty,
+    meaningful,
+    say,
+    translation,
+    without,
+)
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
+
+_NAMED = ("src", "tgt", "pair")  # what `xplus-fast prepare` writes beside messages
+_UNREAD = 100  # keys that are noted as unread at most
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,9 @@ class Reading:
     """What reading did that the user should hear of."""
 
     formats: dict[str, str] = field(default_factory=dict)  # path -> the format it was read as
+    files: dict[str, list[str]] = field(default_factory=dict)  # folder -> names of those read
+    left: dict[str, list[str]] = field(default_factory=dict)  # folder -> those of other splits
+    unread: dict[str, str] = field(default_factory=dict)  # key of records -> where first seen
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> records left out
     first: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few of them
 
@@ -285,14 +304,21 @@ def _from_records(
     assert isinstance(source.path, str)
     path = resolve(source.path)
     pinned, tag, seen = chosen != "auto", stem(path), False
+    if path.is_dir():
+        files, left = choose_files(path)
+        reading.files[source.path] = [str(f.relative_to(path)) for f in files]
+        reading.left[source.path] = [str(f.relative_to(path)) for f in left]
     for where, record in read_records(path):
         if isinstance(record, Rejected):
             yield record
             continue
+        if source.ignore:
+            record = without(record, source.ignore)
         if not seen and not pinned:
             chosen = detect(record, where)
             reading.formats[str(source.path)] = chosen
         try:
+            _look_beside(record, chosen, where, reading)
             if chosen == "translation":
                 yield Pair(where, *translation(record, source.languages, where))
             else:
@@ -307,9 +333,25 @@ def _from_records(
         seen = True
 
 
+def _look_beside(record: dict[str, Any], chosen: str, where: str, reading: Reading) -> None:
+    """Note the keys that are not read. Raises `Unfit` for those that change what is meant."""
+    read = {*READ[chosen], *_NAMED}
+    others = {k: v for k, v in record.items() if k not in read and not is_empty(v)}
+    if chosen == "translation" and "translation" not in record:
+        others = {k: v for k, v in others.items() if not is_language(k)}
+    if meant := meaningful(others):
+        raise Unfit(
+            "keys that are not read",
+            f"{', '.join(meant)}: they change what is meant; `ignore: [{', '.join(meant)}]` of the"
+            " source leaves them unread",
+        )
+    for key in list(others)[: _UNREAD - len(reading.unread)]:
+        reading.unread.setdefault(key, where)
+
+
 def _named(record: dict[str, Any], tag: str, asked: str) -> tuple[str, str]:
     """Tag and key: what `xplus-fast prepare` wrote of the direction and the pair, if it did."""
-    src, tgt, pair = (record.get(name) for name in ("src", "tgt", "pair"))
+    src, tgt, pair = (record.get(name) for name in _NAMED)
     if isinstance(src, str) and isinstance(tgt, str) and isinstance(pair, str):
         return f"{src}-{tgt}", f"{'-'.join(sorted((src, tgt)))}\0{pair}"
     return tag, f"\0{asked}"
@@ -317,6 +359,10 @@ def _named(record: dict[str, Any], tag: str, asked: str) -> tuple[str, str]:
 
 def _check(example: Example) -> Example | Rejected:
     """What holds for an example of any format."""
+    size = sum(len(m["content"]) for m in example.messages)
+    if size > TEXT_LIMIT:
+        detail = f"{size:,} characters, {TEXT_LIMIT:,} are read at most"
+        return Rejected(example.where, "a text that is too long", detail)
     for message in example.messages:
         role, content = message["role"], message["content"]
         if role != "system" and not content.strip():

@@ -1,5 +1,6 @@
 """Records -> conversations and translation pairs; how a record's keys tell its format."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,20 @@ from xplus_fast.data.languages import is_language, two_languages
 from xplus_fast.errors import UserError
 
 Messages = tuple[dict[str, str], ...]
+
+# What names of keys speak of that changes what is asked, answered or learnt.
+_MEANT = frozenset(
+    "tool tools function functions document documents context contexts history system developer"
+    " template kwargs thinking thought thoughts think reasoning image images audio audios video"
+    " videos weight weights train trainable learn loss mask masks".split()
+)
+# Of these, 0 and false say something, and 1 and true are what is done anyway.
+_SWITCHES = frozenset("weight weights train trainable learn loss mask masks".split())
+# What messages carry that says nothing to a model.
+_ABOUT = frozenset(
+    "id message_id parent_id uuid index turn timestamp created_at create_time date source model"
+    " lang language tokens token_count score".split()
+)
 
 _KEYS = {
     "messages": ("messages",),
@@ -57,6 +72,52 @@ def say(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a key's value says nothing; tools and the like are often written as JSON in text."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
+def without(record: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """The record without some keys, in its messages too."""
+
+    def keep(item: Any) -> Any:
+        return (
+            {k: v for k, v in item.items() if k not in ignore} if isinstance(item, dict) else item
+        )
+
+    return {k: [*map(keep, v)] if isinstance(v, list) else v for k, v in keep(record).items()}
+
+
+def _words(key: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", str(key)).lower()))
+
+
+def meaningful(others: dict[str, Any]) -> list[str]:
+    """Those of a record's or message's further keys that change what is meant by it.
+
+    One without a value does not. "label", as preference data have it, marks an unwanted answer
+    where it is false.
+    """
+    found = []
+    for key, value in others.items():
+        words = _words(key)
+        if (
+            value is None
+            or value in ("", "[]", "{}", "null")
+            or isinstance(value, list | dict)
+            and not value
+        ):
+            continue
+        if words & _SWITCHES:
+            is_on = isinstance(value, int | float) and value == 1
+            found += [] if is_on else [key]
+        elif (words & _MEANT and value) or (key == "label" and value is False):
+            found.append(key)
+    return found
+
+
 def _conversation(items: Sequence[Any]) -> Messages:
     messages = []
     for item in items:
@@ -66,7 +127,10 @@ def _conversation(items: Sequence[Any]) -> Messages:
         if role not in _ROLES:
             raise Unfit("an unknown role", f"'{role}'; known: {', '.join(_ROLES)}")
         # A tool call or a weight that went unheeded would train something else than was meant.
-        if extra := [k for k, v in item.items() if k not in ("role", "content") and v]:
+        others = {k: v for k, v in item.items() if k not in ("role", "content")}
+        meant = meaningful(others)
+        more = [k for k, v in others.items() if v and k not in _ABOUT and not _words(k) & _SWITCHES]
+        if extra := [k for k in others if k in meant or k in more]:
             raise Unfit(
                 "a message with other keys", f"{', '.join(extra)}; only role and content are read"
             )
@@ -126,6 +190,14 @@ def translation(
     first, second = _fields(record, codes, str)
     return codes, (first, second)
 
+
+# Keys of each format that are read; of a pair written flat, its languages beside.
+READ = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "translation": ("translation",),
+}
 
 CONVERSATIONS: dict[str, Callable[[dict[str, Any]], Messages]] = {
     "messages": _messages,

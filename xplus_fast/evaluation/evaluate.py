@@ -13,8 +13,8 @@ import numpy as np
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
-from xplus_fast.evaluation.generate import Generator, model_digest
-from xplus_fast.evaluation.reasoning import run_tasks, sample_scores
+from xplus_fast.evaluation.generate import Generator, check_model, model_digest
+from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.translation import (
     Lines,
@@ -39,6 +39,9 @@ def evaluate(
     out = resolve(recipe.output)
     lines = read_sets(recipe.translation.sets)  # before anything is generated
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
+    stock = bool(recipe.reasoning.tasks) and harness_model(recipe) == "hf"
+    for folder in folders.values():
+        check_model(folder, stock=stock)
     make_folder(out)
     answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
     tasks: dict[str, dict[str, Any]] = {}

@@ -16,9 +16,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from xplus_fast.data.chat import beyond_vocabulary
 from xplus_fast.errors import UserError
 from xplus_fast.files import append_lines, make_folder, whole_lines
-from xplus_fast.model.checkpoint_files import RECORD
+from xplus_fast.model.checkpoint_files import RECORD, CheckpointFiles, check_against
+from xplus_fast.model.families import FAMILIES, shape_of
+from xplus_fast.model.pretrained import load_tokenizer, refused
 
 CHUNK = 1 << 22  # bytes of a file hashed at a time
 
@@ -34,12 +37,15 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     generation, pad = model.generation_config, tokenizer.pad_token_id
     ends = getattr(generation, "eos_token_id", None)
     both = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    size = model.config.vocab_size
     ends = sorted(end for end in both if end is not None)
+    # rows that are over are filled with it, and it is embedded
+    pad = next((i for i in (pad, *ends) if i is not None and i < size), 0)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if pad is None and ends else pad,
+        pad_token_id=pad,
         use_cache=True,
     )
     model.eval()
@@ -62,12 +68,15 @@ def answers(
     model.config.use_cache = True
     generation = model.generation_config
     tokens = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if beyond := beyond_vocabulary(ids, tokenizer, model.config.vocab_size):
+            raise UserError(f"prompt {prompt!r:.60}: {beyond}")
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
     for at in range(0, len(order), batch_size):
         ids = order[at : at + batch_size]
         width = len(tokens[ids[0]])
         # [B, width], padded on the left, so that every row's next token is the last column's
-        input_ids = torch.full((len(ids), width), generation.pad_token_id or 0)
+        input_ids = torch.full((len(ids), width), generation.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for b, i in enumerate(ids):
             input_ids[b, width - len(tokens[i]) :] = torch.tensor(tokens[i])
@@ -118,9 +127,7 @@ class Generator:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
     def answer(self, prompts: Sequence[str], what: str) -> list[tuple[str, bool]]:
@@ -159,7 +166,7 @@ class Generator:
 
         if self._model is None:
             dtype = "auto" if self.dtype == "auto" else self.dtype
-            self._model = LLM(str(self.folder), dtype=dtype)
+            self._model = LLM(str(self.folder), dtype=dtype, trust_remote_code=False)
         options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens)
         ids = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         made = self._model.generate([{"prompt_token_ids": i} for i in ids], options, use_tqdm=False)
@@ -172,14 +179,58 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted: Any = dtype
-    if dtype == "auto":
-        wanted = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: no model ({' '.join(str(e).split())[:200]})") from None
+    wanted: Any = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+    files = CheckpointFiles.open(folder)
+    if any(entry.scale is not None for entry in files.entries.values()):
+        return _load_codes(files, wanted, device)
+    with refused(f"{folder}: no model"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, trust_remote_code=False, local_files_only=True,
+            use_safetensors=True, attn_implementation="sdpa",
+        )  # fmt: skip
     return model.to(device)
+
+
+def _load_codes(files: CheckpointFiles, dtype: torch.dtype, device: str) -> Any:
+    """A model in FP8, as it is trained: transformers mistakes the size of blocks that are cut off
+    at a matrix's edge, and on a GPU wants a kernel from the hub."""
+    from xplus_fast.model.layout import LayerLayout, Layout
+    from xplus_fast.model.load import Weights, load_model
+
+    config = _config(files.folder)
+    layout = Layout((LayerLayout(),) * shape_of(config).layers)
+    return load_model(Weights(files), config, layout, dtype=dtype, device=torch.device(device))
+
+
+def check_model(folder: Path, *, stock: bool) -> None:
+    """Refuse a model whose weights would not be read as they are meant, before it is loaded.
+
+    stock: transformers will read it itself. Raises `UserError`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    files = CheckpointFiles.open(folder)
+    if files.config.get("model_type") in FAMILIES:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(_config(folder))
+        check_against(files, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    for name, entry in files.entries.items() if stock else ():
+        cut = any(n % b for n, b in zip(entry.shape, entry.block, strict=False))
+        if entry.scale is not None and cut:
+            raise UserError(
+                f"{entry.file}: {name!r}, {list(entry.shape)}, is in FP8 blocks of"
+                f" {list(entry.block)}, the last of them cut off, which transformers does not read"
+                " as it is meant: reasoning needs engine=vllm, or a model that is not in FP8"
+            )
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    with refused(f"{folder}/config.json: not a model configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def model_digest(folder: Path) -> str:

@@ -47,7 +47,8 @@ def measure(
     """
     tags = sorted(tag for tag, examples in heldout.items() if examples)
     rows = {tag: pack_examples(heldout[tag], tokenizer, data) for tag in tags}
-    texts = pack_texts(retention, tokenizer, data.pack_tokens) if retention else []
+    vocabulary = model.config.vocab_size
+    texts = pack_texts(retention, tokenizer, data.pack_tokens, vocabulary) if retention else []
     directions = [tag for tag in tags if config.translate and _DIRECTION.fullmatch(tag)]
     chosen = {tag: heldout[tag][: config.translate] for tag in directions}
     work = sum(map(len, rows.values())) + len(texts) + sum(map(len, chosen.values()))

@@ -16,8 +16,8 @@ from xplus_fast.data.readers import Example, say
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import Generator
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, run_limited
-from xplus_fast.files import make_folder, resolve, write_json, write_text
+from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
+from xplus_fast.files import make_folder, remove, resolve, write_json, write_text
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -54,6 +54,7 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
+    permitted(r.code_isolation)  # before the model answers
     checkout = resolve(own.folder)
     if not (checkout / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
@@ -78,13 +79,17 @@ def _run(
     answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
 
     make_folder(folder)
-    written, codes = (folder.absolute() / f"{name}.json" for name in ("answers", "codes"))
+    judge = folder.absolute() / "judge"  # it writes beside the codes
+    remove(judge)
+    make_folder(judge)
+    written, codes = folder.absolute() / "answers.json", judge / "codes.json"
     write_json(written, answers)
     _ask(own.python, checkout, "codes", str(written), str(codes))
     code, said = run_limited(
         [own.python, "-m", "lcb_runner.runner.custom_evaluator", "--custom_output_file",
          str(codes), "--num_process_evaluate", "1", *options],
         seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"), folder=checkout,
+        reads=[codes, *map(Path, r.code_reads)], out=judge, least=r.code_isolation,
     )  # fmt: skip
     judged = codes.with_name("codes_codegeneration_output_eval.json")
     each = codes.with_name("codes_codegeneration_output_eval_all.json")
@@ -108,7 +113,11 @@ def _run(
 def _ask(python: str, checkout: Path, *arguments: str) -> str:
     try:
         ran = subprocess.run(
-            [python, str(BRIDGE), *arguments], cwd=checkout, capture_output=True, text=True
+            [python, str(BRIDGE), *arguments],
+            cwd=checkout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
     except OSError as e:
         raise UserError(f"reasoning.livecodebench.python: {python}: {e.strerror}") from None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, run_limited
+from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
 from xplus_fast.files import move, remove
 from xplus_fast.options import parse_bytes
 
@@ -89,6 +89,11 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
         return "it executes what the model writes; reasoning.allow_code=true lets it"
     if about["judges"]:
         return f"{about['judges'][0]} executes code where it cannot be limited"
+    if about["executes"]:
+        try:  # before the model answers
+            permitted(r.code_isolation)
+        except UserError as e:
+            return str(e)
     working = folder.with_name(f".{folder.name}")
     remove(working)
     command = [python, *command_line(model, task, recipe, working, cache)]
@@ -109,7 +114,8 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
         try:
             code, said = run_limited(
                 command, seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"),
-                environment={"HF_ALLOW_CODE_EVAL": "1"},
+                environment={"HF_ALLOW_CODE_EVAL": "1"}, out=working, least=r.code_isolation,
+                reads=[REPLAY, answers, *readable(recipe)],
             )  # fmt: skip
         except UserError as e:
             return str(e)
@@ -119,6 +125,15 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     remove(folder)
     move(working, folder)
     return None
+
+
+def readable(recipe: EvaluateRecipe) -> list[Path]:
+    """What a judge may read, as the recipe has it. Raises `UserError` for what is not there."""
+    r = recipe.reasoning
+    given = [Path(path).expanduser() for path in r.code_reads]
+    if lacking := next((path for path in given if not path.exists()), None):
+        raise UserError(f"reasoning.code_reads: {lacking}: no such file or folder")
+    return given + ([Path(r.include_path)] if r.include_path else [])
 
 
 def _python(recipe: EvaluateRecipe) -> str:
@@ -135,7 +150,7 @@ def _look(python: str, tasks: tuple[str, ...], include_path: str | None) -> dict
     more = ["--include_path", include_path] if include_path else []
     command = [python, "-I", str(REPLAY), "look", *named, *more]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True)
+        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as e:
         raise UserError(f"reasoning.python: {python}: {e.strerror}") from None
     if ran.returncode:
@@ -143,18 +158,22 @@ def _look(python: str, tasks: tuple[str, ...], include_path: str | None) -> dict
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def harness_model(recipe: EvaluateRecipe) -> str:
+    """Which of the harness's own models asks: "vllm" or "hf"."""
+    found = recipe.reasoning.python is None and importlib.util.find_spec("vllm") is not None
+    return "vllm" if recipe.engine == "vllm" or (recipe.engine == "auto" and found) else "hf"
+
+
 def command_line(
     model: Path, task: str, recipe: EvaluateRecipe, out: Path, cache: Path
 ) -> list[str]:
     """lm-evaluation-harness's own command for a task, less the Python."""
     r = recipe.reasoning
-    arguments = f"pretrained={model},dtype={recipe.dtype}"
-    found = r.python is None and importlib.util.find_spec("vllm") is not None
-    kind = "vllm" if recipe.engine == "vllm" or (recipe.engine == "auto" and found) else "hf"
+    arguments = f"pretrained={model},dtype={recipe.dtype},trust_remote_code=False"
     if r.chat:
         arguments += ",enable_thinking=False"
     command = [
-        "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments,
+        "-m", "lm_eval", "run", "--model", harness_model(recipe), "--model_args", arguments,
         "--batch_size", str(recipe.batch_size), "--use_cache", str(cache),
         *judge_line(task, recipe, out),
     ]  # fmt: skip

@@ -61,7 +61,10 @@ class ReasoningConfig:
     chat: bool = True  # apply the model's chat template, thinking off
     allow_code: bool = False  # tasks that execute what the model writes
     code_seconds: int = 1800  # that judging such a task may take
-    code_memory: str = "16GB"  # of address space, each process
+    code_memory: str = "16GB"  # of address space, each process; resident, all together
+    code_reads: list[str] = field(default_factory=list)  # that judging needs, beside Python's own
+    # what the system must permit, or code is not executed: docs/evaluation.md
+    code_isolation: Literal["namespaces", "landlock", "limits"] = "namespaces"
     python: str | None = None  # of an environment with lm-eval; None: this one
     livecodebench: LiveCodeBenchConfig = field(default_factory=LiveCodeBenchConfig)
 

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 from xplus_fast.config import DataConfig, Recipe, Source, load_recipe
 from xplus_fast.data.corpus import Corpus, PackCollator, load_corpus
@@ -39,6 +38,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import LayerLayout, Layout, Policy, UpdateLayout
 from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import is_prepared
+from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.from_recipe import USABLE, free_memory
 from xplus_fast.planning.memory import CONTEXT, Batch, account, layer_parameters
 from xplus_fast.training.host_state import norms_of
@@ -91,11 +91,11 @@ def analyse(
         raise UserError(f"--batches: at least 1 is wanted, found {batches}")
     recipe = _recipe(model, data, overrides)
     base = resolve_model(model)
-    files, config, tokenizer = _open(base)
+    files, config, tokenizer = CheckpointFiles.open(base), load_config(base), load_tokenizer(base)
     shape = shape_of(config)
     check_against(files, shape.tensor_shapes())
     place = find_place(recipe)
-    corpus = _corpus(recipe, tokenizer, show)
+    corpus = _corpus(recipe, tokenizer, shape.vocabulary, show)
     rows = len(corpus.train)
     chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))[:batches]
     element = torch.finfo(place.dtype).bits // 8
@@ -277,23 +277,10 @@ def _recipe(model: str, data: Sequence[str], overrides: Sequence[str]) -> Recipe
     return Recipe(model, "", [], DataConfig(sources=[source]))
 
 
-def _corpus(recipe: Recipe, tokenizer: Any, show: bool) -> Corpus:
+def _corpus(recipe: Recipe, tokenizer: Any, vocabulary: int, show: bool) -> Corpus:
     if not recipe.data.sources:
         raise UserError("no data: neither data.sources nor a stage's own sources are given")
-    return load_corpus(recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show)
-
-
-def _open(base: Path) -> tuple[CheckpointFiles, Any, Any]:
-    files = CheckpointFiles.open(base)
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{base}/config.json: not a model configuration: {_line(e)}") from None
-    try:
-        return files, config, AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{base}: its tokenizer cannot be loaded: {_line(e)}") from None
-
-
-def _line(e: Exception) -> str:
-    return " ".join(str(e).split())[:300] or type(e).__name__
+    return load_corpus(
+        recipe.data.sources, recipe.data, tokenizer, seed=recipe.seed, show=show,
+        vocabulary=vocabulary,
+    )  # fmt: skip

@@ -2,64 +2,37 @@
 
 `CheckpointFiles.open(folder)` reads config.json, the shard index and every safetensors header, and
 checks them against each other and against the files' sizes, before a byte of a tensor is used.
-
-A safetensors file: 8 bytes little-endian header length | header, JSON | data. The header maps a
-name to {"dtype", "shape", "data_offsets": [begin, end)}, offsets counted from the data's first
-byte; the tensors tile the data without gap or overlap
-(https://github.com/huggingface/safetensors#format).
+Plans are made of it: torch is loaded where a tensor is read.
 """
 
-import json
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
+from xplus_fast.model.families import BESIDE
+from xplus_fast.model.headers import (
+    CHUNK,
+    CODES,
+    Entry,
+    read_header,
+    read_json,
+    read_range,
+)
+from xplus_fast.model.hub import model_from_hub
+from xplus_fast.model.quantized import check_config, paired, scale_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "xplus_fast.json"  # what `export` says of a model folder that it made
-CHUNK = 16 << 20  # bytes read or written at a time
-MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: bytes [start, end) of the file, counted from the file's first byte."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+DTYPE_CODES = {f"torch.{name}": code for code, (name, _) in CODES.items()}
+PIECE = 1 << 21  # codes turned into weights at a time
 
 
 class CheckpointFiles:
@@ -87,6 +60,7 @@ class CheckpointFiles:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json: not a Hugging Face model folder")
         config = read_json(folder / "config.json")
+        block = check_config(folder, config)  # a kind by its name, before what its files look like
         if (folder / INDEX).is_file():
             entries = _read_sharded(folder)
             used = {entry.file for entry in entries.values()}
@@ -105,20 +79,22 @@ class CheckpointFiles:
             if file.is_file() and file not in used:
                 other = INDEX if (folder / INDEX).is_file() else SINGLE
                 raise UserError(f"{file}: not part of the model in {other}: remove what is stale")
-        return cls(folder, config, entries)
+        return cls(folder, config, paired(folder, config, entries, block))
 
     @property
     def names(self) -> list[str]:
         return list(self.entries)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """The tensor on the CPU in its stored dtype; it may be a private memory map of the file."""
+        from safetensors import safe_open
+
         file = self.entries[name].file
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
@@ -130,32 +106,62 @@ class CheckpointFiles:
         return read_range(entry.file, entry.start, entry.end)
 
 
-def read_range(file: Path, start: int, end: int) -> Iterator[bytes]:
-    """Bytes [start, end) of a file in pieces of `CHUNK`, the last one shorter.
-
-    Raises `UserError` if they cannot be read.
-    """
-    try:
-        with file.open("rb") as handle:
-            handle.seek(start)
-            while start < end:
-                piece = handle.read(min(CHUNK, end - start))
-                if not piece:
-                    raise UserError(f"{file}: ends at byte {start}, {end - start} bytes too early")
-                start += len(piece)
-                yield piece
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
-
-
-def read_entry(entry: Entry, out: Tensor) -> None:
+def read_entry(entry: Entry, out: "Tensor") -> None:
     """Read a tensor into `out`, contiguous, of its shape and any dtype, without a map of the file.
 
-    Raises `UserError` if it cannot be read.
+    Codes with scales become weights: in fp32, then in `out`'s dtype.
+
+    Raises `UserError` if it cannot be read, and for codes that make a weight that is not finite.
     """
+    import torch
+
     assert out.shape == entry.shape and out.is_contiguous() and out.device.type == "cpu"
+    if entry.scale is not None:
+        return _dequantize(entry, entry.scale, out)
     stored = out if out.dtype == entry.dtype else torch.empty(entry.shape, dtype=entry.dtype)
-    view = stored.reshape(-1).view(torch.uint8).numpy().data
+    _read_into(entry, stored)
+    if stored is not out:
+        out.copy_(stored)
+
+
+def _dequantize(entry: Entry, scale: Entry, out: "Tensor") -> None:
+    """Some rows of blocks at a time: the codes are never in memory as a whole.
+
+    E4M3's sign, exponent and mantissa in those places of an fp16 are the weight / 256, exactly, and
+    fp16 is converted many times faster.
+    """
+    import torch
+
+    rows, columns = entry.shape
+    high, wide = (min(b, max(1, n)) for b, n in zip(entry.block, entry.shape, strict=True))
+    scales = torch.empty(scale.shape)
+    read_entry(scale, scales)
+    if scales.numel() and 448 * float(scales.max()) > torch.finfo(out.dtype).max:
+        raise UserError(f"{scale.file}: a scale at byte {scale.start} makes weights that overflow")
+    scales = (scales * 256).repeat_interleave(wide, dim=1)[:, :columns]
+    step = max(1, PIECE // max(1, high * columns)) * high
+    for a in range(0, rows, step):
+        codes = torch.empty(min(step, rows - a), columns, dtype=torch.int8)
+        _read_into(replace(entry, start=entry.start + a * columns), codes)
+        if codes.numel() and int((codes & 0x7F).max()) == 0x7F:
+            raise UserError(
+                f"{entry.file}: an FP8 code in rows {a} to {a + len(codes) - 1} of the matrix"
+                f" {list(entry.shape)} at byte {entry.start} is not a number"
+            )
+        bits = codes.to(torch.int16)
+        bits <<= 7
+        bits &= 0xBF80 - (1 << 16)  # the sign, which the shift spread, and the seven bits
+        values = bits.view(torch.float16).float()
+        for at, part in enumerate(values.split(high), a // high):
+            part *= scales[at]  # [high, columns] * [columns]
+        out[a : a + len(codes)] = values
+
+
+def _read_into(entry: Entry, out: "Tensor") -> None:
+    """Fill `out`, of the stored dtype, with the bytes from the entry's start on."""
+    import torch
+
+    view = out.reshape(-1).view(torch.uint8).numpy().data
     try:
         with entry.file.open("rb", buffering=0) as handle:
             handle.seek(entry.start)
@@ -166,66 +172,21 @@ def read_entry(entry: Entry, out: Tensor) -> None:
                 at += got
     except OSError as e:
         raise UserError(f"{entry.file}: cannot be read ({e.strerror})") from None
-    if stored is not out:
-        out.copy_(stored)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` if it cannot be read or is anything else."""
-    try:
-        return _parse_object(file.read_bytes())
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not a valid JSON object: {_line(e)}") from None
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """Tensor name -> Entry of one safetensors file, checked to tile the file exactly.
-
-    Raises `UserError` for an unreadable or truncated file and for a header that is not JSON, names
-    a tensor twice, or does not agree with the file's size.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            prefix = handle.read(8)
-            length = int.from_bytes(prefix, "little")
-            if prefix == b"version ":
-                raise UserError(f"{file}: a Git LFS pointer, not the weights: run `git lfs pull`")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-                raise UserError(
-                    f"{file}: not a whole safetensors file: {size} bytes cannot hold the header"
-                )
-            text = handle.read(length)
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
-    try:
-        header = _parse_object(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: the safetensors header is damaged: {_line(e)}") from None
-    header.pop("__metadata__", None)
-
-    data = 8 + length
-    entries = {name: _entry(file, name, item, data) for name, item in header.items()}
-    at = data
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != at:
-            what = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
-            raise UserError(f"{file}: the header lies: {name!r} {what}, at data byte {at - data}")
-        at = entry.end
-    if at != size:
-        raise UserError(
-            f"{file}: {'truncated' if at > size else 'longer than its tensors'}: the header"
-            f" describes {at} bytes, the file has {size}"
-        )
-    return dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors under their usual names; a plan can do without."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 def check_against(files: CheckpointFiles, expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """Check that every expected tensor is there in its shape; return the names of all others.
+    """Check that the tensors are those expected, in their shapes, and no others that count.
 
-    Raises `UserError` naming the first that is missing or has another shape, and how many do.
+    Returns the names of all others: the scales of codes, a rotary embedding's frequencies, which
+    config.json tells, and a tied head (`Weights` looks whether it is the embedding).
+
+    Raises `UserError` naming the first that is missing, too many or of another shape, and how many
+    are.
     """
     missing = [name for name in expected if name not in files.entries]
     if missing:
@@ -237,7 +198,15 @@ def check_against(files: CheckpointFiles, expected: dict[str, tuple[int, ...]]) 
             f"{files.entries[name].file}: {name!r} has shape {list(files.shape(name))},"
             f" config.json makes it {list(expected[name])} ({len(wrong)} such tensors in all)"
         )
-    return [name for name in files.entries if name not in expected]
+    others = [name for name in files.entries if name not in expected]
+    known = {BESIDE["head"], *map(scale_name, expected)}
+    more = [n for n in others if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    if more:
+        raise UserError(
+            f"{files.entries[more[0]].file}: {more[0]!r} is nothing that a model of this"
+            f" config.json has ({len(more)} such tensors in all)"
+        )
+    return others
 
 
 def resolve_model(path_or_hub_id: str) -> Path:
@@ -250,29 +219,7 @@ def resolve_model(path_or_hub_id: str) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path}: a file; a model folder is wanted")
-    # "org/name" is a hub id unless it starts like a path or its first half is a folder here
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_hub_id, re.ASCII)
-    if not hub_id or path.parent.is_dir():
-        raise UserError(f"{path_or_hub_id}: no such model folder")
-
-    import httpx
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*"]
-    try:
-        return Path(huggingface_hub.snapshot_download(path_or_hub_id, allow_patterns=wanted))
-    except errors.GatedRepoError:
-        why = "gated: accept its terms on huggingface.co, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "no such folder here, and no such repository on the hub (or a private one)"
-    except errors.HFValidationError:
-        why = "no such folder here, and not a hub id (org/name)"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "no such folder here, nor in the hub's cache, and the hub cannot be reached"
-    except (OSError, httpx.HTTPError) as e:
-        why = f"cannot be downloaded from the hub: {_line(e)}"
-    raise UserError(f"{path_or_hub_id}: {why}")
+    return model_from_hub(path_or_hub_id)
 
 
 def _read_sharded(folder: Path) -> dict[str, Entry]:
@@ -297,45 +244,3 @@ def _read_sharded(folder: Path) -> dict[str, Entry]:
         if name not in entries or entries[name].file.name != shard:
             raise UserError(f"{index}: places {name!r} in {shard}, which does not hold it")
     return entries
-
-
-def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
-    """One item of a header, checked in itself; `data` is the file offset of the data."""
-
-    def sizes(key: str) -> list[int]:
-        values = item.get(key) if isinstance(item, dict) else None
-        if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-            raise UserError(f"{file}: the header lies: {name!r} has no valid {key}")
-        return values
-
-    shape, offsets = sizes("shape"), sizes("data_offsets")
-    code = item.get("dtype")
-    if not isinstance(code, str) or code not in DTYPES:
-        raise UserError(f"{file}: {name!r} is stored as {code!r}; known: {', '.join(DTYPES)}")
-    want = math.prod(shape) * DTYPES[code].itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != want:
-        raise UserError(
-            f"{file}: the header lies: {name!r}, {code} {shape}, takes {want} bytes,"
-            f" its offsets are {offsets}"
-        )
-    return Entry(file, DTYPES[code], tuple(shape), data + offsets[0], data + offsets[1])
-
-
-def _parse_object(text: bytes) -> dict[str, Any]:
-    """JSON text -> object; a key that occurs twice is an error (json would keep the last)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-        return found
-
-    tree = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(tree, dict):
-        raise ValueError(f"found a {type(tree).__name__}")
-    return tree
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200]

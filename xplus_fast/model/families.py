@@ -117,37 +117,119 @@ def stage_shapes(
     }
 
 
+# The most that config.json may say of a size: beyond any model, and harmless to compute with.
+_SIZES = {
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "vocab_size": 1 << 24,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 40,
+}
+_OPTIONAL = ("head_dim", "num_key_value_heads", "max_position_embeddings")
+# RoPE's kinds that the block computes -> the numbers that they need.
+_ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
+
+_ROPE_NUMBERS = ("theta", "factor", "embeddings", "fast", "slow")  # how their names end
+
+
 def shape_of(config: Any) -> Shape:
-    """Read the sizes from a Hugging Face configuration; refuse what the block does not compute."""
+    """Read the sizes from a Hugging Face configuration.
+
+    Raises `UserError` for what the block does not compute and for values that no model can have.
+    """
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"model type {kind!r:.80} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     refused = {
         "attention_bias": getattr(config, "attention_bias", False),
         "mlp_bias": getattr(config, "mlp_bias", False),
         "attention_dropout": getattr(config, "attention_dropout", 0.0),
         "hidden_act": "" if config.hidden_act == "silu" else config.hidden_act,
-        "layer_types": any(
-            t != "full_attention" for t in getattr(config, "layer_types", None) or ()
-        ),
+        "layer_types": _other_layers(getattr(config, "layer_types", None)),
     }
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    refused["rope_type"] = rope if rope in ("dynamic", "longrope") else ""
     for key, value in refused.items():
         if value:
-            raise UserError(f"config.{key} = {value!r} is not supported for {kind} models")
-    head_dim = getattr(config, "head_dim", None)
-    return Shape(
+            raise UserError(f"config.{key} = {value!r:.80} is not supported for {kind} models")
+    for key, most in _SIZES.items():
+        value = getattr(config, key, None)
+        if value is None and key in _OPTIONAL:
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(
+                f"{key}: a whole number from 1 to {most:,} is wanted, found {value!r:.80}"
+            )
+    eps = config.rms_norm_eps
+    if not _is_number(eps) or not 0 <= eps < 1:
+        raise UserError(f"rms_norm_eps: a number from 0 to below 1 is wanted, found {eps!r:.80}")
+    tied = config.tie_word_embeddings
+    if not isinstance(tied, bool):
+        raise UserError(f"tie_word_embeddings: true or false is wanted, found {tied!r:.80}")
+    _check_rope(config)
+    heads = config.num_attention_heads
+    shape = Shape(
         family=kind,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         ffn=config.intermediate_size,
         vocabulary=config.vocab_size,
-        eps=config.rms_norm_eps,
-        tied=bool(config.tie_word_embeddings),
+        eps=eps,
+        tied=tied,
     )
+    if shape.heads % shape.kv_heads:
+        raise UserError(
+            f"num_key_value_heads: {shape.kv_heads} does not divide num_attention_heads,"
+            f" {shape.heads}"
+        )
+    if shape.head_dim < 2 or shape.head_dim % 2:
+        raise UserError(f"head_dim: an even number is wanted, found {shape.head_dim}")
+    return shape
+
+
+def _other_layers(types: Any) -> Any:
+    """The first type of layer that is no full attention, if any."""
+    if types is None:
+        return None
+    if not isinstance(types, list):
+        raise UserError(f"layer_types: a list is wanted, found {types!r:.80}")
+    return next((t for t in types if t != "full_attention"), None)
+
+
+def _check_rope(config: Any) -> None:
+    """See that the block's position encoding can be computed from what is given."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters: a mapping is wanted, found {rope!r:.80}")
+    kind = rope.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in _ROPE:
+        raise UserError(
+            f"config.rope_type = {kind!r:.80} is not supported; supported: {', '.join(_ROPE)}"
+        )
+    numbers = {f"rope_parameters.{k}": v for k, v in rope.items() if k.endswith(_ROPE_NUMBERS)}
+    numbers |= {f"rope_parameters.{k}": rope.get(k) for k in _ROPE[kind]}
+    if hasattr(config, "rope_theta"):
+        numbers["rope_theta"] = config.rope_theta
+    for key, value in numbers.items():
+        needed = key.rpartition(".")[2] in _ROPE[kind]
+        if (value is not None or needed) and not (_is_number(value) and 0 < value < 1e15):
+            raise UserError(f"{key}: a number above 0 is wanted, found {value!r:.80}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError("rope_parameters.low_freq_factor: less than high_freq_factor is wanted")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,17 +6,18 @@ between stages, for the layers whose part changes.
 """
 
 import math
+from copy import copy
 from dataclasses import replace
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import xplus_kernels as ops
 from xplus_fast.errors import UserError
-from xplus_fast.model.checkpoint_files import CheckpointFiles, Entry, read_entry
+from xplus_fast.model.checkpoint_files import CheckpointFiles, read_entry
 from xplus_fast.model.families import BESIDE, PACKED
 from xplus_fast.model.frozen import (
     MATRICES,
@@ -27,18 +28,30 @@ from xplus_fast.model.frozen import (
     freeze,
     quantize_rows,
 )
+from xplus_fast.model.headers import Entry, read_range
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.prepare import take_over
+from xplus_fast.model.pretrained import load_generation_config
 from xplus_kernels.linear_cross_entropy import head_logits
 
 
 class Weights:
-    """A model's tensors on disk, by Hugging Face name; what was trained since covers the base's."""
+    """A model's tensors on disk, by Hugging Face name; what was trained since covers the base's.
+
+    Raises `UserError` for a tied head that is stored too and is not the embedding: transformers
+    would not tie it.
+    """
 
     def __init__(self, files: CheckpointFiles) -> None:
+        head, table = (files.entries.get(BESIDE[name]) for name in ("head", "embedding"))
+        if files.config.get("tie_word_embeddings") and head and table and not _alike(head, table):
+            raise UserError(
+                f"{head.file}: {BESIDE['head']!r} is not the embedding, to which config.json's"
+                " tie_word_embeddings ties it: with false it is a head of its own"
+            )
         self.folder = files.folder
         self._entries: dict[str, Entry] = dict(files.entries)
         self._staging = torch.empty(0, dtype=torch.uint8)
@@ -69,6 +82,14 @@ class Weights:
         self._staging = torch.empty(0, dtype=torch.uint8)
 
 
+def _alike(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are stored as the same bytes."""
+    if (a.code, a.shape) != (b.code, b.shape):
+        return False
+    pieces = (read_range(e.file, e.start, e.end) for e in (a, b))
+    return all(x == y for x, y in zip(*pieces, strict=True))
+
+
 def load_model(
     weights: Weights, config: Any, layout: Layout, *, dtype: torch.dtype, device: torch.device
 ) -> Any:
@@ -76,13 +97,16 @@ def load_model(
 
     Raises `UserError` for files that cannot be read and a layout that the model cannot take.
     """
+    config = copy(config)
+    # what is loaded is no codes any more, whatever the files hold
+    config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    if (weights.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(weights.folder)
+    if (generation := load_generation_config(weights.folder)) is not None:
+        model.generation_config = generation
     take_over(model)
     arrange(model, layout, weights, dtype=dtype, device=device)
     return model.eval()

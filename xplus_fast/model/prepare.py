@@ -259,13 +259,23 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
 
 def _base_forward(self: Any, given: dict[str, Any]) -> Any:
     """The last hidden state [B, S, H]: by the engine where no cache is wanted."""
-    use_cache, mask = given.get("use_cache"), given.get("attention_mask")
-    use_cache = self.config.use_cache if use_cache is None else use_cache
+    asked_cache = given.get("use_cache")
+    asked_cache = self.config.use_cache if asked_cache is None else asked_cache
+    given = {k: v for k, v in given.items() if v is not None and v is not False}
+    config, mask = self.config, given.get("attention_mask")
     plain = mask is None or (torch.is_tensor(mask) and mask.ndim == 2)
-    asked = {k for k, v in given.items() if v is not None and v is not False}
-    if use_cache or not plain or asked - ENGINE - {"output_hidden_states", "cache_position"}:
-        return type(self).forward(self, **given)
-    states: list[Tensor] | None = [] if given.get("output_hidden_states") else None
+    recorded = given.pop("output_hidden_states", getattr(config, "output_hidden_states", False))
+    if given.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise UserError("output_attentions: a prepared model does not make them")
+    others = given.keys() - ENGINE - {"cache_position", "return_dict"}
+    if recorded and (recorded is not True or others or not plain or given.get("use_cache")):
+        raise UserError(
+            "output_hidden_states: a prepared model has those of all layers, and without a cache:"
+            " use_cache=False"
+        )
+    if not recorded and (others or not plain or given.get("use_cache", asked_cache)):
+        return type(self).forward(self, **{"use_cache": asked_cache} | given)
+    states: list[Tensor] | None = [] if recorded else None
     x, pack, (b, s) = _run_stack(self, given, states)
 
     def unpacked(y: Tensor) -> Tensor:

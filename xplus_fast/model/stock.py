@@ -49,7 +49,7 @@ def check_stock(model: Any) -> None:
 def check_modules(modules: Iterable[nn.Module]) -> None:
     """Refuse modules of a prepared model to which something was added that would not be run."""
     for module in modules:
-        if any(getattr(module, hooks) for hooks in HOOKS) or _is_adapted(module):
+        if _hooked(module) or _is_adapted(module):
             _check(module, getattr(module, "layer_idx", None))
 
 
@@ -62,7 +62,7 @@ def _check(module: nn.Module, at: str | int | None) -> None:
             f"{where}: an adapter ({kind.__module__}.{kind.__name__}) on a module that the engine"
             " does not call: it would not be run; merge it first, or leave it out"
         )
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if _hooked(module):
         raise UserError(
             f"{where}: has a hook, and the engine does not call this module: it would not be run"
         )
@@ -89,6 +89,12 @@ def _check_tensor(at: str, tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"{at}: stored as {dtype}: quantized weights are not computed with here")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything but the library's own recorder of hidden states waits on the module."""
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    return any(not getattr(h, "__module__", "").startswith("transformers.utils.") for h in hooks)
 
 
 def _is_adapted(module: Any) -> bool:

@@ -1,19 +1,16 @@
 """A recipe and a model's config.json -> a plan for each stage, without loading torch."""
 
-import json
 import re
-import socket
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from xplus_fast.config import Recipe, stage_name
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
-from xplus_fast.model.families import FAMILIES, Shape, shape_of
+from xplus_fast.model.checkpoint_files import CheckpointFiles, check_against, has_weights
+from xplus_fast.model.families import Shape
+from xplus_fast.model.hub import config_from_hub
+from xplus_fast.model.pretrained import config_shape
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
 from xplus_fast.planning.plan import Plan, plan_stage
@@ -22,19 +19,6 @@ from xplus_fast.planning.selection import resolve_layers
 USABLE = 0.97  # of a card's memory: the driver and the screen have the rest
 HOST_SHARE = 0.8  # of what the machine has free
 ELSEWHERE_HOST = 128 * 10**9  # assumed of a machine that is not this one
-# What transformers takes where config.json says nothing. Its class defaults, not Qwen's models'.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": dict(hidden_size=4096, intermediate_size=11008, vocab_size=32000, head_dim=None,
-                  num_key_value_heads=None),
-    "qwen2": dict(hidden_size=4096, intermediate_size=22016, vocab_size=151936, head_dim=None,
-                  num_key_value_heads=32),
-    "qwen3": dict(hidden_size=4096, intermediate_size=22016, vocab_size=151936, head_dim=128,
-                  num_key_value_heads=32),
-}  # fmt: skip
-COMMON = dict(
-    num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, hidden_act="silu",
-    tie_word_embeddings=False,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,71 +124,11 @@ def container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 def read_shape(model: str) -> Shape:
     """The sizes in a model's config.json: of a folder, or of a hub id, from which only it is had.
 
-    transformers would take two seconds to say the same. Raises `UserError`.
+    transformers would take two seconds to say the same. The weights of a folder that has them are
+    those of the sizes, in a format that is read. Raises `UserError`.
     """
     folder = resolve(model)
-    file = folder / "config.json" if folder.is_dir() else _download(model)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a Hugging Face model folder is wanted") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: not a model configuration: {e}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: not a model configuration: a mapping is wanted")
-    kind = config.get("model_type")
-    full = {**COMMON, **DEFAULTS.get(str(kind), {}), **config, "model_type": kind}
-    if full.get("num_key_value_heads") is None:
-        full["num_key_value_heads"] = full["num_attention_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    full["rope_parameters"] = {"rope_type": rope.get("type", "default"), **rope}
-    if config.get("use_sliding_window") and not config.get("layer_types"):
-        slides = int(full["num_hidden_layers"]) > config.get("max_window_layers", 28)
-        full["layer_types"] = ["sliding_attention"] * slides
-    numbers = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
-               "intermediate_size", "vocab_size")  # fmt: skip
-    for key in numbers if kind in FAMILIES else ():
-        if not isinstance(full[key], int) or full[key] < 1:
-            raise UserError(f"{file}: {key}: a whole number above 0 is wanted, found {full[key]!r}")
-    return shape_of(SimpleNamespace(**full))
-
-
-def _reach(url: str) -> None:
-    """Raise OSError where a server does not answer: the hub's client tries for half a minute."""
-    parts = urllib.parse.urlsplit(url)
-    if not urllib.request.getproxies() and parts.hostname:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        socket.create_connection((parts.hostname, port), timeout=5).close()
-
-
-def _download(model: str) -> Path:
-    path = resolve(model)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII) or path.parent.is_dir():
-        raise UserError(f"{model}: no such model folder")
-    import httpx
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
-    if isinstance(cached, str):
-        return Path(cached)
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of each of its retries
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            _reach(huggingface_hub.constants.ENDPOINT)
-        return Path(huggingface_hub.hf_hub_download(model, "config.json"))
-    except errors.GatedRepoError:
-        why = "gated: accept its terms on huggingface.co, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "no such folder here, and no such repository on the hub (or a private one)"
-    except errors.EntryNotFoundError as e:
-        offline = isinstance(e, errors.LocalEntryNotFoundError)
-        why = "the hub cannot be reached" if offline else "its repository has no config.json"
-        why = f"no such folder here, nor in the hub's cache, and {why}" if offline else why
-    except errors.OfflineModeIsEnabled:
-        why = "no such folder here, nor in the hub's cache, and the hub may not be asked (offline)"
-    except (ConnectionError, TimeoutError, socket.gaierror):
-        why = "no such folder here, nor in the hub's cache, and the hub cannot be reached"
-    except (OSError, httpx.HTTPError, errors.HFValidationError) as e:
-        why = f"its config.json cannot be had from the hub: {' '.join(str(e).split())[:200]}"
-    raise UserError(f"{model}: {why}")
+    shape = config_shape(folder / "config.json" if folder.is_dir() else config_from_hub(model))
+    if folder.is_dir() and has_weights(folder):
+        check_against(CheckpointFiles.open(folder), shape.tensor_shapes())
+    return shape

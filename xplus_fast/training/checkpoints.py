@@ -161,9 +161,9 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     header, at = {}, 0
     for name in names:
         t = tensors[name]
-        assert t.dtype in DTYPE_CODES, f"{name}: {t.dtype} has no safetensors code"
+        assert str(t.dtype) in DTYPE_CODES, f"{name}: {t.dtype} has no safetensors code"
         offsets = [at, at := at + t.numel() * t.itemsize]
-        code = DTYPE_CODES[t.dtype]
+        code = DTYPE_CODES[str(t.dtype)]
         header[name] = {"dtype": code, "shape": list(t.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

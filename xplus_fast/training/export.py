@@ -3,7 +3,8 @@
 `export` copies the base folder and replaces the bytes of the changed tensors only, so that every
 other byte of every shard and of every file beside them is the base's; it adds xplus_fast.json.
 `verify` compares two folders tensor by tensor on their stored bytes (NaNs and the sign of zero
-count) in bounded memory, and the files beside them.
+count) in bounded memory, and the files beside them. What both make of a base in FP8 is told in
+`uncoded`.
 """
 
 import json
@@ -28,14 +29,16 @@ from xplus_fast.files import (
     write_file,
 )
 from xplus_fast.model.checkpoint_files import (
-    DTYPE_CODES,
     INDEX,
     RECORD,
     CheckpointFiles,
     read_json,
     read_range,
 )
+from xplus_fast.model.headers import CODES
+from xplus_fast.model.quantized import plain_code, scale_name
 from xplus_fast.training.checkpoints import tensor_bytes
+from xplus_fast.training.uncoded import uncoded_config, uncoded_index, uncoded_shard, uncoded_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what from_pretrained, tokenizers and servers read beside the weights; never code, never pickles
@@ -83,12 +86,12 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
     """Write the base model with `changed` in place of its own tensors to the new folder `out`.
 
     changed: Hugging Face name -> tensor of the base's shape, any dtype and device; it is rounded
-    to the dtype in which the base stores it. record: JSON-able (resolved layers, base, version);
-    it goes to xplus_fast.json with the changed names under "tensors".
-    An `out` that holds this very export already is left as it is. Raises `UserError` if `out` holds
-    anything else, for names, shapes or dtypes that the base does not
-    have, for values that are not finite, for a damaged base, and for a full disk; `out` does not
-    come into being then.
+    to the dtype in which the base stores it, or, where that is codes, to the model's.
+    record: JSON-able (resolved layers, base, version); it goes to xplus_fast.json with the changed
+    names under "tensors". An `out` that holds this very export already is left as it is.
+    Raises `UserError` if `out` holds anything else, for names, shapes or dtypes that the base does
+    not have, for values that are not finite, for a damaged base, and for a full disk; `out` does
+    not come into being then.
     """
     with locked(out):
         _export(CheckpointFiles.open(base), changed, out, record)
@@ -112,6 +115,9 @@ def _export(
     for name, tensor in changed.items():
         _check(files, name, tensor)
 
+    uncoded = {name for name in changed if files.entries[name].scale is not None}
+    made_anew = uncoded_shards(files, uncoded)
+    texts = {"config.json": uncoded_config, INDEX: uncoded_index} if uncoded else {}
     shards = sorted({entry.file for entry in files.entries.values()})
     rewritten = {files.entries[name].file for name in changed}
     copied = _companions(base)
@@ -120,10 +126,14 @@ def _export(
         for file in copied:
             target = temp / file.relative_to(base)
             make_folder(target.parent)
-            write_file(target, _copy(file))
+            make = texts.get(str(file.relative_to(base)))
+            write_file(target, [make(files, uncoded)] if make else _copy(file))
         for shard in shards:
             replaced = changed if shard in rewritten else {}
-            write_file(temp / shard.name, _shard(files, shard, replaced))
+            if shard not in made_anew:
+                write_file(temp / shard.name, _shard(files, shard, replaced))
+            elif made_anew[shard]:
+                write_file(temp / shard.name, uncoded_shard(files, shard, changed))
         write_file(temp / RECORD, [json.dumps(record, indent=2).encode()])
         if (temp / TEMPLATES).is_dir():
             sync_folder(temp / TEMPLATES)
@@ -146,15 +156,19 @@ def verify(
     changed, outside, missing, extra, reshaped = [], [], [], [], []
     numel: dict[str, int] = {}
     identical = identical_bytes = 0
+    uncoded = {n for n in a.entries if _uncoded(a, b, n)}
+    gone = {scale_name(name) for name in uncoded}  # with the codes that they were of
     for name in [*a.entries, *(n for n in b.entries if n not in a.entries)]:
         x, y = _stored(a, name), _stored(b, name)
+        if name in gone and y is None:
+            continue
         if x is None:
             extra.append(name)
         elif y is None:
             missing.append(name)
-        elif (a.shape(x), a.dtype(x)) != (b.shape(y), b.dtype(y)):
+        elif name not in uncoded and _kind(a, x) != _kind(b, y):
             reshaped.append(f"{name} ({_kind(a, x)} in the base, {_kind(b, y)} in the result)")
-        elif _same(a.raw(x), b.raw(y)):
+        elif name not in uncoded and _same(a.raw(x), b.raw(y)):
             identical += 1
             identical_bytes += a.entries[x].end - a.entries[x].start
         else:
@@ -180,7 +194,7 @@ def verify(
         missing=missing,
         extra=extra,
         reshaped=reshaped,
-        files=_files(a, b),
+        files=_files(a, b, uncoded),
         judged=judged,
         numel=numel,
         identical=identical,
@@ -236,14 +250,9 @@ def _check(files: CheckpointFiles, name: str, tensor: Tensor) -> None:
             f"{files.folder}: {name!r} has shape {list(files.shape(name))},"
             f" the trained one {list(tensor.shape)}"
         )
-    dtype = files.dtype(name)
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise UserError(
-            f"{files.folder}: {name!r} is stored as {DTYPE_CODES[dtype]}, a quantized format;"
-            " a trained tensor can replace F64, F32, F16 or BF16"
-        )
-    if not torch.isfinite(tensor.detach().to(dtype)).all():
-        raise UserError(f"{name!r}: the trained tensor is not finite in {DTYPE_CODES[dtype]}")
+    code = plain_code(files.config, files.entries[name])
+    if not torch.isfinite(tensor.detach().to(getattr(torch, CODES[code][0]))).all():
+        raise UserError(f"{name!r}: the trained tensor is not finite in {code}")
 
 
 def _shard(
@@ -282,6 +291,13 @@ def _stored(files: CheckpointFiles, name: str) -> str | None:
     return name if name in files.entries else None
 
 
+def _uncoded(base: CheckpointFiles, result: CheckpointFiles, name: str) -> bool:
+    """Whether a matrix of codes in the base has become what `export` makes of one."""
+    a, b = base.entries[name], result.entries.get(name)
+    plain = b is not None and (b.code, b.shape) == (plain_code(base.config, a), a.shape)
+    return a.scale is not None and plain
+
+
 def _recorded(result: Path) -> set[str] | None:
     """The tensors that the result's own record says were trained; None where it has none."""
     file = result / RECORD
@@ -293,8 +309,9 @@ def _recorded(result: Path) -> set[str] | None:
     return set(names)
 
 
-def _files(a: CheckpointFiles, b: CheckpointFiles) -> list[str]:
+def _files(a: CheckpointFiles, b: CheckpointFiles, uncoded: Collection[str]) -> list[str]:
     """What is not as it was beside the weights, in words."""
+    told = {"config.json": uncoded_config(a, uncoded)} if uncoded else {}
     weights = {entry.file.name for f in (a, b) for entry in f.entries.values()} | {INDEX}
     of_base = {str(p.relative_to(a.folder)) for p in _companions(a.folder)} - weights
     here = {p.relative_to(b.folder) for p in b.folder.rglob("*") if p.is_file()}
@@ -306,19 +323,23 @@ def _files(a: CheckpointFiles, b: CheckpointFiles) -> list[str]:
             found.append(f"{name}: missing")
         elif not (a.folder / name).is_file():
             found.append(f"{name}: in the result only")
-        elif differ := _difference(a.folder / name, b.folder / name):
+        elif differ := _difference(a.folder / name, b.folder / name, told.get(name)):
             found.append(f"{name}: {differ}")
     return found
 
 
-def _difference(a: Path, b: Path) -> str:
-    """How two files differ: JSON by its values, all else by bytes; empty if they do not."""
-    if a.stat().st_size == b.stat().st_size and _same(_copy(a), _copy(b)):
+def _difference(a: Path, b: Path, became: bytes | None = None) -> str:
+    """How two files differ: JSON by its values, all else by bytes; empty if they do not.
+
+    became: what an export makes of the first.
+    """
+    if not became and a.stat().st_size == b.stat().st_size and _same(_copy(a), _copy(b)):
         return ""
     if a.suffix != ".json":
         return "another"
     try:
-        there, here = (json.loads(b"".join(_copy(file))) for file in (a, b))
+        there = json.loads(became or b"".join(_copy(a)))
+        here = json.loads(b"".join(_copy(b)))
     except ValueError:
         return "another"
     if not isinstance(there, dict) or not isinstance(here, dict):
@@ -338,7 +359,7 @@ def _same(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
 
 
 def _kind(files: CheckpointFiles, name: str) -> str:
-    return f"{DTYPE_CODES[files.dtype(name)]} {list(files.shape(name))}"
+    return f"{files.entries[name].code} {list(files.shape(name))}"
 
 
 def _count(number: int, kind: str = "tensor") -> str:

@@ -33,7 +33,8 @@ def encode(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     """A JSON-able tree, and the tensors that it names.
 
     value: of plain Python types, NumPy's and torch's, nested. where: its name, such as "scheduler";
-    it begins the tensors' names, and is told in an error. Tensors are not copied.
+    it begins the tensors' names, and is told in an error. Tensors are not copied; one that stands
+    in several places is one again when it comes back.
 
     Raises `UserError` for what would not come back equal, naming where in `value` it stands.
     """
@@ -96,6 +97,9 @@ def _encode(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
         return value
 
     def named(tensor: Tensor) -> str:
+        for name, other in tensors.items():
+            if other is tensor:  # one tensor in several places stays one
+                return name
         assert at not in tensors, at
         tensors[at] = tensor
         return at

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import xplus_kernels as ops
@@ -43,6 +42,7 @@ from xplus_fast.model.checkpoint_files import (
 from xplus_fast.model.families import shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
+from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
@@ -115,7 +115,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     # flushed, so that a log file has our lines and the live line in their order
     say = partial(print, flush=True) if place.first else (lambda *_: None)
     base = resolve_model(recipe.model)
-    files, config = CheckpointFiles.open(base), _load_config(base)
+    files, config = CheckpointFiles.open(base), load_config(base)
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
@@ -130,8 +130,8 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         barrier(place)
         if not restart:
             look_at(run, recipe)
-    tokenizer = _load_tokenizer(base)
-    corpora = _load_corpora(recipe, tokenizer, say, place)
+    tokenizer = load_tokenizer(base)
+    corpora = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
@@ -222,7 +222,7 @@ def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str,
     also: set[str] = set()
     checksums: list[str] = []
     base = resolve_model(recipe.model)
-    shape = shape_of(_load_config(base))
+    shape = shape_of(load_config(base))
     for i, stage in enumerate(recipe.stages):
         folder = run / stage_name(recipe, i) / FINAL
         if not folder.exists():
@@ -380,7 +380,9 @@ def _step_rows(recipe: Recipe, corpus: Corpus, place: Place) -> int:
     return max(1, int(of_each)) * place.processes
 
 
-def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> list[Corpus]:
+def _load_corpora(
+    recipe: Recipe, tokenizer: Any, vocabulary: int, say: Any, place: Place
+) -> list[Corpus]:
     """One corpus a stage; stages without sources of their own share that of `data.sources`.
 
     The first one holds pairs out, the others keep the same ones out.
@@ -401,8 +403,9 @@ def _load_corpora(recipe: Recipe, tokenizer: Any, say: Any, place: Place) -> lis
             if not place.first:
                 barrier(place)  # the first process makes the corpus, the others find it
             loaded[key] = load_corpus(
-                sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held
-            )
+                sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held,
+                vocabulary=vocabulary,
+            )  # fmt: skip
             if place.first:
                 barrier(place)
             summary = loaded[key].summary
@@ -419,22 +422,3 @@ def _show_first(corpus: Corpus, tokenizer: Any, say: Any) -> None:
     first = Encoded(row["input_ids"][:n].numpy(), (row["labels"][:n] != -100).numpy())
     say("first example (what is supervised is marked):")
     say(preview(first, tokenizer, sys.stdout.isatty()))
-
-
-def _load_config(base: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
-        raise UserError(f"{base}/config.json: not a model configuration: {_line(e)}") from None
-
-
-def _load_tokenizer(base: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{base}: its tokenizer cannot be loaded: {_line(e)}") from None
-
-
-def _line(e: Exception) -> str:
-    text = " ".join(str(e).split())
-    return text[:300] or type(e).__name__

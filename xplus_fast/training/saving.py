@@ -106,7 +106,7 @@ class SavingTrainer(Trainer):
     def _changed_tensors(self) -> dict[str, Tensor]:
         """What may differ from the base model: flags may change while training goes on."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        note_changes(model, {**self._held_tensors(), **trained_tensors(model)})
+        note_changes(model, self._held_tensors())
         return changed_tensors(model)
 
     def _named_parameters(self) -> dict[int, tuple[str, Tensor]]:
@@ -197,7 +197,10 @@ class SavingTrainer(Trainer):
             optimizer.check_saved(saved["groups"], where)
         parameters = {name: p for name, p in known.values()}
         for group, then in zip(optimizer.param_groups, saved["groups"], strict=True):
-            group.update({k: v for k, v in then.items() if k != "params"})
+            for key in then.keys() - {"params"}:
+                now = group.get(key)
+                at = now.device if torch.is_tensor(now) else None
+                group[key] = then[key] if at is None else to_device(then[key], at)
             for name in then["params"]:
                 state = saved["states"].get(name)
                 if not state:

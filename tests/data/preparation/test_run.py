@@ -402,7 +402,10 @@ def test_broken_files_stop_with_a_line_or_are_set_aside(corpus, tmp_path, capsys
         ({"quality": {"method": "cometkiwi", "python": "no-such-python"}}, "quality.python: "),
         ({"instruct": {"prompts": ["{txt}"]}}, "instruct.prompts.0: only {src}, {tgt} and {text}"),
         ({"evaluation": {"files": ["no/flores"]}}, "evaluation.files: no/flores: no such file"),
-        ({"balance": {"tokenizer": "no/folder"}}, "balance.tokenizer: no/folder: no tokenizer"),
+        (
+            {"balance": {"tokenizer": "no/folder"}},
+            "balance.tokenizer: no/folder: its tokenizer cannot be loaded",
+        ),
         ({"part_pairs": 0}, "part_pairs: at least 1 is wanted"),
         ({"sources": []}, "sources: unknown option"),
     ],

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from xplus_fast.data.preparation.recipe import BalanceOptions
 from xplus_fast.errors import UserError
+from xplus_fast.model.pretrained import load_tokenizer
 
 # Characters a token of Qwen3's tokenizer: means over FLORES-200 devtest (1012 sentences)
 CHARACTERS_PER_TOKEN = {
@@ -36,13 +37,10 @@ def count_tokens(texts: list[str], languages: list[str], tokenizer: str | None) 
 
 @cache
 def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as e:
-        said = " ".join(str(e).split())[:200]
-        raise UserError(f"balance.tokenizer: {folder}: no tokenizer ({said})") from None
+        return load_tokenizer(folder)
+    except UserError as e:
+        raise UserError(f"balance.tokenizer: {e}") from None
 
 
 def allot(available: dict[str, int], options: BalanceOptions) -> dict[str, int]:

@@ -22,11 +22,19 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from xml.etree import ElementTree
 
 from xplus_fast.config import Source
-from xplus_fast.data.files import RECORDS, Rejected, kind, read_lines, read_records, require
+from xplus_fast.data.files import (
+    RECORDS,
+    Rejected,
+    decoded,
+    kind,
+    read_lines,
+    read_records,
+    require,
+)
 from xplus_fast.data.languages import canonical, is_language, two_languages
 from xplus_fast.data.preparation.recipe import Corpus, corpus_name
 from xplus_fast.data.readers import Pair, catalog_pairs, catalogs, line_pairs
@@ -193,16 +201,7 @@ def _member(
     archive: zipfile.ZipFile, path: Path, name: str
 ) -> Iterator[tuple[str, str | Rejected | None]]:
     with archive.open(name) as stream:
-        yield from _decoded(stream, f"{path}/{name}")
-
-
-def _decoded(stream: IO[bytes], name: str) -> Iterator[tuple[str, str | Rejected | None]]:
-    for number, raw in enumerate(stream, 1):
-        where = f"{name}:{number}"
-        try:
-            yield where, raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as e:
-            yield where, Rejected(where, "not UTF-8", f"byte {e.start + 1} of the line")
+        yield from decoded(stream, f"{path}/{name}")
 
 
 def _nllb(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:

@@ -1,0 +1,80 @@
+"""What is had from the Hugging Face hub, and one line for whatever its client raises.
+
+The client of huggingface_hub changes from release to release (requests, httpx, httpx2): nothing of
+it is imported here. Its errors are known by those of the hub, which derive from them.
+"""
+
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xplus_fast.errors import UserError
+from xplus_fast.files import resolve
+
+# What a model needs; never code, never pickles.
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*"]
+
+
+def model_from_hub(name: str) -> Path:
+    """The folder into which a model is downloaded, or was before. Raises `UserError`."""
+    return _had(name, lambda hub: hub.snapshot_download(name, allow_patterns=WANTED))
+
+
+def config_from_hub(name: str) -> Path:
+    """A model's config.json alone. Raises `UserError`."""
+
+    def download(hub: Any) -> str:
+        cached = hub.try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return cached
+        if not hub.constants.HF_HUB_OFFLINE:
+            _reach(hub.constants.ENDPOINT)
+        return hub.hf_hub_download(name, "config.json")
+
+    return _had(name, download)
+
+
+def _had(name: str, download: Callable[[Any], str]) -> Path:
+    # "org/name" is a hub id unless it starts like a path or its first half is a folder here
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) or resolve(name).parent.is_dir():
+        raise UserError(f"{name}: no such model folder")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of each of its retries
+    own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    clients = errors.HfHubHTTPError.__mro__[1:-3]  # up to Exception, BaseException, object
+    others: tuple[type[Exception], ...] = (OSError, *own, *clients)  # type: ignore[assignment]
+    try:
+        return Path(download(huggingface_hub))
+    except errors.GatedRepoError:
+        why = "gated: accept its terms on huggingface.co, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "no such folder here, and no such repository on the hub (or a private one)"
+    except errors.HFValidationError:
+        why = "no such folder here, and not a hub id (org/name)"
+    except errors.OfflineModeIsEnabled:
+        why = "no such folder here, nor in the hub's cache, and the hub may not be asked (offline)"
+    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
+        why = "no such folder here, nor in the hub's cache, and the hub cannot be reached"
+    except errors.EntryNotFoundError as e:
+        why = f"its repository has not what is wanted: {_line(e)}"
+    except others as e:
+        why = f"cannot be downloaded from the hub: {_line(e)}"
+    raise UserError(f"{name}: {why}")
+
+
+def _reach(url: str) -> None:
+    """Raise OSError where a server does not answer: the hub's client tries for half a minute."""
+    parts = urllib.parse.urlsplit(url)
+    if not urllib.request.getproxies() and parts.hostname:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname, port), timeout=5).close()
+
+
+def _line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:200]
