@@ -24,7 +24,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
-from xplus_fast.files import move, remove
+from xplus_fast.files import move, remove, resolve
 from xplus_fast.options import parse_bytes
 
 REPLAY = Path(__file__).with_name("replay.py")
@@ -130,7 +130,7 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
 def readable(recipe: EvaluateRecipe) -> list[Path]:
     """What a judge may read, as the recipe has it. Raises `UserError` for what is not there."""
     r = recipe.reasoning
-    given = [Path(path).expanduser() for path in r.code_reads]
+    given = [resolve(path) for path in r.code_reads]
     if lacking := next((path for path in given if not path.exists()), None):
         raise UserError(f"reasoning.code_reads: {lacking}: no such file or folder")
     return given + ([Path(r.include_path)] if r.include_path else [])
