@@ -315,6 +315,11 @@ print("tried")
     assert [file.read_text() for file in kernel] == before
 
 
+def seconds(k):
+    """A time to sleep that no other process of the machine names."""
+    return f"{900 + k}.{os.getpid()}"
+
+
 BOMB = """
 import os, time
 made = 0
@@ -343,9 +348,9 @@ def test_where_forks_are_not_refused_all_is_stopped(level, monkeypatch):
     monkeypatch.setattr(sandbox, "PROCESSES", 40)
     start = time.monotonic()
     with pytest.raises(UserError, match="stopped: it ran more than 40 processes and threads"):
-        limited(BOMB.replace("5000", "200"), level)
+        limited(BOMB.replace("5000", "200").replace("60", seconds(0)), level)
     assert time.monotonic() - start < 20
-    assert running("time.sleep(60)") == []
+    assert running(f"time.sleep({seconds(0)})") == []
 
 
 def test_memory_of_all_processes_together(level):
@@ -429,8 +434,8 @@ if os.fork() == 0:
 
 def test_time_is_up_for_all_that_was_started(level):
     for number, end in (
-        (98761, "while True: pass"),
-        (98762, "os.close(1); os.close(2)\ntime.sleep(60)"),
+        (seconds(1), "while True: pass"),
+        (seconds(2), "os.close(1); os.close(2)\ntime.sleep(60)"),
     ):
         start = time.monotonic()
         with pytest.raises(UserError, match=r"stopped after 2 seconds \(reasoning.code_seconds\)"):
@@ -441,13 +446,14 @@ def test_time_is_up_for_all_that_was_started(level):
 
 def test_what_is_left_behind_ends_with_the_command(level):
     start = time.monotonic()
-    code, said = limited(DAEMON.replace("NUMBER", "98763") + "print('bye')", level)
+    code, said = limited(DAEMON.replace("NUMBER", seconds(3)) + "print('bye')", level)
     assert (code, said) == (0, "bye\n") and time.monotonic() - start < 15
-    assert running("time.sleep(98763)") == []
+    assert running(f"time.sleep({seconds(3)})") == []
 
 
 def test_it_dies_with_a_parent_that_is_killed(level):
-    code = DAEMON.replace("NUMBER", "98764") + "print('up', flush=True)\ntime.sleep(98764)"
+    what = f"time.sleep({seconds(4)})"
+    code = DAEMON.replace("NUMBER", seconds(4)) + f"print('up', flush=True)\n{what}"
     driver = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -460,11 +466,11 @@ sandbox.run_limited([sys.executable, "-c", {code!r}], seconds=90, memory=1 << 32
 """
     parent = subprocess.Popen([sys.executable, "-c", driver])
     try:
-        _until(lambda: len(running("time.sleep(98764)")) >= 2 + 1)  # the driver's own line holds it
+        _until(lambda: len(running(what)) >= 2 + 1)  # the driver's own line holds it
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    _until(lambda: running("time.sleep(98764)") == [])
+    _until(lambda: running(what) == [])
 
 
 def _until(true):
@@ -596,7 +602,7 @@ try:
             time.sleep(60)
         made += 1
 except OSError:
-    print(made < 512, flush=True)
+    print(made < 1024, flush=True)
 """
         )
         text = driver(code, "namespaces").replace(str(ROOT), str(folder))
