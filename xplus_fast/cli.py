@@ -12,15 +12,30 @@ from pathlib import Path
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve, working_in
+from xplus_fast.options import PATH, check_text
 from xplus_fast.signals import Stopped, listen
+from xplus_fast.terminal import StandardStreams, one_line
 
 RESUMABLE = ("prepare", "train", "evaluate")
+PATHS = ("model", "base", "data")  # of arguments that are text
 BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input,
-    128 + a signal that ended it."""
+    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 bad input or output
+    that cannot be written, 128 + a signal that ended it."""
+    streams = StandardStreams()
+    try:
+        with streams:
+            code = _run(arguments)
+    except SystemExit:  # argparse's
+        if not streams.lost:
+            raise
+        code = 2
+    return code or (2 if streams.lost else 0)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(r.startswith("-") or "=" not in r for r in rest) or (
@@ -30,10 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes key=value only before the first option
         options.overrides += rest
     try:
+        for name, value in vars(options).items():
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str | Path):
+                    plain = name in PATHS and "=" not in str(each)  # DATA may be key=value
+                    check_text(str(each), name, PATH if plain or isinstance(each, Path) else "")
         with listen():
             return options.run(options)
     except UserError as e:
-        print(f"xplus-fast: {e}", file=sys.stderr)
+        print(f"xplus-fast: {one_line(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         signum, said = (e.signum, e.said) if isinstance(e, Stopped) else (signal.SIGINT, "")
@@ -264,7 +284,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     )
 
     budget = check_budget(options.model, options.budget)
-    changes = [word for word in options.data if "=" in word and not Path(word).exists()]
+    changes = [word for word in options.data if "=" in word and not os.path.exists(word)]
     data = [word for word in options.data if word not in changes]
     changes += options.overrides
     out = resolve(options.out)

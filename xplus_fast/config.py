@@ -4,20 +4,39 @@
 overrides over it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 from xplus_fast.model.layout import FORMATS
-from xplus_fast.options import load_options, parse_bytes
+from xplus_fast.options import (
+    FOLDER_NAME,
+    PATH,
+    Amount,
+    AtLeast0,
+    Count,
+    Positive,
+    Range,
+    check_fields,
+    load_options,
+    parse_bytes,
+)
 
 PROMPT = (
     "Translate the following text from {src} to {tgt}.\n\n"
     "{src} source: {text}\n\n{tgt} translation:"
 )
+Path_ = Annotated[str, PATH]
+Seed = Range(0, 2**32 - 1)  # that numpy takes
+# Of a run's folder, beside its stages' folders
+RESERVED = (
+    "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png",
+    "quality.png",
+)  # fmt: skip
 Format = Literal["auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"]
 
 
@@ -25,26 +44,26 @@ Format = Literal["auto", "messages", "prompt", "alpaca", "translation", "lines",
 class Source:
     """Where examples come from: a file, a folder, or the two files of a line-aligned pair."""
 
-    path: str | list[str]
+    path: Path_ | list[Path_]
     format: Format = "auto"
     languages: list[str] = field(default_factory=list)  # of line-aligned files, in their order;
     # of gettext catalogs: the language of the msgids, then those to read; empty: by file name
     directions: Literal["both", "forward", "backward"] = "both"
-    limit: int | None = None  # first examples only (pairs, for parallel text)
+    limit: Count | None = None  # first examples only (pairs, for parallel text)
     ignore: list[str] = field(default_factory=list)  # keys of records to leave unread, e.g. tools
 
 
 @dataclass(frozen=True)
 class DataConfig:
     sources: list[Source] = field(default_factory=list)
-    heldout: int = 0  # pairs per language pair kept out of training for before/after figures
+    heldout: Amount = 0  # pairs per language pair kept out of training for before/after figures
     retention: list[Source] = field(default_factory=list)  # plain text whose loss should not move
     prompt: str = PROMPT  # how a translation pair becomes an instruction
     system: str | None = None  # system message put before every pair
     think: Literal["masked", "loss", "absent"] = "masked"  # Qwen3's empty think block
-    pack_tokens: int = 4096  # token budget of one packed row
+    pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # token budget of one packed row
     on_error: Literal["stop", "skip"] = "stop"
-    cache: str = "~/.cache/xplus-fast"
+    cache: Path_ = "~/.cache/xplus-fast"
 
 
 @dataclass(frozen=True)
@@ -52,26 +71,26 @@ class Stage:
     """One round of training: which layers, how fast, how long, on what."""
 
     layers: str | int | list[int]
-    name: str = ""  # default: stage-1, stage-2, ...
+    name: Annotated[str, FOLDER_NAME] = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
-    learning_rate: float = 1e-5
-    min_learning_rate: float = 2e-6  # floor of the cosine
-    warmup: float = 0.03  # share of the steps
-    epochs: float | None = None  # epochs or steps, not both; neither: 1 epoch
-    steps: int | None = None
+    learning_rate: Annotated[float, Positive] = 1e-5
+    min_learning_rate: Annotated[float, AtLeast0] = 2e-6  # floor of the cosine
+    warmup: Annotated[float, Range(0, 1, below=True)] = 0.03  # share of the steps
+    epochs: Annotated[float, Positive] | None = None  # epochs or steps, not both; neither: 1 epoch
+    steps: Count | None = None
     sources: list[Source] | None = None  # instead of data.sources
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    tokens_per_step: int = 65536  # of one optimizer step; accumulated over packed rows
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    save_steps: int = 100
-    save_total_limit: int = 2
+    tokens_per_step: Count = 65536  # of one optimizer step; accumulated over packed rows
+    weight_decay: Annotated[float, AtLeast0] = 0.01
+    max_grad_norm: Annotated[float, AtLeast0] = 1.0
+    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.999
+    adam_epsilon: Annotated[float, Positive] = 1e-8
+    save_steps: Count = 100
+    save_total_limit: Count = 2
     report_to: list[str] = field(default_factory=list)  # "tensorboard", "wandb", ...
 
 
@@ -100,18 +119,18 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    samples: int = 4  # translations shown in the report, per direction
-    translate: int = 32  # held-out sentences translated per direction for chrF++; 0: none
-    max_new_tokens: int = 128
-    batch_size: int = 16
-    every: int = 0  # steps between two evaluations while a stage trains; 0: none
-    few: int = 8  # held-out examples of each direction that they look at
+    samples: Amount = 4  # translations shown in the report, per direction
+    translate: Amount = 32  # held-out sentences translated per direction for chrF++; 0: none
+    max_new_tokens: Count = 128
+    batch_size: Count = 16
+    every: Amount = 0  # steps between two evaluations while a stage trains; 0: none
+    few: Count = 8  # held-out examples of each direction that they look at
 
 
 @dataclass(frozen=True)
 class Recipe:
-    model: str  # local folder or hub id
-    output: str  # the run's folder
+    model: Path_  # local folder or hub id
+    output: Path_  # the run's folder
     stages: list[Stage]
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -119,7 +138,7 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: str = "auto"
-    seed: int = 0
+    seed: Annotated[int, Seed] = 0
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,7 +159,8 @@ def resolved(recipe: Recipe) -> Recipe:
         found = [str(resolve(path)) for path in paths]
         return replace(source, path=found[0] if isinstance(source.path, str) else found)
 
-    here = recipe.model.startswith((".", "~", "/")) or resolve(recipe.model).exists()
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", recipe.model, re.ASCII)
+    here = not hub or resolve(recipe.model).parent.is_dir()  # as `resolve_model` has it
     data = replace(
         recipe.data,
         sources=[known(s) for s in recipe.data.sources],
@@ -169,62 +189,23 @@ def _check(recipe: Recipe) -> None:
         at = f"stages.{i}"
         if s.epochs is not None and s.steps is not None:
             raise UserError(f"{at}: epochs and steps are both given; one of them is wanted")
-        for name in ("learning_rate", "epochs", "steps"):
-            value = getattr(s, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{at}.{name}: a number above 0 is wanted, found {value}")
-        if not 0 <= s.min_learning_rate <= s.learning_rate:
+        if s.min_learning_rate > s.learning_rate:
             raise UserError(
                 f"{at}.min_learning_rate: {s.min_learning_rate} is not between 0 and"
                 f" learning_rate {s.learning_rate}"
             )
-        if not 0 <= s.warmup < 1:
-            raise UserError(f"{at}.warmup: a share from 0 to below 1 is wanted, found {s.warmup}")
-        name = stage_name(recipe, i)
-        if name in names or "/" in name or name.startswith("."):
-            raise UserError(f"{at}.name: '{name}' is taken already or no folder name")
+        # some file systems do not tell a from A
+        name = stage_name(recipe, i).casefold()
+        if name in names or name in RESERVED:
+            raise UserError(f"{at}.name: '{stage_name(recipe, i)}' is taken already")
         names.add(name)
-    for at, value, least in (
-        ("data.pack_tokens", recipe.data.pack_tokens, 2),
-        ("data.heldout", recipe.data.heldout, 0),
-        *(
-            (f"data.sources.{i}.limit", source.limit, 1)
-            for i, source in enumerate(recipe.data.sources)
-            if source.limit is not None
-        ),
-        ("training.tokens_per_step", recipe.training.tokens_per_step, 1),
-        ("training.save_steps", recipe.training.save_steps, 1),
-        ("training.save_total_limit", recipe.training.save_total_limit, 1),
-        ("training.max_grad_norm", recipe.training.max_grad_norm, 0),
-        ("training.weight_decay", recipe.training.weight_decay, 0),
-        ("evaluation.every", recipe.evaluation.every, 0),
-        ("evaluation.few", recipe.evaluation.few, 1),
-        ("evaluation.samples", recipe.evaluation.samples, 0),
-        ("evaluation.translate", recipe.evaluation.translate, 0),
-        ("evaluation.batch_size", recipe.evaluation.batch_size, 1),
-        ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, 1),
-    ):
-        if not least <= value < float("inf"):
-            raise UserError(f"{at}: at least {least} is wanted, found {value}")
-    for key in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(recipe.training, key) < 1:
-            raise UserError(f"training.{key}: a number from 0 to below 1 is wanted")
-    if recipe.training.adam_epsilon <= 0:
-        raise UserError("training.adam_epsilon: a number above 0 is wanted")
     if recipe.training.tokens_per_step < recipe.data.pack_tokens:
         raise UserError(
             f"training.tokens_per_step: {recipe.training.tokens_per_step} is less than one row of"
             f" data.pack_tokens, {recipe.data.pack_tokens}"
         )
     _check_memory(recipe)
-    try:
-        recipe.data.prompt.format(src="", tgt="", text="")
-    except (KeyError, IndexError, ValueError) as e:
-        raise UserError(
-            f"data.prompt: only {{src}}, {{tgt}} and {{text}} stand for something ({e!r})"
-        ) from None
-    if "{text}" not in recipe.data.prompt:
-        raise UserError("data.prompt: {text} is wanted, where the sentence goes")
+    check_fields(recipe.data.prompt, "data.prompt", ("src", "tgt", "text"), "text")
 
 
 def _check_memory(recipe: Recipe) -> None:

@@ -28,6 +28,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         listed = json.loads(file.read_bytes())["files"]
         if not all(item.keys() == {"bytes", "sha256"} for item in listed.values()):
             raise ValueError
+        if any(Path(name).name != name or "\0" in name for name in listed):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{folder}: no {MANIFEST}: cut off while it was written") from None
     except OSError as e:

@@ -12,6 +12,7 @@ import pytest
 
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data import files as files_module
+from xplus_fast.data import readers as readers_module
 from xplus_fast.data.corpus import describe, load_corpus
 from xplus_fast.data.files import read_records
 from xplus_fast.data.languages import is_language
@@ -199,6 +200,37 @@ def test_a_long_list_is_read_item_by_item(tmp_path: Path) -> None:
     assert numbers == list(range(20_000))
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
+
+
+def test_what_libraries_read_whole_has_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xplus_fast.data.preparation import corpora
+    from xplus_fast.data.preparation.recipe import Corpus
+
+    for module in (corpora, readers_module):
+        monkeypatch.setattr(module, "WHOLE_LIMIT", 1 << 20)
+    catalog = tmp_path / "sw" / "LC_MESSAGES" / "x.po"
+    catalog.parent.mkdir(parents=True)
+    catalog.write_bytes(b"#" * (1 << 20) + b"\n")
+    with pytest.raises(UserError, match="x.po: a catalog of 1,048,577 bytes; 1,048,576 are read"):
+        read(catalog)
+    unit = b'<tu><tuv xml:lang="en"><seg>a</seg></tuv><tuv xml:lang="sw"><seg>b</seg></tuv></tu>'
+    memory = tmp_path / "x.tmx"
+    memory.write_bytes(b"<tmx><body>" + unit * 20_000 + b"</body></tmx>")  # no unit is large
+    assert len(list(corpora.read_corpus(Corpus(str(memory))))) == 20_000
+    memory.write_bytes(b"<tmx><body>" + unit.replace(b"a", b"a" * (2 << 20)) + b"</body></tmx>")
+    with pytest.raises(UserError, match="x.tmx: a unit of more than 1,048,576 bytes"):
+        list(corpora.read_corpus(Corpus(str(memory))))
+
+
+def test_the_limits_are_those_that_the_readme_tells() -> None:
+    from xplus_fast.data import template
+
+    said = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"more than {files_module.TEXT_LIMIT:,} characters" in said
+    assert f"a chat template spends {template.SECONDS} s or {template.MEMORY >> 30} GiB" in said
+    assert f"lines of more than {files_module.LINE_LIMIT >> 20} MiB" in said
 
 
 def test_a_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,8 @@ def _open(folder: Path, cached: bool) -> Corpus:
             fields = json.loads(line)
             example = Example(tuple(fields.pop("messages")), **fields)
             heldout.setdefault(example.tag, []).append(example)
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        describe(summary)  # that all of it is there
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder}: damaged cache; delete this folder ({e})") from None
     if not whole:
         raise UserError(f"{folder}: damaged cache; delete this folder (files of unequal length)")

@@ -18,6 +18,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 
 LINE_LIMIT = 16 << 20  # bytes of a line, or of an item of a JSON list
+WHOLE_LIMIT = 64 << 20  # bytes of a file, or of a unit of one, that a library takes in whole
 TEXT_LIMIT = 4_000_000  # characters of a conversation; tokenizing one takes 100 bytes
 _ROWS = 256  # of a table that are in memory at a time
 RECORDS = (".jsonl", ".json", ".parquet")

@@ -21,6 +21,7 @@ from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.files import (
     RECORDS,
     TEXT_LIMIT,
+    WHOLE_LIMIT,
     Rejected,
     choose_files,
     data_files,
@@ -263,10 +264,14 @@ def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
     for path, language in catalogs(resolve(source.path), source):
         languages = two_languages([origin, language], str(path))
         try:
+            if (size := path.stat().st_size) > WHOLE_LIMIT:
+                raise UserError(f"a catalog of {size:,} bytes; {WHOLE_LIMIT:,} are read at most")
             entries = polib.pofile(str(path), encoding="utf-8")
         except UnicodeDecodeError:
             bad = next((x for _, x in read_lines(path) if isinstance(x, Rejected)), path)
             raise UserError(f"{bad}: a catalog in UTF-8 is wanted") from None
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
         except (OSError, ValueError) as e:
             raise UserError(f"{path}: not a gettext catalog ({' '.join(str(e).split())})") from None
         for entry in entries:

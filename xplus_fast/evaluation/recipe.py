@@ -3,13 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from xplus_fast.config import PROMPT
+from xplus_fast.config import PROMPT, Path_, Seed
 from xplus_fast.data.languages import is_language
 from xplus_fast.errors import UserError
 from xplus_fast.files import program, resolve
-from xplus_fast.options import load_options
+from xplus_fast.options import (
+    FOLDER_NAME,
+    Amount,
+    Count,
+    Range,
+    check_fields,
+    load_options,
+    parse_bytes,
+)
 
 Metric = Literal["chrf", "bleu", "spbleu", "off_target", "xcomet"]
 
@@ -18,11 +26,11 @@ Metric = Literal["chrf", "bleu", "spbleu", "off_target", "xcomet"]
 class TestSet:
     """Line-aligned files of several languages, such as FLORES."""
 
-    name: str
-    files: str  # {lang} stands for a language: data/flores200/{lang}.devtest
+    name: Annotated[str, FOLDER_NAME]
+    files: Path_  # {lang} stands for a language: data/flores200/{lang}.devtest
     directions: list[str]  # "en-sw", in the codes of `languages` or of the files
     languages: dict[str, str] = field(default_factory=dict)  # en: eng_Latn, as files are named
-    limit: int | None = None  # first sentences only
+    limit: Count | None = None  # first sentences only
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class TranslationConfig:
     metrics: list[Metric] = field(default_factory=lambda: ["chrf", "bleu", "off_target"])  # type: ignore[arg-type]
     prompt: str = PROMPT
     system: str | None = None
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     # whose SentencePiece model spBLEU splits by; figures of the two do not compare
     spbleu: Literal["flores200", "flores101"] = "flores200"
     comet_python: str = "python"  # of the environment that has unbabel-comet
@@ -42,12 +50,12 @@ class TranslationConfig:
 class LiveCodeBenchConfig:
     """Its own runner, which the task "livecodebench" asks for questions and judgement."""
 
-    folder: str | None = None  # a checkout of it
+    folder: Path_ | None = None  # a checkout of it
     python: str = "python"  # of the environment that has what it needs
     release: str = "release_latest"
     start_date: str | None = None  # of a question's contest, 2025-01-31
     end_date: str | None = None
-    max_new_tokens: int = 2048
+    max_new_tokens: Count = 2048
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,14 @@ class ReasoningConfig:
     """Tasks of lm-evaluation-harness, run by its own command line, and LiveCodeBench."""
 
     tasks: list[str] = field(default_factory=list)
-    include_path: str | None = None  # a folder of task files of one's own
-    limit: int | None = None  # documents of a task
-    fewshot: int | None = None
+    include_path: Path_ | None = None  # a folder of task files of one's own
+    limit: Count | None = None  # documents of a task
+    fewshot: Amount | None = None
     chat: bool = True  # apply the model's chat template, thinking off
     allow_code: bool = False  # tasks that execute what the model writes
-    code_seconds: int = 1800  # that judging such a task may take
+    code_seconds: Count = 1800  # that judging such a task may take
     code_memory: str = "16GB"  # of address space, each process; resident, all together
-    code_reads: list[str] = field(default_factory=list)  # that judging needs, beside Python's own
+    code_reads: list[Path_] = field(default_factory=list)  # that judging needs, beside Python's own
     # what the system must permit, or code is not executed: docs/evaluation.md
     code_isolation: Literal["namespaces", "landlock", "limits"] = "namespaces"
     python: str | None = None  # of an environment with lm-eval; None: this one
@@ -71,16 +79,16 @@ class ReasoningConfig:
 
 @dataclass(frozen=True)
 class EvaluateRecipe:
-    output: str
+    output: Path_
     translation: TranslationConfig = field(default_factory=TranslationConfig)
     reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
     engine: Literal["auto", "vllm", "generate"] = "auto"  # auto: vLLM where it is installed
-    batch_size: int = 16
+    batch_size: Count = 16
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    bootstrap: int = 1000  # resamplings of each confidence interval
-    confidence: float = 0.95
-    seed: int = 0
+    bootstrap: Annotated[int, Range(1, 1_000_000)] = 1000  # resamplings of each confidence interval
+    confidence: Annotated[float, Range(0.5, 1, below=True)] = 0.95
+    seed: Annotated[int, Seed] = 0
 
 
 def load_evaluate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateRecipe:
@@ -88,30 +96,21 @@ def load_evaluate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Eva
     recipe = load_options(EvaluateRecipe, path, overrides)
     if not recipe.translation.sets and not recipe.reasoning.tasks:
         raise UserError("translation.sets or reasoning.tasks: something to evaluate is wanted")
-    names = [s.name for s in recipe.translation.sets]
+    names = [s.name.casefold() for s in recipe.translation.sets]  # of files, see `RESERVED`
     for i, test in enumerate(recipe.translation.sets):
         at = f"translation.sets.{i}"
-        if names.count(test.name) > 1 or "/" in test.name or not test.name:
+        if names.count(test.name.casefold()) > 1 or not test.name:
             raise UserError(f"{at}.name: '{test.name}' is taken already or no name of a folder")
-        if "{lang}" not in test.files:
-            raise UserError(f"{at}.files: {{lang}} is wanted, where the language goes")
+        check_fields(test.files, f"{at}.files", ("lang",), "lang")
         if not test.directions:
             raise UserError(f"{at}.directions: at least one is wanted, such as en-sw")
         for direction in test.directions:
             ends = direction.split("-")
             if len(ends) != 2 or ends[0] == ends[1] or not all(map(is_language, ends)):
                 raise UserError(f"{at}.directions: {direction!r} is not two languages, as en-sw is")
-    own = recipe.reasoning.livecodebench
-    for key, value, least in (
-        ("batch_size", recipe.batch_size, 1), ("bootstrap", recipe.bootstrap, 1),
-        ("translation.max_new_tokens", recipe.translation.max_new_tokens, 1),
-        ("reasoning.code_seconds", recipe.reasoning.code_seconds, 1),
-        ("reasoning.livecodebench.max_new_tokens", own.max_new_tokens, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise UserError(f"{key}: at least {least} is wanted, found {value}")
-    if not 0.5 <= recipe.confidence < 1:
-        raise UserError(f"confidence: from 0.5 to below 1 is wanted, found {recipe.confidence}")
+    check_fields(recipe.translation.prompt, "translation.prompt", ("src", "tgt", "text"), "text")
+    if recipe.reasoning.code_memory:
+        parse_bytes(recipe.reasoning.code_memory, "reasoning.code_memory")
     return _resolved(recipe)
 
 

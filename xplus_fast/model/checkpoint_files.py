@@ -23,6 +23,7 @@ from xplus_fast.model.headers import (
 )
 from xplus_fast.model.hub import model_from_hub
 from xplus_fast.model.quantized import check_config, paired, scale_name
+from xplus_fast.options import PATH, check_text
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +231,9 @@ def _read_sharded(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     # a file name only: an index must not reach outside its folder
     if bad := [f for f in where.values() if not isinstance(f, str) or Path(f).name != f]:
-        raise UserError(f"{index}: {bad[0]!r} is not the name of a file in the folder")
+        raise UserError(f"{index}: {bad[0]!r:.80} is not the name of a file in the folder")
+    for shard in set(where.values()):
+        check_text(shard, str(index), PATH)
     for shard in sorted(set(where.values())):
         if not (folder / shard).is_file():
             raise UserError(f"{index}: names {shard!r}, which is not in the folder")

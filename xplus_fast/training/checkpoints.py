@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,10 +74,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors, documents = {}, {}
     for name in check_files(folder, "remove this checkpoint to go on from the one before it"):
         file = folder / name
-        if file.suffix == ".safetensors":
-            tensors[file.stem] = load_file(file)
-        else:
-            documents[file.stem] = json.loads(file.read_bytes())
+        try:
+            if file.suffix == ".safetensors":
+                tensors[file.stem] = load_file(file)
+            else:
+                documents[file.stem] = json.loads(file.read_bytes())
+        except (SafetensorError, ValueError, RecursionError) as e:
+            raise UserError(f"{file}: damaged ({' '.join(str(e).split())[:200]})") from None
     return Checkpoint(folder, tensors, documents)
 
 

@@ -71,6 +71,7 @@ from xplus_fast.training.place import (
 from xplus_fast.training.planned import PlannedTrainer, check_plans, frozen_formats
 from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.report import write_report
+from xplus_fast.training.reporting import check_report_to
 from xplus_fast.training.run_folder import (
     claim,
     cut_metrics,
@@ -122,6 +123,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     _, where, named = plan_recipe(replace(recipe, model=str(base)), here=card_here(place))
     plans = [plan for _, plan in share(named, place)]
     check_plans(plans)
+    check_report_to(recipe.training.report_to)
     say(describe_plans(recipe.model, shape, where, named, whole=dry_run or where.card is not None))
     run = resolve(recipe.output)
     if not dry_run:
@@ -345,7 +347,7 @@ def _train_stage(
             trainer.train(resume)
         finally:
             log.close()
-        stop.check(f"stage {name}")
+        stop.check(name)
     if place.first:
         write_checkpoint(
             folder / FINAL,

@@ -84,7 +84,8 @@ def claim(
         throw_away(run)  # the rest of what a --restart that was cut off was to remove
         write_text(run / "recipe.yaml", dump_options(recipe))
         write_json(run / MARK, made_of)
-    for what, was in (there or {}).items():
+    for what in made_of if there else ():
+        was = (there or {}).get(what)
         if was != made_of[what]:
             raise UserError(
                 f"{run}: its {what} is no longer what the run began with"
@@ -96,13 +97,16 @@ def claim(
 def _made_of(run: Path) -> dict[str, Any] | None:
     """What a run was begun with; empty if it is not begun, None if the folder is not ours."""
     try:
-        return json.loads((run / MARK).read_text(encoding="utf-8"))
+        made_of = json.loads((run / MARK).read_text(encoding="utf-8"))
     except OSError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
+        made_of = None
+    if not isinstance(made_of, dict):
         raise UserError(
             f"{run / MARK}: damaged; --restart throws the run away, or choose another output"
-        ) from None
+        )
+    return made_of
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -127,19 +131,23 @@ def read_recipe(run: Path) -> Recipe:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill cut short is left out."""
     lines = []
-    for line in whole_lines(run / "metrics.jsonl"):
+    file = run / "metrics.jsonl"
+    for number, line in enumerate(whole_lines(file), 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise UserError(f"{file}:{number}: damaged: not a step's figures; remove this line")
+        lines.append(found)
     return lines
 
 
 def cut_metrics(run: Path, stage: str, step: int) -> None:
     """Take out what was logged after the step that a stage goes on from."""
-    kept = [m for m in read_metrics(run) if m["stage"] != stage or m["step"] <= step]
+    kept = [m for m in read_metrics(run) if m.get("stage") != stage or m["step"] <= step]
     write_text(run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def last_step(run: Path, stage: str) -> int:
-    return max((m["step"] for m in read_metrics(run) if m["stage"] == stage), default=0)
+    return max((m["step"] for m in read_metrics(run) if m.get("stage") == stage), default=0)

@@ -28,6 +28,7 @@ from xml.etree import ElementTree
 from xplus_fast.config import Source
 from xplus_fast.data.files import (
     RECORDS,
+    WHOLE_LIMIT,
     Rejected,
     decoded,
     kind,
@@ -271,11 +272,12 @@ def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as raw:
             if re.search(rb"<!ENTITY", head := raw.read(4096)):
                 raise UserError(f"{path}: declares entities, which are not read")
-            stream = io.BufferedReader(_Rest(head, raw))
-            for _, element in ElementTree.iterparse(stream):
+            rest = _Rest(head, raw, path)
+            for _, element in ElementTree.iterparse(io.BufferedReader(rest)):
                 if element.tag != "tu":
                     continue
                 unit += 1
+                rest.left = WHOLE_LIMIT
                 where = f"{path}: unit {unit}"
                 texts: dict[str, str] = {}
                 for variant in element.iter("tuv"):
@@ -299,10 +301,11 @@ def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
 
 
 class _Rest(io.RawIOBase):
-    """What was read already, then the stream."""
+    """What was read already, then the stream, up to `left` bytes of it."""
 
-    def __init__(self, head: bytes, stream: Any) -> None:
-        self._head, self._stream = head, stream
+    def __init__(self, head: bytes, stream: Any, path: Path) -> None:
+        self._head, self._stream, self._path = head, stream, path
+        self.left = WHOLE_LIMIT
 
     def readable(self) -> bool:
         return True
@@ -310,5 +313,8 @@ class _Rest(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._head[: len(buffer)] or self._stream.read(len(buffer))
         self._head = self._head[len(buffer) :]
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(f"{self._path}: a unit of more than {WHOLE_LIMIT:,} bytes")
         buffer[: len(data)] = data
         return len(data)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from xplus_fast.config import Path_, Seed
 from xplus_fast.data.languages import canonical
 from xplus_fast.data.steps.clean import CleanOptions
 from xplus_fast.data.steps.decontaminate import DecontaminateOptions
@@ -14,7 +15,7 @@ from xplus_fast.data.steps.identify import IdentifyOptions
 from xplus_fast.data.steps.instruct import InstructOptions
 from xplus_fast.data.steps.quality import QualityOptions
 from xplus_fast.errors import UserError
-from xplus_fast.options import load_options
+from xplus_fast.options import Amount, Count, Range, check_fields, load_options
 
 Format = Literal["auto", "lines", "moses", "nllb", "translation", "tmx", "gettext", "hub"]
 
@@ -23,25 +24,25 @@ Format = Literal["auto", "lines", "moses", "nllb", "translation", "tmx", "gettex
 class Corpus:
     """Where pairs come from. Corpora that stand first in a recipe win over later duplicates."""
 
-    path: str | list[str]  # a file, a folder, the two files of a pair, or a data set's hub id
+    path: Path_ | list[Path_]  # a file, a folder, the two files of a pair, or a data set's hub id
     name: str = ""  # in the report; default: the path
     format: Format = "auto"
     languages: list[str] = field(default_factory=list)  # where names and records do not tell
-    scores: str | None = None  # of line-aligned files: a file with a score a line
+    scores: Path_ | None = None  # of line-aligned files: a file with a score a line
     subset: str | None = None  # hub: the configuration, such as en-fr
     split: str = "train"  # hub
-    limit: int | None = None  # first pairs only
+    limit: Count | None = None  # first pairs only
 
 
 @dataclass(frozen=True)
 class BalanceOptions:
-    tokens: int | None = 800_000_000  # of all conversations together; None: everything
+    tokens: Count | None = 800_000_000  # of all conversations together; None: everything
     # 1: in proportion to what there is; larger: more even; the share is tokens^(1/temperature)
-    temperature: float = 3.0
-    floor: int = 0  # tokens that every direction gets where it has them
-    cap: int | None = None  # tokens that a direction gets at most
+    temperature: Annotated[float, Range(1)] = 3.0
+    floor: Amount = 0  # tokens that every direction gets where it has them
+    cap: Count | None = None  # tokens that a direction gets at most
     directions: Literal["both", "forward", "backward"] = "both"  # forward: from the first language
-    tokenizer: str | None = None  # a model's folder; None: by characters a token of each language
+    tokenizer: Path_ | None = None  # a model's folder; None: by characters a token of each language
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ class EvaluationSets:
     """Whose sentences must not be trained on."""
 
     # plain or gzip text, a sentence a line; patterns are allowed
-    files: list[str] = field(default_factory=list)
+    files: list[Path_] = field(default_factory=list)
     # where FLORES may lie; empty: not looked for
-    flores: list[str] = field(
+    flores: list[Path_] = field(
         default_factory=lambda: ["flores*/**/*.dev*", "data/flores*/**/*.dev*"]
     )
 
 
 @dataclass(frozen=True)
 class PrepareRecipe:
-    output: str
+    output: Path_
     corpora: list[Corpus]
     format: FormatOptions = field(default_factory=FormatOptions)
     clean: CleanOptions = field(default_factory=CleanOptions)
@@ -70,11 +71,11 @@ class PrepareRecipe:
     balance: BalanceOptions = field(default_factory=BalanceOptions)
     instruct: InstructOptions = field(default_factory=InstructOptions)
     engine: Literal["local", "ray"] = "local"
-    workers: int | None = None  # processes; None: one a core
-    part_pairs: int = 20_000  # of a piece of work: what a kill can cost
-    shard_conversations: int = 250_000  # of an output file
+    workers: Annotated[int, Range(1, 4096)] | None = None  # processes; None: one a core
+    part_pairs: Count = 20_000  # of a piece of work: what a kill can cost
+    shard_conversations: Count = 250_000  # of an output file
     on_error: Literal["stop", "skip"] = "stop"
-    seed: int = 0
+    seed: Annotated[int, Seed] = 0
 
 
 def load_prepare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PrepareRecipe:
@@ -91,32 +92,13 @@ def load_prepare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Prep
                 canonical(code)
             except UserError as e:
                 raise UserError(f"corpora.{i}.languages: {e}") from None
-    balance, quality = recipe.balance, recipe.quality
-    for key, value, least in (
-        ("balance.tokens", balance.tokens, 1), ("balance.temperature", balance.temperature, 1),
-        ("balance.floor", balance.floor, 0), ("balance.cap", balance.cap, 1),
-        ("workers", recipe.workers, 1), ("part_pairs", recipe.part_pairs, 1),
-        ("shard_conversations", recipe.shard_conversations, 1),
-        ("dedup.shingle", recipe.dedup.shingle, 1), ("quality.best", quality.best, 1),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"{key}: at least {least} is wanted, found {value}")
-    if not -1 <= recipe.dedup.near <= 15:
-        raise UserError(f"dedup.near: -1 to 15 bits are wanted, found {recipe.dedup.near}")
+    quality = recipe.quality
     if quality.margin is not None and quality.method != "e5":
         raise UserError(f"quality.margin: goes with method e5, not {quality.method}")
     if not recipe.instruct.prompts:
         raise UserError("instruct.prompts: at least one template is wanted")
     for i, prompt in enumerate(recipe.instruct.prompts):
-        try:
-            made = prompt.format(src="", tgt="", text="\0")
-        except (KeyError, IndexError, ValueError) as e:
-            raise UserError(
-                f"instruct.prompts.{i}: only {{src}}, {{tgt}} and {{text}} stand for something"
-                f" ({e!r})"
-            ) from None
-        if "\0" not in made:
-            raise UserError(f"instruct.prompts.{i}: {{text}} is wanted, where the sentence goes")
+        check_fields(prompt, f"instruct.prompts.{i}", ("src", "tgt", "text"), "text")
     return recipe
 
 

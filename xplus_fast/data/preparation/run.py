@@ -296,18 +296,25 @@ def _totals(work: Path, names: list[str]) -> dict[str, Any]:
     """The parts' counts together."""
     total: dict[str, Any] = {"input": Counter(), "steps": {}, "rejects": {}, "lengths": {}}
     for name in names:
-        part = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
-        total["input"].update(part["read"])
-        for step, found in part["steps"].items():
-            total["steps"].setdefault(step, Counter()).update(found)
-        for reason, note in part["rejects"].items():
-            into = total["rejects"].setdefault(reason, {"pairs": Counter(), "samples": []})
-            into["pairs"].update(note["pairs"])
-            into["samples"] = smallest(into["samples"] + note["samples"])
-        for code, bins in part["lengths"].items():
-            old = total["lengths"].get(code, [0] * len(bins))
-            total["lengths"][code] = [a + b for a, b in zip(old, bins, strict=True)]
+        file = work / f"{name}.json"
+        try:
+            _add(total, json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{file}: damaged ({e}); --restart makes all of it again") from None
     return total
+
+
+def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
+    total["input"].update(part["read"])
+    for step, found in part["steps"].items():
+        total["steps"].setdefault(step, Counter()).update(found)
+    for reason, note in part["rejects"].items():
+        into = total["rejects"].setdefault(reason, {"pairs": Counter(), "samples": []})
+        into["pairs"].update(note["pairs"])
+        into["samples"] = smallest(into["samples"] + note["samples"])
+    for code, bins in part["lengths"].items():
+        old = total["lengths"].get(code, [0] * len(bins))
+        total["lengths"][code] = [a + b for a, b in zip(old, bins, strict=True)]
 
 
 def _finished(out: Path, digest: str, restart: bool) -> bool:
@@ -323,7 +330,7 @@ def _finished(out: Path, digest: str, restart: bool) -> bool:
         made = json.loads(manifest.read_bytes())
         same = made["digest"] == digest
         shards = {out / shard["name"]: shard["sha256"] for shard in made["shards"]}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{manifest}: damaged ({e}); {again}") from None
     if not same:
         raise UserError(f"output: {out}: holds another recipe's result; --restart replaces it")
@@ -332,6 +339,7 @@ def _finished(out: Path, digest: str, restart: bool) -> bool:
             raise UserError(f"{shard}: missing, though {MANIFEST} names it; {again}")
         if _checksum(shard) != checksum:
             raise UserError(f"{shard}: damaged: its SHA-256 is not that of {MANIFEST}; {again}")
+    remove(out / WORK)  # killed in its last step, it would have been
     return True
 
 

@@ -10,26 +10,28 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
 
 
 @dataclass(frozen=True)
 class CleanOptions:
-    min_letters: int = 1  # of either text
-    max_characters: int = 1500  # of either text
+    min_letters: Amount = 1  # of either text
+    max_characters: Count = 1500  # of either text
     # |ln(target / expected)| of the lengths allowed, and so much more over the square root of the
     # expected length: short texts differ more
-    ratio: float = 0.55
-    ratio_short: float = 3.5
-    max_digits: float = 0.5  # share of the characters that are no spaces
-    max_punctuation: float = 0.5
-    max_links: float = 0.3  # share of the characters in URLs and e-mail addresses
-    max_repeated: int = 3  # times that one word may follow itself
-    min_script: float = 0.5  # share of the letters in the language's script, names left room
-    max_copied: float = 0.8  # share of the target's words that the source has, of 4 words or more
+    ratio: Annotated[float, Positive] = 0.55
+    ratio_short: Annotated[float, AtLeast0] = 3.5
+    max_digits: Share = 0.5  # share of the characters that are no spaces
+    max_punctuation: Share = 0.5
+    max_links: Share = 0.3  # share of the characters in URLs and e-mail addresses
+    max_repeated: Count = 3  # times that one word may follow itself
+    min_script: Share = 0.5  # share of the letters in the language's script, names left room
+    max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
     numbers: bool = True  # reject numbers of two digits and more that contradict each other
     truncated: bool = True  # reject targets that end without the source's full stop
 

@@ -8,10 +8,12 @@ shares half of its n-grams with them: 8 words, or 13 characters where words are 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.options import Positive
 
 WORDS, CHARACTERS = 8, 13
 SPACED = 0.08  # share of white space from which a text counts as spaced
@@ -20,7 +22,8 @@ _NOISE = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True)
 class DecontaminateOptions:
-    overlap: float = 0.5  # share of a text's n-grams; above 1: whole lines only
+    # share of a text's n-grams; above 1: whole lines only
+    overlap: Annotated[float, Positive] = 0.5
 
 
 @dataclass(frozen=True)

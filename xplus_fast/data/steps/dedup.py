@@ -15,10 +15,13 @@ whatever the order of the rows.
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from xplus_fast.options import Range
 
 WINDOW = 16  # rows of a bucket that each row is compared with: buckets of common hashes stay cheap
 BITS = 64
@@ -30,9 +33,11 @@ REASONS = ("", "exact duplicate", "near duplicate: same source", "near duplicate
 
 @dataclass(frozen=True)
 class DedupOptions:
-    near: int = 3  # bits of 64 in which whole pairs may differ; -1: exact duplicates only
-    near_one: int = 14  # bits in which one text may differ where the other is the same
-    shingle: int = 3  # characters
+    # bits of 64 in which whole pairs may differ; -1: exact duplicates only
+    near: Annotated[int, Range(-1, 15)] = 3
+    # bits in which one text may differ where the other is the same
+    near_one: Annotated[int, Range(-1, 63)] = 14
+    shingle: Annotated[int, Range(1, 100)] = 3  # characters
 
 
 _NOISE = re.compile(r"[\W_]+")

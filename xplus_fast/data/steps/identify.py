@@ -7,17 +7,18 @@ language is likelier by more than `margin` nats. Dialects and mutually close sta
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
 from xplus_fast.errors import UserError
+from xplus_fast.options import AtLeast0
 
 
 @dataclass(frozen=True)
 class IdentifyOptions:
-    margin: float = 7.0  # nats by which another language must be likelier
+    margin: Annotated[float, AtLeast0] = 7.0  # nats by which another language must be likelier
     scripts: bool = True  # tell Simplified from Traditional Chinese
 
 

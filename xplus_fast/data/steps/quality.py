@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
 from xplus_fast.files import scratch, write_text
+from xplus_fast.options import Count
 
 NEIGHBOURS = 4  # targets of other pairs that a pair's own is held against
 
@@ -33,7 +34,7 @@ class QualityOptions:
     method: Literal["none", "score", "e5", "cometkiwi"] = "none"
     threshold: float | None = None  # the least quality
     margin: float | None = None  # e5: the least advantage over the closest neighbour's target
-    best: int | None = None  # only so many pairs a language pair, the best
+    best: Count | None = None  # only so many pairs a language pair, the best
     python: str = "python"  # cometkiwi: of the environment that has unbabel-comet
     model: str = "Unbabel/wmt22-cometkiwi-da"  # cometkiwi: a name on the hub, or a checkpoint file
 
