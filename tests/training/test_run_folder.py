@@ -152,6 +152,21 @@ def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
         os.waitpid(child, 0)
 
 
+def test_a_full_disk_of_what_reports_elsewhere_is_one_line(workplace, capsys, monkeypatch):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "__init__", full)
+    assert (
+        xplus("train", workplace / "recipe.yaml", *QUICK, "training.report_to=[tensorboard]") == 2
+    )
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said == f"xplus-fast: {workplace}/run/low: cannot be written (No space left on device)"
+
+
 def test_one_output_however_it_is_spelt(workplace, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
