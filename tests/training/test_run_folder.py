@@ -118,7 +118,7 @@ def test_a_folder_of_something_else(recipe):
     assert [p.name for p in run.iterdir()] == ["thesis.txt"]
 
 
-def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
+def test_two_runs_in_one_folder(workplace, tiny_model_dir, capfd, monkeypatch):  # noqa: F811
     """And evaluate and prepare: one line for the second, nothing harmed; freed by a kill."""
     evaluate = {
         "output": str(workplace / "verdict"),
@@ -135,6 +135,7 @@ def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
         ("run", "train", "recipe.yaml", "--restart"),
         ("verdict", "evaluate", workplace, "evaluate.yaml"),
         ("prepared", "prepare", "prepare.yaml"),
+        ("seen", "sensitivity", tiny_model_dir, "pairs.jsonl", "--out", "seen"),
     ):
         read, write = os.pipe()
         child = os.fork()
