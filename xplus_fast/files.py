@@ -345,9 +345,10 @@ def _release(handle: int) -> None:
         os.close(handle)
 
 
-def is_free(folder: Path, mark: str) -> bool:
-    """Whether nothing is in a folder but what a process left that was killed before its mark."""
-    ours = {LOCK, sibling(folder / mark, "tmp").name}
+def is_free(folder: Path, mark: str, *more: str) -> bool:
+    """Whether nothing is in a folder but what a process left that was killed before its mark was
+    there, and `more`."""
+    ours = {LOCK, sibling(folder / mark, "tmp").name, *more}
     return not folder.exists() or (
         folder.is_dir() and all(entry.name in ours for entry in folder.iterdir())
     )

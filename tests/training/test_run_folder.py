@@ -60,10 +60,12 @@ def begun(recipe):
 def test_killed_before_the_mark_was_there(recipe):
     run = Path(recipe.output)
     run.mkdir()
-    for name in ("..xplus-run.tmp", ".lock"):
+    for name in ("..xplus-run.tmp", ".lock", ".xplus-run"):
         (run / name).write_text("{")
-    start(recipe)
-    assert begun(recipe) == []
+        start(recipe)
+        assert begun(recipe) == []
+        for file in run.iterdir():
+            file.unlink()
 
 
 @pytest.mark.parametrize("restart", [False, True])
