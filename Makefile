@@ -10,7 +10,7 @@ CUDA := $(if $(GPU),$(comma)cuda)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format test-gpu bench clean
+.PHONY: help demo test test-faults lint format test-gpu bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -30,6 +30,9 @@ test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/kernels/interpreter
 	OMP_NUM_THREADS=1 XPLUS_REHEARSE=cpu $(BIN)/python -m pytest tests/gpu
+
+test-faults: $(VENV)/dev.stamp  ## kill and fail every operation on files once: most of an hour
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign build/faults
 
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check .

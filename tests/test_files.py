@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -57,15 +58,17 @@ OF_MODULES = {  # names that mean something else elsewhere
     "np": {"save"}, "numpy": {"save"}, "torch": {"save"},
     "pq": {"write_table"},
 }  # fmt: skip
-# What writes into a handle of ours, and what runs where nothing of ours can be imported
+# What runs where nothing of ours can be imported: in another Python, around a judged program
+ALONE = {f"evaluation/{name}.py" for name in ("confine", "livecodebench_bridge", "replay")}
+# What writes into a handle of ours
 ALLOWED = {
     ("data/corpus.py", "np.save"),
     ("data/packed.py", "np.memmap"),  # mode r
     ("data/preparation/parts.py", "pq.write_table"),
     ("data/preparation/run.py", "pq.write_table"),
-    ("evaluation/livecodebench_bridge.py", "target.write_text"),
-    ("evaluation/sandbox.py", "tempfile.TemporaryDirectory"),  # the home of what it runs
+    ("evaluation/sandbox.py", "shutil.copytree"),  # into the home of what it runs
     ("signals.py", "os.write"),  # to the terminal
+    ("terminal.py", "os.open"),  # the null device, where nobody reads
 }
 
 
@@ -103,12 +106,11 @@ CLOSED = ("archive", "CheckpointFiles", "wave")  # whose `open` only reads
 
 
 def test_nothing_else_in_the_package_writes():
-    found = {
-        (str(file.relative_to(PACKAGE)), call)
-        for file in PACKAGE.rglob("*.py")
-        if file != Path(files.__file__)
-        for call in writers(file.read_text())
-    }
+    sources = {str(file.relative_to(PACKAGE)): file.read_text() for file in PACKAGE.rglob("*.py")}
+    for name in ALONE:
+        assert not re.search(r"^\s*(from|import) (xplus_fast|\.)", sources.pop(name), re.MULTILINE)
+    del sources["files.py"]
+    found = {(name, call) for name, source in sources.items() for call in writers(source)}
     assert found - ALLOWED == set()
     assert ALLOWED - found == set()
 
@@ -136,7 +138,23 @@ def test_the_search_for_writers_leaves_readers_alone(line):
     assert not writers(line)
 
 
+def test_no_file_is_split_where_unicode_ends_a_line():
+    """U+2028 and its like occur inside sentences: a file's lines end in \\n alone."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".splitlines"):
+                assert "read_text" not in ast.unparse(node.func), f"{file}:{node.lineno}"
+
+
 # Paths
+
+
+def test_nobody_else_says_what_a_tilde_means():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("expanduser"):
+                constant = node.args and isinstance(node.args[0], ast.Constant)
+                assert constant or file == Path(files.__file__), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("given", ["~/x", "x", "./x", "a/../x", "a/b/../../x", "link/x"])
@@ -314,6 +332,7 @@ def test_small_writes_are_joined_and_counted(tmp_path):
 
 def test_remove_and_move(tmp_path):
     begin(tmp_path / "f")
+    (tmp_path / "f" / ".none.tmp").mkdir()  # of a removal that was killed
     remove(tmp_path / "f" / "none")
     remove(tmp_path / "f" / "a.txt")
     (tmp_path / "f" / "link").symlink_to(tmp_path / "f" / "folder")

@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from benchmarks import cpu_step
-from xplus_fast.config import load_recipe
+from xplus_fast.config import Recipe, load_recipe
 from xplus_fast.data.preparation.recipe import load_prepare_recipe
 from xplus_fast.evaluation.recipe import load_evaluate_recipe
+from xplus_fast.options import load_options
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -97,7 +98,7 @@ def test_qwen3_recipes_hold_the_published_settings(size: str) -> None:
 
 
 def test_demo_recipe_reads_what_make_demo_writes(fresh: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    recipe = load_options(Recipe, ROOT / "recipes" / "demo.yaml")  # paths as they stand there
     commands = make(fresh, "-n", "demo").stdout.splitlines()
     out = next(c.split()[-1] for c in commands if "recipes/demo_assets.py" in c)
     assert recipe.model == f"{out}/model"

@@ -4,6 +4,7 @@
 overrides over it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,7 +160,8 @@ def resolved(recipe: Recipe) -> Recipe:
         found = [str(resolve(path)) for path in paths]
         return replace(source, path=found[0] if isinstance(source.path, str) else found)
 
-    here = recipe.model.startswith((".", "~", "/")) or resolve(recipe.model).exists()
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", recipe.model, re.ASCII)
+    here = not hub or resolve(recipe.model).parent.is_dir()  # as `resolve_model` has it
     data = replace(
         recipe.data,
         sources=[known(s) for s in recipe.data.sources],

@@ -409,19 +409,19 @@ def _replace(temporary: Path, final: Path) -> None:
 
 
 def _remove(path: Path, aside: Path) -> None:
+    _clear(aside)  # of a removal that was killed
     if path.is_dir() and not path.is_symlink():
-        _clear(aside)
         os.rename(path, aside)
         _clear(aside)
     else:
-        path.unlink(missing_ok=True)
+        _clear(path)
 
 
 def _clear(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def _unlink(path: Path) -> None:

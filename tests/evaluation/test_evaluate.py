@@ -1,5 +1,6 @@
 """`xplus-fast evaluate` on tiny models: scores, cache, verdict, and what goes wrong."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from xplus_fast.evaluation.recipe import (
     TestSet,
     TranslationConfig,
 )
+from xplus_fast.files import append_lines
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = {
@@ -194,6 +196,47 @@ def test_a_killed_run_generates_nothing_twice(place, tmp_path):
     other = generate.Generator(place / "base", tmp_path, show=False, **options)
     other.answer(asked[:1], "x")
     assert other.made == 1  # another model's answers are its own
+
+
+def test_answers_that_a_kill_cut_off_inside_a_character(place, tmp_path):
+    """Whatever line separators Unicode knows stand inside of an answer, and are kept."""
+    options = dict(engine="generate", batch_size=2, max_new_tokens=4, dtype="auto", device="auto")
+    made = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+    prompts = ["one", "two", "three"]
+    keys = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
+    texts = ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh", "é 象", "cut 象"]
+    append_lines(made._file, [json.dumps([k, t, True], ensure_ascii=False)
+                              for k, t in zip(keys, texts, strict=True)])  # fmt: skip
+    whole = made._file.read_bytes()
+    for end in range(1, 12):
+        made._file.write_bytes(whole[:-end])
+        again = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        assert again.answer(prompts[:2], "x") == [(t, True) for t in texts[:2]]
+        again._batches = lambda asked: iter([[(i, f"{p}!", False) for i, p in enumerate(asked)]])
+        assert again.answer(prompts, "x")[2] == ("three!", False)  # made again, on its own line
+        after = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        assert after.answer(prompts, "x")[2] == ("three!", False)
+    # a line that the disk damaged is an answer to be made again, the others are there
+    lines = whole.split(b"\n")
+    for damaged in (
+        b"",
+        b"\0\0",
+        lines[0][:-9] + b"\xff" + lines[0][-8:],
+        b"1",
+        b"[1]",
+        b"[[],1,2]",
+    ):
+        made._file.write_bytes(b"\n".join([damaged, *lines[1:]]))
+        after = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        assert keys[0] not in after._known and len(after._known) == 2
+
+
+def test_samples_with_line_separators_inside(tmp_path):
+    rows = [{"doc_id": i, "resps": [["a\u2028b\x85"]], "acc": i / 2} for i in range(3)]
+    file = tmp_path / "samples_sums_2026.jsonl"
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    found = reasoning.sample_scores([str(file)], "acc")
+    assert found is not None and found.tolist() == [0, 0.5, 1]
 
 
 def test_a_model_that_emits_nothing_is_one_line(place, tmp_path, capsys, monkeypatch):

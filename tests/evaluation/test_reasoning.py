@@ -157,6 +157,7 @@ def test_livecodebench_is_asked_and_judges_by_its_own_runner(
 
     for options, message in (
         (["reasoning.allow_code=false"], "it executes what the model writes"),
+        (["reasoning.code_reads=[no-such]"], "reasoning.code_reads: "),
         (["reasoning.limit=5"], "reasoning.limit does not go with it"),
         ([f"reasoning.livecodebench.folder={tmp_path / 'tasks'}"], "is not a checkout of github"),
         (["reasoning.livecodebench.python=no-such"], "no-such: No such file"),

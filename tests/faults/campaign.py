@@ -24,12 +24,15 @@ from tests.faults.injected import KILLED, Fault
 from tests.faults.scenarios import SCENARIOS, Scenario, Stage, make_shared, warm
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("kill", "torn", "EIO", "ENOSPC")
-# Always in a sample: where a mark, a checkpoint, a `final`, what is written last is made or goes
-DECISIVE = re.compile(
-    r"(^|/)\.?(xplus-\w+|recipe\.yaml|final|checkpoint-\d+|manifest\.json|exported|lock)"
-    r"(\.(tmp|old|lock))?$|/\.lock$"
-)
+# Always in a sample: before and after each rename by which a mark, a record, a checkpoint or a
+# `final` comes or goes; of a restart, those of what is thrown away and begun
+DECISIVE = {
+    "train": r"run/(\.xplus-run|recipe\.yaml|run\.json)|run/\w+/\.?(checkpoint-\d|final)(\.tmp)?",
+    "restart": r"run/\.?(xplus-run|recipe\.yaml|low|high|evaluation)(\.tmp)?",
+    "export": r"exported",
+    "evaluate": r"verdict/(model|verdict\.\w+)",
+    "prepare": r"prepared/(manifest\.json|data-\d+\.parquet|\.xplus-prepare|\..work.tmp)",
+}
 GOOD = ("went on", "not needed")
 
 
@@ -60,7 +63,7 @@ class Reference:
         return [
             Case(scenario, k, kind, " ".join(operation))
             for k, operation in enumerate(self.operations)
-            for kind in KINDS
+            for kind in SCENARIOS[scenario].kinds
             if kind != "torn" or operation[0] == "write"
         ]
 
@@ -97,12 +100,18 @@ def difference(there: dict[str, bytes], here: dict[str, bytes]) -> str:
     return ", ".join(sorted(n for n in {*there, *here} if there.get(n) != here.get(n))[:10])
 
 
-def choose(cases: list[Case], count: int, seed: int) -> list[Case]:
-    """A sample: a kill at each decisive operation, and `count` of all other cases."""
-    decisive = [
-        c for c in cases if c.kind == "kill" and DECISIVE.search(c.operation.partition(" ")[2])
-    ]
-    others = [c for c in cases if c not in set(decisive)]
+def choose(references: dict[str, Reference], count: int, seed: int) -> list[Case]:
+    """A sample: a kill at each decisive moment, and `count` of all other cases."""
+    decisive, others = [], []
+    for name, found in references.items():
+        moments = {
+            k + after
+            for k, (kind, path) in enumerate(found.operations)
+            if kind == "rename" and re.fullmatch(DECISIVE.get(name, ""), path)
+            for after in (0, 1)
+        }
+        for case in found.cases(name):
+            (decisive if case.kind == "kill" and case.k in moments else others).append(case)
     return decisive + random.Random(seed).sample(others, min(count, len(others)))
 
 
@@ -132,9 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
     make_shared(folder / "shared")
     stage = Stage(folder / "shared", folder / "stage")
     references = {name: Reference(SCENARIOS[name], stage) for name in options.only}
-    cases = [case for name, found in references.items() for case in found.cases(name)]
-    if options.sample is not None:
-        cases = choose(cases, options.sample, options.seed)
+    if options.sample is None:
+        cases = [case for name, found in references.items() for case in found.cases(name)]
+    else:
+        cases = choose(references, options.sample, options.seed)
     known = {tuple(line["case"].values()): line for line in read(done)}
     todo = [case for case in cases if tuple(asdict(case).values()) not in known]
     print(f"{len(cases)} cases, {len(cases) - len(todo)} of them done before", flush=True)

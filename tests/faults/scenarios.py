@@ -44,6 +44,7 @@ class Scenario:
     arguments: tuple[str, ...]
     after: str = ""  # the scenario that made the state it begins with
     then: tuple[str, ...] = ()  # the command that goes on; empty: the same
+    kinds: tuple[str, ...] = ("kill", "torn", "EIO", "ENOSPC")  # of faults
 
 
 SCENARIOS = {
@@ -55,7 +56,7 @@ SCENARIOS = {
         # a restart that was killed, gone on with as a run: it is the new one or, thrown away before
         # anything began, one that was never begun
         Scenario("restart-then-train", ("train", "recipe.yaml", "--restart"), after="train",
-                 then=("train", "recipe.yaml")),
+                 then=("train", "recipe.yaml"), kinds=("kill",)),
         Scenario("export", ("export", "run", "exported"), after="train"),
         Scenario("evaluate", ("evaluate", "run", "evaluate.yaml", "--base", "{model}"),
                  after="train"),

@@ -16,7 +16,7 @@ from xplus_fast.data.readers import Example, say
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import Generator
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
+from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import make_folder, remove, resolve, write_json, write_text
 from xplus_fast.options import parse_bytes
 
@@ -55,6 +55,7 @@ def _run(
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
     permitted(r.code_isolation)  # before the model answers
+    reads = readable(r.code_reads)
     checkout = resolve(own.folder)
     if not (checkout / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
@@ -89,7 +90,7 @@ def _run(
         [own.python, "-m", "lcb_runner.runner.custom_evaluator", "--custom_output_file",
          str(codes), "--num_process_evaluate", "1", *options],
         seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"), folder=checkout,
-        reads=[codes, *map(Path, r.code_reads)], out=judge, least=r.code_isolation,
+        reads=[codes, *reads], out=judge, least=r.code_isolation,
     )  # fmt: skip
     judged = codes.with_name("codes_codegeneration_output_eval.json")
     each = codes.with_name("codes_codegeneration_output_eval_all.json")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.sandbox import last_error, permitted, run_limited
+from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import move, remove
 from xplus_fast.options import parse_bytes
 
@@ -92,6 +92,7 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     if about["executes"]:
         try:  # before the model answers
             permitted(r.code_isolation)
+            reads = readable(r.code_reads) + ([Path(r.include_path)] if r.include_path else [])
         except UserError as e:
             return str(e)
     working = folder.with_name(f".{folder.name}")
@@ -115,7 +116,7 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
             code, said = run_limited(
                 command, seconds=r.code_seconds, memory=parse_bytes(r.code_memory, "code_memory"),
                 environment={"HF_ALLOW_CODE_EVAL": "1"}, out=working, least=r.code_isolation,
-                reads=[REPLAY, answers, *readable(recipe)],
+                reads=[REPLAY, answers, *reads],
             )  # fmt: skip
         except UserError as e:
             return str(e)
@@ -125,15 +126,6 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     remove(folder)
     move(working, folder)
     return None
-
-
-def readable(recipe: EvaluateRecipe) -> list[Path]:
-    """What a judge may read, as the recipe has it. Raises `UserError` for what is not there."""
-    r = recipe.reasoning
-    given = [Path(path).expanduser() for path in r.code_reads]
-    if lacking := next((path for path in given if not path.exists()), None):
-        raise UserError(f"reasoning.code_reads: {lacking}: no such file or folder")
-    return given + ([Path(r.include_path)] if r.include_path else [])
 
 
 def _python(recipe: EvaluateRecipe) -> str:

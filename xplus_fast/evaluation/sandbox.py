@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xplus_fast.errors import UserError
-from xplus_fast.files import make_folder, scratch
+from xplus_fast.files import make_folder, resolve, scratch, speaking
 
 Level = Literal["namespaces", "landlock", "limits"]
 Kind = Literal["read", "out", "hub", "cache"]  # the hub's folder holds the caches, and a token
@@ -44,9 +44,12 @@ ASK = """
 import importlib.metadata, json, sys, urllib.parse, urllib.request
 found = [sys.executable, sys.prefix, sys.base_prefix, *sys.path]
 for package in importlib.metadata.distributions():
-    told = json.loads(package.read_text("direct_url.json") or "{}")
-    if told.get("dir_info", {}).get("editable"):
-        found.append(urllib.request.url2pathname(urllib.parse.urlsplit(told["url"]).path))
+    try:
+        told = json.loads(package.read_text("direct_url.json") or "{}")
+        if told["dir_info"]["editable"]:
+            found.append(urllib.request.url2pathname(urllib.parse.urlsplit(told["url"]).path))
+    except (ValueError, LookupError, TypeError):
+        pass
 print(json.dumps(found))
 """
 
@@ -85,7 +88,8 @@ def run_limited(
         caches = [given[name] for name in KEPT if "CACHE" in name and name in given]
         caches += [str(hub / name) for name in CACHES]
         if level == "landlock":
-            given |= _own_caches(home, hub, given)
+            with speaking(home):
+                given |= _own_caches(home, hub, given)
         own = _of_python(command[0], given.get("PATH", os.defpath))
         user = os.path.realpath(os.path.expanduser("~"))
         # whatever a Python may find there: not the home as a whole
@@ -115,6 +119,7 @@ def _run(job: dict[str, Any], seconds: int) -> tuple[int, str]:
         [sys.executable, "-I", "-S", str(CONFINE), json.dumps(job)], cwd="/",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         pass_fds=(report_in, alive), start_new_session=True,
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
     )  # fmt: skip
     os.close(report_in)
     os.close(alive)
@@ -163,6 +168,14 @@ def _listen(running: "subprocess.Popen[bytes]", end: float) -> bytes:
             if said > OUTPUT:
                 raise UserError(f"stopped: it said more than {OUTPUT / 1e6:.0f} MB")
             tail = (tail + piece)[-TAIL:]
+
+
+def readable(paths: Iterable[str]) -> list[Path]:
+    """What a recipe lets judging read. Raises `UserError` for what is not there."""
+    found = [resolve(path) for path in paths]
+    if lacking := next((path for path in found if not path.exists()), None):
+        raise UserError(f"reasoning.code_reads: {lacking}: no such file or folder")
+    return found
 
 
 def permitted(least: Level = "namespaces") -> Level:

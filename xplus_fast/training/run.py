@@ -347,7 +347,7 @@ def _train_stage(
             trainer.train(resume)
         finally:
             log.close()
-        stop.check(f"stage {name}")
+        stop.check(name)
     if place.first:
         write_checkpoint(
             folder / FINAL,

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,39 @@ def test_again_does_nothing_and_other_options_ask(whole, corpus, capsys):
     assert code == 2 and "holds another recipe's result; --restart replaces it" in err
     code, out, _ = run(capsys, recipe(corpus, whole.parent), "workers=2", "engine=local")
     assert code == 0 and "done already" in out  # how, not what
+
+
+def test_done_means_that_the_shards_are_there_and_whole(whole, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    path = recipe(corpus, whole.parent)
+    again = ["prepare", str(path), f"output={out}"]
+    assert cli.main(again) == 0
+    assert "done already" in capsys.readouterr().out
+    shard = out / "data-00001.parquet"
+    content = shard.read_bytes()
+    for damage, said in (
+        (None, "missing, though manifest.json names it"),
+        (content[:-1] + bytes([content[-1] ^ 1]), "its SHA-256 is not that of manifest.json"),
+    ):
+        shard.unlink(missing_ok=True)
+        if damage is not None:
+            shard.write_bytes(damage)
+        assert cli.main(again) == 2
+        err = capsys.readouterr().err
+        assert f"{shard}: " in err and said in err and "--restart" in err and err.count("\n") == 1
+    (out / "manifest.json").write_text("{")
+    assert cli.main(again) == 2
+    assert "manifest.json: damaged" in capsys.readouterr().err
+    assert cli.main([*again, "--restart"]) == 0
+    assert rows(out)[0] == rows(whole)[0]
+
+
+def test_killed_before_its_mark_was_there(whole, corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/..xplus-prepare.tmp").write_text("")
+    assert cli.main(["prepare", str(recipe(corpus, tmp_path))]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in whole.iterdir()}
 
 
 def test_the_order_of_the_corpora_and_the_cut_into_parts_change_no_row(whole, corpus, tmp_path):

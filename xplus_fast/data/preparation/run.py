@@ -339,6 +339,7 @@ def _finished(out: Path, digest: str, restart: bool) -> bool:
             raise UserError(f"{shard}: missing, though {MANIFEST} names it; {again}")
         if _checksum(shard) != checksum:
             raise UserError(f"{shard}: damaged: its SHA-256 is not that of {MANIFEST}; {again}")
+    remove(out / WORK)  # killed in its last step, it would have been
     return True
 
 
