@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -309,19 +310,29 @@ def _acquire(file: Path, of: Path, wait: bool) -> int:
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as e:
-            if e.errno not in UNLOCKABLE:
-                os.close(handle)
-                if e.errno in (errno.EAGAIN, errno.EACCES):
-                    raise Busy(f"{of}: in use by another process of xplus-fast") from None
-                raise
+            _flock(handle, of, wait)
+        except BaseException:
+            os.close(handle)
+            raise
         try:
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle
         except FileNotFoundError:
             pass
         os.close(handle)  # its holder has removed it meanwhile
+
+
+def _flock(handle: int, of: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES):
+            if not wait:
+                raise Busy(f"{of}: in use by another process of xplus-fast") from None
+            print(f"{of}: waiting for another process that writes it", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        elif e.errno not in UNLOCKABLE:
+            raise
 
 
 def _release(handle: int) -> None:
@@ -334,9 +345,10 @@ def _release(handle: int) -> None:
         os.close(handle)
 
 
-def is_free(folder: Path, mark: str) -> bool:
-    """Whether nothing is in a folder but what a process left that was killed before its mark."""
-    ours = {LOCK, sibling(folder / mark, "tmp").name}
+def is_free(folder: Path, mark: str, *more: str) -> bool:
+    """Whether nothing is in a folder but what a process left that was killed before its mark was
+    there, and `more`."""
+    ours = {LOCK, sibling(folder / mark, "tmp").name, *more}
     return not folder.exists() or (
         folder.is_dir() and all(entry.name in ours for entry in folder.iterdir())
     )

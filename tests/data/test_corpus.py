@@ -181,6 +181,7 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_whole(
     assert process.exitcode == 9
     assert {p.suffix for p in cache.iterdir()} == {".tmp", ".lock"}
     (cache / ".mine.tmp").mkdir()  # not one of ours
+    (cache / ".building-x1y2").mkdir()  # by a version that held no locks
     load(other, data, small_tokenizer)  # which has no use for what was left
     assert sorted(p.name[:5] for p in cache.iterdir() if p.name[0] == ".") == [".mine"]
     corpus = load(source, data, small_tokenizer)

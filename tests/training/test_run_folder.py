@@ -60,10 +60,12 @@ def begun(recipe):
 def test_killed_before_the_mark_was_there(recipe):
     run = Path(recipe.output)
     run.mkdir()
-    for name in ("..xplus-run.tmp", ".lock"):
+    for name in ("..xplus-run.tmp", ".lock", ".xplus-run"):
         (run / name).write_text("{")
-    start(recipe)
-    assert begun(recipe) == []
+        start(recipe)
+        assert begun(recipe) == []
+        for file in run.iterdir():
+            file.unlink()
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -118,7 +120,7 @@ def test_a_folder_of_something_else(recipe):
     assert [p.name for p in run.iterdir()] == ["thesis.txt"]
 
 
-def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
+def test_two_runs_in_one_folder(workplace, tiny_model_dir, capfd, monkeypatch):  # noqa: F811
     """And evaluate and prepare: one line for the second, nothing harmed; freed by a kill."""
     evaluate = {
         "output": str(workplace / "verdict"),
@@ -135,6 +137,7 @@ def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
         ("run", "train", "recipe.yaml", "--restart"),
         ("verdict", "evaluate", workplace, "evaluate.yaml"),
         ("prepared", "prepare", "prepare.yaml"),
+        ("seen", "sensitivity", tiny_model_dir, "pairs.jsonl", "--out", "seen"),
     ):
         read, write = os.pipe()
         child = os.fork()
@@ -150,6 +153,21 @@ def test_two_runs_in_one_folder(workplace, capfd, monkeypatch):  # noqa: F811
         assert [p.name for p in (workplace / folder).iterdir()] == [".lock"]
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_full_disk_of_what_reports_elsewhere_is_one_line(workplace, capsys, monkeypatch):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "__init__", full)
+    assert (
+        xplus("train", workplace / "recipe.yaml", *QUICK, "training.report_to=[tensorboard]") == 2
+    )
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said == f"xplus-fast: {workplace}/run/low: cannot be written (No space left on device)"
 
 
 def test_one_output_however_it_is_spelt(workplace, tmp_path, monkeypatch, capsys):  # noqa: F811

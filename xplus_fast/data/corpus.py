@@ -32,7 +32,7 @@ from xplus_fast.data.readers import Example, Reading, read_examples, source_file
 from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
 from xplus_fast.errors import UserError
-from xplus_fast.files import BUFFER, NewFile, locked, new_folder, resolve, sweep
+from xplus_fast.files import BUFFER, NewFile, locked, new_folder, remove, resolve, sweep
 from xplus_fast.manifest import check_files, write_manifest
 
 __all__ = [
@@ -78,6 +78,8 @@ def load_corpus(
     others = list(keep_out)
     folder = resolve(data.cache) / _key(sources, data, tokenizer, seed, others, vocabulary)
     sweep(folder.parent, _NAMES)
+    for left in folder.parent.glob(".building-*"):  # by a version that held no locks
+        remove(left)
     if not (found := folder.exists()):
         with locked(folder, wait=True):  # of two that want it, one makes it
             if not folder.exists():

@@ -32,7 +32,7 @@ from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
-from xplus_fast.files import append_lines, make_folder, resolve, write_json
+from xplus_fast.files import append_lines, make_folder, resolve, speaking, write_json
 from xplus_fast.model.checkpoint_files import (
     CheckpointFiles,
     check_against,
@@ -344,7 +344,8 @@ def _train_stage(
         stop = StopWhenAsked(asked, place)
         trainer.add_callback(stop)
         try:
-            trainer.train(resume)
+            with speaking(folder):  # for those of report_to, which write there
+                trainer.train(resume)
         finally:
             log.close()
         stop.check(name)

@@ -103,6 +103,8 @@ def _made_of(run: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         made_of = None
     if not isinstance(made_of, dict):
+        if is_free(run, MARK, MARK):
+            return {}  # nothing can be lost
         raise UserError(
             f"{run / MARK}: damaged; --restart throws the run away, or choose another output"
         )

@@ -162,6 +162,7 @@ def test_done_means_that_the_shards_are_there_and_whole(whole, corpus, tmp_path,
 def test_killed_before_its_mark_was_there(whole, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/..xplus-prepare.tmp").write_text("")
+    (tmp_path / "out/.work/another").mkdir(parents=True)  # which came first once
     assert cli.main(["prepare", str(recipe(corpus, tmp_path))]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in whole.iterdir()}
 

@@ -85,7 +85,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     about |= {"digest": digest, "recipe": to_dict(recipe)}
-    if not is_free(out, PREPARED) and not (out / PREPARED).is_file():
+    if not is_free(out, PREPARED, WORK) and not (out / PREPARED).is_file():
         raise UserError(f"output: {out}: holds something else; give a new or empty folder")
     with working_in(out), speaking(out):
         write_text(out / PREPARED, "")  # ours from here on
