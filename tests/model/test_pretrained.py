@@ -96,7 +96,7 @@ def test_values_that_the_block_cannot_take(
     "change",
     [
         {"dtype": "float99"}, {"torch_dtype": []}, {"pad_token_id": 320}, {"pad_token_id": "x"},
-        {"num_labels": {"a": 1}}, {"auto_map": 7}, {"architectures": 7}, {"id2label": []},
+        {"num_labels": {"a": 1}}, {"auto_map": 7}, {"id2label": []},
     ],
     ids=str,
 )  # fmt: skip

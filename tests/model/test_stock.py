@@ -150,7 +150,10 @@ def test_adapted_models_are_refused(whole: bool) -> None:
         model = pytest.importorskip("peft").get_peft_model(model, config)
         said = "^PeftModelForCausalLM: a PEFT model; merge"
     else:
-        model.add_adapter(config)
+        try:
+            model.add_adapter(config)
+        except ValueError as e:
+            pytest.skip(f"transformers refuses the PEFT that is here: {e}")
         said = "^model.layers.0.self_attn.q_proj: an adapter"
     with pytest.raises(UserError, match=said):
         prepare_model(model)
