@@ -10,10 +10,10 @@ CUDA := $(if $(GPU),$(comma)cuda)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-faults lint format test-gpu bench clean
+.PHONY: help demo test test-faults test-versions lint format test-gpu bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages, no GPU needed
 	rm -rf runs/demo build/demo/exported
@@ -33,6 +33,9 @@ test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 
 test-faults: $(VENV)/dev.stamp  ## kill and fail every operation on files once: most of an hour
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign build/faults
+
+test-versions: $(VENV)/dev.stamp  ## run tests with the lowest and the newest of everything
+	$(BIN)/python -m tests.versions build/versions $(ROWS)
 
 lint: $(VENV)/dev.stamp  ## check style and types
 	$(BIN)/ruff check .

@@ -230,6 +230,11 @@ def test_stage_names_that_are_none(name: str, says: Any, tmp_path: Path) -> None
     assert says(text).startswith("stages.")
 
 
+def test_stages_without_end(says: Any) -> None:
+    stages = "stages: [" + ", ".join(["{layers: all}"] * 101) + "]"
+    assert "at most 100 are carried out, found 101" in says(f"model: m\noutput: o\n{stages}")
+
+
 def test_reserved_names_are_the_runs_files() -> None:
     assert set(FILES) <= set(RESERVED) and "evaluation" in RESERVED
 

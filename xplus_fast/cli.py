@@ -17,6 +17,7 @@ from xplus_fast.signals import Stopped, listen
 from xplus_fast.terminal import StandardStreams, one_line
 
 RESUMABLE = ("prepare", "train", "evaluate")
+MOST_LAYERS = 1 << 16  # of a base; more than any has
 PATHS = ("model", "base", "data")  # of arguments that are text
 BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
 
@@ -266,8 +267,10 @@ def _verify(options: argparse.Namespace) -> int:
     if also and options.layers is None:
         raise UserError("--also goes with --layers; without it the folder's own record counts")
     if options.layers is not None:
-        config = CheckpointFiles.open(base).config
-        allowed = set(resolve_layers(options.layers, config["num_hidden_layers"]))
+        layers = CheckpointFiles.open(base).config.get("num_hidden_layers")
+        if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+            raise UserError(f"{base / 'config.json'}: no num_hidden_layers")
+        allowed = set(resolve_layers(options.layers, layers))
     result = verify(base, resolve(options.result), allowed, {BESIDE[kind] for kind in also})
     print(describe(result))
     return 0 if result.ok else 1

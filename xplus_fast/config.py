@@ -32,6 +32,7 @@ PROMPT = (
 )
 Path_ = Annotated[str, PATH]
 Seed = Range(0, 2**32 - 1)  # that numpy takes
+STAGES = 100  # of a recipe at most
 # Of a run's folder, beside its stages' folders
 RESERVED = (
     "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png",
@@ -184,6 +185,8 @@ def _check(recipe: Recipe) -> None:
     """What types cannot say."""
     if not recipe.stages:
         raise UserError("stages: at least one stage is wanted")
+    if len(recipe.stages) > STAGES:
+        raise UserError(f"stages: at most {STAGES} are carried out, found {len(recipe.stages):,}")
     names = set()
     for i, s in enumerate(recipe.stages):
         at = f"stages.{i}"

@@ -50,6 +50,13 @@ def test_resolves(spec, expected):
         ("bottom", "is no selection"),
         (["3"], "'3' is not a layer id"),
         ([True], "True is not a layer id"),
+        ("bottom:" + "9" * 5000, "is no selection"),
+        ("0-" + "9" * 5000, "is no selection"),
+        (":" + "9" * 5000, "is no selection"),
+        ("9" * 5000, "is no selection"),
+        ("\u0663", "is no selection"),  # a digit, but no ASCII
+        ("all," * 60_000, "layer 0 is named twice"),
+        ([0] * 50_000, "layer 0 is named twice"),
     ],
 )
 def test_refuses_in_one_line(spec, message):

@@ -25,7 +25,7 @@ Kind = Literal["read", "out", "hub", "cache"]  # the hub's folder holds the cach
 LEVELS: tuple[Level, ...] = ("namespaces", "landlock", "limits")
 CONFINE = Path(__file__).with_name("confine.py").absolute()
 SCRATCH = 1 << 30  # bytes of all files that may be written
-PROCESSES = 512  # and threads, at a time
+PROCESSES = 1024  # and threads, at a time: libraries make one for each core
 OUTPUT = 64 << 20  # bytes that it may say
 TAIL = 1 << 16  # bytes of them that are kept
 # Nothing else of the environment is passed on: it may hold tokens

@@ -25,10 +25,10 @@ COLORS = {"attention": "#1f6f8b", "mlp": "#c8553d", "norms": "#8a8f98"}
 
 def parse_parameters(text: str) -> int:
     """ "3B" -> 3e9, "250M", "900K", "14160384"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB]?)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMB]?)", text.strip(), re.IGNORECASE)
     count = float(found[1]) * 1000 ** " KMB".index(found[2].upper() or " ") if found else 0
     if not count:
-        raise UserError(f"--budget: parameters such as 3B or 250M are wanted, not {text!r}")
+        raise UserError(f"--budget: parameters such as 3B or 250M are wanted, not {text!r:.60}")
     return round(count)
 
 

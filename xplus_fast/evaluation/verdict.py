@@ -108,7 +108,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def parse_condition(condition: str) -> tuple[str, str, float]:
     """ "reasoning < -2" -> name, operator, number. Raises `UserError`."""
-    match = re.fullmatch(r"\s*(\S+)\s*(<=|>=|<|>)\s*([-+]?\d+(?:\.\d+)?)\s*", condition)
+    match = re.fullmatch(
+        r"\s*(\S{1,200})\s*(<=|>=|<|>)\s*([-+]?[0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", condition
+    )
     if match is None:
         raise UserError(f"--fail-if: {condition!r} does not read like 'reasoning < -2'")
     return match[1], match[2], float(match[3])

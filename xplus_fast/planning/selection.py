@@ -1,6 +1,7 @@
 """Which layers train: "bottom:4", "top:15", "0-3,30-35", "-15:", [0, 1, 2] -> layer ids."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from xplus_fast.errors import UserError
@@ -22,6 +23,8 @@ def resolve_layers(spec: str | int | Sequence[int], layers: int) -> list[int]:
     if isinstance(spec, str):
         for part in spec.split(","):
             ids += _part(part.strip(), layers, spec)
+            if len(ids) > layers:
+                break  # one is named twice
     else:
         for i in spec:
             if isinstance(i, bool) or not isinstance(i, int):
@@ -30,8 +33,7 @@ def resolve_layers(spec: str | int | Sequence[int], layers: int) -> list[int]:
     for i in ids:
         if not 0 <= i < layers:
             raise UserError(f"layers: {i} is out of range: the model has layers 0 to {layers - 1}")
-    twice = {i for i in ids if ids.count(i) > 1}
-    if twice:
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise UserError(f"layers: layer {min(twice)} is named twice in {spec!r}")
     if not ids:
         raise UserError(f"layers: {spec!r} selects no layer of 0 to {layers - 1}")
@@ -52,14 +54,14 @@ def describe_layers(ids: Sequence[int]) -> str:
 def _part(part: str, layers: int, spec: str) -> list[int]:
     if part == "all":
         return list(range(layers))
-    if m := re.fullmatch(r"(bottom|top):(\d+)", part):
+    if m := re.fullmatch(r"(bottom|top):([0-9]{1,9})", part):
         n = int(m[2])
         if not 1 <= n <= layers:
             raise UserError(
                 f"layers: {part}: the model has {layers} layers, 1 to {layers} are wanted"
             )
         return list(range(n)) if m[1] == "bottom" else list(range(layers - n, layers))
-    if m := re.fullmatch(r"(\d+)-(\d+)", part):
+    if m := re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", part):
         if int(m[1]) > int(m[2]):
             raise UserError(f"layers: {part}: the range runs backwards")
         if int(m[2]) >= layers:
@@ -67,7 +69,7 @@ def _part(part: str, layers: int, spec: str) -> list[int]:
                 f"layers: {part} is out of range: the model has layers 0 to {layers - 1}"
             )
         return list(range(int(m[1]), int(m[2]) + 1))
-    if m := re.fullmatch(r"(-?\d*):(-?\d*)", part):
+    if m := re.fullmatch(r"(-?[0-9]{0,9}):(-?[0-9]{0,9})", part):
         for end in m.groups():
             if end not in ("", "-") and not -layers <= int(end) <= layers:
                 raise UserError(
@@ -75,7 +77,7 @@ def _part(part: str, layers: int, spec: str) -> list[int]:
                 )
         if "-" not in m.groups():
             return list(range(layers))[slice(*(int(e) if e else None for e in m.groups()))]
-    if re.fullmatch(r"-?\d+", part):
+    if re.fullmatch(r"-?[0-9]{1,9}", part):
         i = int(part)
         return [i + layers if -layers <= i < 0 else i]
     raise UserError(f"layers: {part!r} in {spec!r} is no selection; known forms: {FORMS}")

@@ -153,7 +153,7 @@ def comet_scores(
         write_text(given, "".join(json.dumps(row) + "\n" for row in rows))
         command = [python, "-c", _COMET, model, str(given), str(made)]
         try:
-            ran = subprocess.run(command, capture_output=True, text=True)
+            ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except OSError as e:
             raise UserError(f"{option}: {python}: {e.strerror}") from None
         if ran.returncode or not made.exists():
