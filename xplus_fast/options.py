@@ -117,7 +117,7 @@ class Range:
     def __str__(self) -> str:
         if self.most < math.inf:
             start = f"above {self.least:,}" if self.above else f"from {self.least:,}"
-            return f"a number {start} to {'below ' if self.below else ''}{self.most:,} is wanted"
+            return f"{start} to {'below ' if self.below else ''}{self.most:,} is wanted"
         if self.above:
             return f"a number above {self.least:,} is wanted"
         return f"at least {self.least:,} is wanted"

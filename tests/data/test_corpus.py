@@ -280,14 +280,15 @@ def test_collator(data: DataConfig) -> None:
     rows = [
         {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([-100, 6, 7]),
          "lengths": [3]},
-        # The labels of the last sequence start at its first token, which nothing predicts.
+        # The labels of the last sequence start at its first token, which nothing predicts: it is
+        # not labelled in the batch, where Trainer counts labels to divide by.
         {"input_ids": torch.tensor([1, 2, 3, 4]), "labels": torch.tensor([-100, -100, 3, 4]),
          "lengths": [2, 2]},
         {"input_ids": [8], "labels": [-100]},
     ]  # fmt: skip
     batch = PackCollator()(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 2, 3, 4, 8]]
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, 3, 4, -100]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100, 4, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 0]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 7, 8]
     assert batch["supervised_rows"].tolist() == [0, 1, 5]

@@ -143,10 +143,11 @@ class XPlusTrainer(SavingTrainer):
             self.optimizer_cls_and_kwargs = (AdamW, options)
         elif asked is None or not issubclass(asked[0], (AdamW, *ELEMENTWISE)):
             self._unpacked = Unpacked(stock)
+        own, self.model = self.model, self._unpacked or stock  # whose parameters it takes
         try:
-            optimizer = super().create_optimizer(self._unpacked or stock)
+            optimizer = super().create_optimizer()
         finally:
-            self.optimizer_cls_and_kwargs = asked
+            self.model, self.optimizer_cls_and_kwargs = own, asked
         if self._unpacked is not None:
             self._unpacked.attach(optimizer)
         adamw = our_adamw(optimizer)
