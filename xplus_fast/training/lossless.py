@@ -6,6 +6,7 @@ back is written as {"$kind": ...}, and a state that would not come back equal is
 saved, not found out when it is resumed.
 """
 
+import json
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -40,7 +41,7 @@ def encode(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode(value, where, tensors)
-    if not same(value, decode(tree, tensors)):
+    if not same(value, decode(json.loads(json.dumps(tree)), tensors)):
         raise UserError(f"{where}: its state does not read back as it was, so it cannot be saved")
     return tree, tensors
 

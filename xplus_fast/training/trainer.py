@@ -22,7 +22,6 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.model.prepare import (
-    check_stock,
     is_prepared,
     layer_ids,
     note_changes,
@@ -92,7 +91,6 @@ class XPlusTrainer(SavingTrainer):
 
     def _prepare(self, model: Any) -> None:
         layers, also, activations = self._selection
-        check_stock(model)
         ids = None if layers is None else resolve_layers(layers, shape_of(model.config).layers)
         prepare_model(model, ids, also=also, activations=activations)
         if not any(p.requires_grad for p in model.parameters()):
@@ -141,7 +139,7 @@ class XPlusTrainer(SavingTrainer):
                 seed=self.args.seed, **dataclasses.asdict(self._update),
             )  # fmt: skip
             self.optimizer_cls_and_kwargs = (AdamW, options)
-        elif asked is None or not issubclass(asked[0], (AdamW, *ELEMENTWISE)):
+        elif asked is None or not _is_elementwise(asked[0]):
             self._unpacked = Unpacked(stock)
         own, self.model = self.model, self._unpacked or stock  # whose parameters it takes
         try:
@@ -194,10 +192,11 @@ class XPlusTrainer(SavingTrainer):
     def begin(self) -> None:
         """Before the first step: say what trains, and see what the device can do."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        note_changes(model, self._held_tensors())
         if self.is_world_process_zero():
             print(describe_selection(model), flush=True)
-        dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        held = self._held_tensors()  # some of which may be frozen at the moment
+        note_changes(model, held)
+        dtype = next(iter(held.values())).dtype
         self.meter.measure_peak(self.args.device, dtype)
         self.meter.start()
 
@@ -304,6 +303,11 @@ def describe_selection(model: Any) -> str:
 def our_adamw(optimizer: Any) -> AdamW | None:
     bare = bare_optimizer(optimizer)
     return bare if isinstance(bare, AdamW) else None
+
+
+def _is_elementwise(made: Any) -> bool:
+    """Whether an optimizer's class (or what makes one) is known to update element by element."""
+    return isinstance(made, type) and issubclass(made, (AdamW, *ELEMENTWISE))
 
 
 class _Begin(TrainerCallback):
