@@ -68,7 +68,6 @@ LIKE_STOCK: dict[str, dict[str, Any]] = {
     "ignore_data_skip": {"ignore_data_skip": True},
     "include_for_metrics": {**EVALUATED, "include_for_metrics": ["inputs"]},
     "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "all"},
-    "include_tokens_per_second": {"include_tokens_per_second": True},
     "label_names": {"label_names": ["labels"]},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "learning_rate": {"learning_rate": 1e-2},
@@ -109,10 +108,8 @@ LIKE_STOCK: dict[str, dict[str, Any]] = {
     "skip_memory_metrics": {"skip_memory_metrics": False},
     "torch_empty_cache_steps": {"torch_empty_cache_steps": 1},
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
-    "group_by_length": {"group_by_length": True},
     "use_cache": {"use_cache": True, **EVALUATED},
     "use_cpu": {"use_cpu": True},
-    "warmup_ratio": {"warmup_ratio": 0.4},
     "warmup_steps": {"warmup_steps": 0.4},
     "weight_decay": {"weight_decay": 0.5},
 }  # fmt: skip
@@ -144,7 +141,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(
         ("report_to", "project", "trackio_space_id", "trackio_bucket_id",
-         "trackio_static_space_id", "logging_dir"),
+         "trackio_static_space_id"),
         "transformers' own callbacks, which get every log",
     ),
     **dict.fromkeys(
@@ -158,21 +155,12 @@ ELSEWHERE = {
         "for scripts to read; no Trainer does",
     ),
 }  # fmt: skip
-# Deprecated names of transformers 4.57, which its own code turns into others.
-OF_457 = set(
-    """eval_use_gather_object fp16_backend fp16_opt_level half_precision_backend jit_mode_eval
-    include_inputs_for_metrics mp_parameters no_cuda overwrite_output_dir past_index ray_scope
-    per_gpu_eval_batch_size per_gpu_train_batch_size push_to_hub_model_id push_to_hub_token
-    push_to_hub_organization save_safetensors torchdynamo tpu_metrics_debug tpu_num_cores use_ipex
-    use_legacy_prediction_loop use_mps_device fsdp_min_num_params
-    fsdp_transformer_layer_cls_to_wrap""".split()
-)
 FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 
 
 def test_every_argument_is_in_a_table() -> None:
     known = LIKE_STOCK.keys() | REFUSED.keys() | ELSEWHERE.keys()
-    assert FIELDS - known - OF_457 == set()
+    assert FIELDS - known == set()
     assert not LIKE_STOCK.keys() & REFUSED.keys()
     assert not (LIKE_STOCK.keys() | REFUSED.keys()) & ELSEWHERE.keys()
 
@@ -254,7 +242,7 @@ CONSTRUCTOR: dict[str, Any] = {
         "compute_metrics": lambda p: {"mean": float(_labelled(p).mean())},
     },
 }
-GIVEN_ELSEWHERE = {"model_init", "optimizers", "tokenizer", "self"}  # below; 4.57's old name
+GIVEN_ELSEWHERE = {"model_init", "optimizers", "self"}  # below
 
 
 def test_everything_that_the_constructor_takes_is_tried() -> None:

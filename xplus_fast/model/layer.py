@@ -60,7 +60,6 @@ class Block(nn.Module):
         self.num_key_value_groups = shape.heads // shape.kv_heads
         self.scaling = shape.head_dim**-0.5
         self.is_causal = True
-        self.attention_type = "full_attention"  # asked for by transformers before 5
         stock = dict(layer.named_parameters())
         for packed in WEIGHTS:
             if packed not in shape.packed_shapes():

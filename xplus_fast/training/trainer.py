@@ -141,11 +141,10 @@ class XPlusTrainer(SavingTrainer):
             self.optimizer_cls_and_kwargs = (AdamW, options)
         elif asked is None or not _is_elementwise(asked[0]):
             self._unpacked = Unpacked(stock)
-        own, self.model = self.model, self._unpacked or stock  # whose parameters it takes
         try:
-            optimizer = super().create_optimizer()
+            optimizer = super().create_optimizer(self._unpacked or stock)
         finally:
-            self.model, self.optimizer_cls_and_kwargs = own, asked
+            self.optimizer_cls_and_kwargs = asked
         if self._unpacked is not None:
             self._unpacked.attach(optimizer)
         adamw = our_adamw(optimizer)
