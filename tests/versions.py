@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
 
 def run(folder: Path, row: Row) -> str:
     """One row; what came of it, in a line."""
-    if shutil.which(row.python) is None:
+    there = shutil.which(row.python) and subprocess.run([row.python, "-V"], capture_output=True)
+    if not there or there.returncode:
         return f"not run: no {row.python} here"
     start = time.monotonic()
     python = folder / "bin" / "python"
