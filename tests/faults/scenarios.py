@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,9 @@ class Stage:
             name = str(file.relative_to(self.root))
             if file.parent.name.startswith("checkpoint-"):
                 continue  # which of them are left says only when the rest was removed
-            content = file.read_bytes().replace(str(self.root).encode(), b"ROOT")
+            # what the state was made in is another stage beside this one
+            stages = re.escape(str(self.root.parent).encode()) + rb"/stage(-\d+)?"
+            content = re.sub(stages, b"ROOT", file.read_bytes())
             if file.name in TIMED:
                 content = b""
             elif file.name == "metrics.jsonl":

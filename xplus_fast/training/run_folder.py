@@ -8,7 +8,16 @@ from typing import Any
 from xplus_fast.config import Recipe, load_recipe, stage_name
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.errors import UserError
-from xplus_fast.files import is_free, remove, whole_lines, working_in, write_json, write_text
+from xplus_fast.files import (
+    is_free,
+    remove,
+    settle,
+    speaking,
+    whole_lines,
+    working_in,
+    write_json,
+    write_text,
+)
 from xplus_fast.manifest import MANIFEST
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.options import dump_options, first_difference, to_dict
@@ -79,6 +88,8 @@ def claim(
         ROWS: rows,  # another number of processes may give another
         FORMATS: formats,  # of each stage: a plan for another card may choose another
     }
+    with speaking(run / MARK):
+        settle(run / MARK)  # of a restart that was killed before it threw anything away
     there, told = _made_of(run), (ROWS, FORMATS)
     if not there:
         throw_away(run)  # the rest of what a --restart that was cut off was to remove
