@@ -94,8 +94,9 @@ class Stage:
             name = str(file.relative_to(self.root))
             if file.parent.name.startswith("checkpoint-"):
                 continue  # which of them are left says only when the rest was removed
-            # what the state was made in is another stage beside this one
-            stages = re.escape(str(self.root.parent).encode()) + rb"/stage(-\d+)?"
+            # an old run names the folder in which its state was made
+            places = rb"/(stage(-\d+)?|shared/making)"
+            stages = re.escape(str(self.root.parent).encode()) + places
             content = re.sub(stages, b"ROOT", file.read_bytes())
             if file.name in TIMED:
                 content = b""
