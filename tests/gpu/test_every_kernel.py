@@ -56,6 +56,15 @@ def test_swiglu(f, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(9, 12), (8, 128)])
+def test_merge_attention(heads, dtype):
+    n, d = heads
+    out, lse = randn(T, n, d, dtype=dtype), randn(n, T + 3)[:, 3:]
+    ops.merge_attention(out, lse, randn(T, n, d, dtype=dtype), randn(n, T))
+    finite(out, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [17, 9001])
 def test_linear_cross_entropy(vocabulary, dtype):
     x, w = randn(T, 16, dtype=dtype), randn(vocabulary, 16, dtype=dtype)
