@@ -96,6 +96,34 @@ def test_qk_norm_rope_gradcheck(normed):
     gradcheck_pair(forward, backward, (randn(t, (n + 2 * k) * d), *norms))
 
 
+@pytest.mark.parametrize("normed", [True, False])
+def test_qk_norm_rope_of_queries_or_keys_alone(normed):
+    """Computed apart they are what they are together, and so are their gradients."""
+    t, n, k, d = 5, 3, 2, 8
+    cos, sin = ops.rope_tables(torch.tensor([0, 1, 2, 0, 7]), randn(d // 2).abs())
+    qkv = randn(t, (n + 2 * k) * d)
+    norms = [randn(d, seed=1), randn(d, seed=2)] if normed else [None, None]
+    grads = [randn(t, h, d, seed=s) for s, h in enumerate((n, k, k), 3)]
+    q, key, v = ops.qk_norm_rope(qkv, *norms, cos, sin, heads=n, kv_heads=k, eps=EPS)
+    options = dict(eps=EPS, need_dw=True)
+    dqkv, dqn, dkn = ops.qk_norm_rope_backward(*grads, qkv, *norms, cos, sin, **options)
+    none = qkv.new_empty(t, 0, d)
+
+    only = qkv[:, : n * d], norms[0], None, cos, sin
+    made = ops.qk_norm_rope(*only, heads=n, kv_heads=0, eps=EPS)
+    assert torch.equal(made[0], q) and made[1].shape == made[2].shape == (t, 0, d)
+    made = ops.qk_norm_rope_backward(grads[0], none, none, *only, **options)
+    assert torch.equal(made[0], dqkv[:, : n * d]) and made[2] is None
+    assert made[1] is None if dqn is None else torch.equal(made[1], dqn)
+
+    only = qkv[:, n * d :], None, norms[1], cos, sin
+    made = ops.qk_norm_rope(*only, heads=0, kv_heads=k, eps=EPS)
+    assert made[0].shape == (t, 0, d) and torch.equal(made[1], key) and torch.equal(made[2], v)
+    made = ops.qk_norm_rope_backward(none, *grads[1:], *only, **options)
+    assert torch.equal(made[0], dqkv[:, n * d :]) and made[1] is None
+    assert made[2] is None if dkn is None else torch.equal(made[2], dkn)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (40, 8)])
 def test_qk_norm_rope_equals_hugging_face(heads):
     (n, k), d, t = heads, 16, 13
