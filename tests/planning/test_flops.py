@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.planning.accounting import computed_pairs
 from tests.tiny import KINDS, SELECTIONS, packed_batch, padded_batch, tiny_model
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.prepare import prepare_model
@@ -13,7 +14,6 @@ from xplus_fast.planning.flops import (
     total_parameters,
     trained_parameters,
 )
-from xplus_kernels.attention_reference import _layout_of
 
 LENGTHS = [24, 9, 31, 16]
 
@@ -25,13 +25,6 @@ def count(model, batch) -> dict[str, int]:
     # attention alone uses batched products
     attention = sum(n for op, n in by_op.items() if "bmm" in str(op))
     return {"attention": attention, "rest": counter.get_total_flops() - attention}
-
-
-def blocks_of(lengths, config):
-    """How the reference attention cuts sequences of these lengths."""
-    heads = config.num_attention_heads, config.num_key_value_heads
-    q, k = (torch.empty(sum(lengths), n, 1) for n in heads)
-    return _layout_of(q, k, torch.tensor([0, *lengths]).cumsum(0).int(), None, True)
 
 
 def necessary(model, layers, also, batch):
@@ -53,8 +46,7 @@ def test_the_engine_computes_what_is_necessary(kind, selection, padded):
     counted, expected = count(model, batch), necessary(model, layers, (), packed)
     assert counted["rest"] == expected.linear + expected.head
     # the reference computes a little more than the causal half, less than the squares
-    blocks = blocks_of(LENGTHS, model.config).blocks
-    pairs = sum(count * rows * keys for count, rows, keys in (b.size for b in blocks))
+    pairs = computed_pairs(LENGTHS)
     assert causal_pairs(LENGTHS) < pairs < sum(n * n for n in LENGTHS)
     computed = expected.attention * pairs / causal_pairs(LENGTHS)
     assert counted["attention"] == pytest.approx(computed, rel=1e-12)

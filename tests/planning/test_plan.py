@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.planning.accounting import computed_pairs
 from tests.tiny import packed_batch, tiny_model
 from xplus_fast.config import MemoryConfig
 from xplus_fast.errors import UserError
@@ -44,10 +45,10 @@ def test_the_engine_computes_what_is_necessary_and_what_the_policy_repeats(polic
     )
     again = (shape.layers - min(layers)) * recompute_flops(shape, policy, tokens=80, pairs=0)
     assert counter.get_total_flops() - attention == necessary.linear + necessary.head + again
-    # short sequences: the reference computes whole squares where half is needed
-    squares = sum(n * n for n in lengths) / pairs
+    # the reference computes a little more than the causal half
+    excess = computed_pairs(lengths) / pairs
     scores = recompute_flops(shape, policy, tokens=0, pairs=pairs) * (shape.layers - min(layers))
-    assert attention == pytest.approx((necessary.attention + scores) * squares, rel=1e-12)
+    assert attention == pytest.approx((necessary.attention + scores) * excess, rel=1e-12)
 
 
 @pytest.mark.parametrize(
