@@ -22,6 +22,7 @@ from xplus_kernels.numerics import widen
 
 BLOCK = 16  # query rows at least: the fewer, the nearer to the causal part of the square
 LONG_BLOCK = 64  # and at most, a sixteenth of the sequence between the two
+FULL_BLOCK = 256  # where every query sees every key, and short blocks spare nothing
 STEP = 8  # blocks that differ by less, in rows and in keys, are computed together
 PAIRS = 1 << 15  # of a query and a key at once, at most, where there are several blocks
 
@@ -33,8 +34,8 @@ class _Blocks:
     size: tuple[int, int, int]  # B, R, C
     first: int  # of their rows among all blocks' rows
     queries: Tensor  # [B*K*G*R] rows of q as [Tq*N, D]
-    keys: Tensor  # [B*K*C] rows of k and v as [Tk*K, D]
-    hidden: Tensor | None  # [B, 1, 1, R, C]: where a row does not see a key, or is padding
+    keys: Tensor | slice  # [B*K*C] rows of k and v as [Tk*K, D]; of a block alone [C] of [Tk]
+    sees: Tensor | None  # [B, 1, 1, R, 1] keys, of padding 0; None where all see all
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def varlen_attention_backward_ref(
         dp = widen(douts @ values.transpose(1, 2)).sub_(_heads(b, delta, kv_heads))
         ds = dp.mul_(p).mul_(scale).to(q.dtype)
         torch.bmm(ds, keys, out=dq[b.first : b.first + len(b.queries)].view(queries.shape))
-        dk.index_add_(0, b.keys, widen(ds.transpose(1, 2) @ queries).view(-1, d))
-        dv.index_add_(0, b.keys, widen(p.to(q.dtype).transpose(1, 2) @ douts).view(-1, d))
+        _add(b, dk, ds.transpose(1, 2) @ queries, kv_heads)
+        _add(b, dv, p.to(q.dtype).transpose(1, 2) @ douts, kv_heads)
     return (
         dq.index_select(0, layout.where).view(t, n, d),
         dk.to(k.dtype).view(-1, kv_heads, d),
@@ -124,15 +125,26 @@ def _heads(b: _Blocks, x: Tensor, kv_heads: int) -> Tensor:
 
 def _keys(b: _Blocks, x: Tensor, kv_heads: int) -> Tensor:
     """[Tk*K, D] -> [B*K, C, D]."""
+    if isinstance(b.keys, slice):
+        return x.view(-1, kv_heads, x.shape[1])[b.keys].transpose(0, 1)
     return x.index_select(0, b.keys).view(b.size[0] * kv_heads, b.size[2], -1)
+
+
+def _add(b: _Blocks, total: Tensor, part: Tensor, kv_heads: int) -> None:
+    """Adds [B*K, C, D] to the rows of total [Tk*K, D] that they are of."""
+    if isinstance(b.keys, slice):
+        total.view(-1, kv_heads, total.shape[1])[b.keys] += part.transpose(0, 1)
+    else:
+        total.index_add_(0, b.keys, widen(part).view(-1, total.shape[1]))
 
 
 def _scores(queries: Tensor, keys: Tensor, b: _Blocks, scale: float) -> Tensor:
     """[B*K, G*R, D] x [B*K, C, D] -> masked scores [B*K, G*R, C]."""
     s = widen(queries @ keys.transpose(1, 2)).mul_(scale)
-    if b.hidden is not None:
+    if b.sees is not None:
         count, rows, c = b.size
-        s.view(count, len(s) // count, -1, rows, c).masked_fill_(b.hidden, -torch.inf)
+        hidden = torch.arange(c, device=s.device) >= b.sees
+        s.view(count, len(s) // count, -1, rows, c).masked_fill_(hidden, -torch.inf)
     return s
 
 
@@ -157,12 +169,11 @@ def _layout(
 ) -> _Layout:
     """The blocks of sequences with these bounds."""
     more = int(causal)  # keys that a row sees beside those of the row above
-    least = block if causal else max(block, LONG_BLOCK)  # where all see the same, length is free
     groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     sequences = zip(bounds[:-1], bounds[1:], bounds_k[:-1], bounds_k[1:], strict=True)
     for start, end, start_k, end_k in sequences:
         count, keys = end - start, end_k - start_k
-        height = max(least, min(count // 16, LONG_BLOCK))
+        height = max(block, min(count // 16, LONG_BLOCK)) if causal else FULL_BLOCK
         for a in range(0, count if keys else 0, height):
             rows = min(height, count - a)
             seen = keys - count + a + 1 if causal else keys  # by the first row
@@ -173,15 +184,14 @@ def _layout(
     where = torch.full((t * n,), -1, device=device)
     first = 0
     for alike in groups.values():
-        high, wide = max(b[1] for b in alike), max(b[3] for b in alike)
-        together = max(1, PAIRS // (high * wide))
+        together = max(1, PAIRS // (max(b[1] for b in alike) * max(b[3] for b in alike)))
         for i in range(0, len(alike), together):
-            some = torch.tensor(alike[i : i + together], device=device)
-            row, rows, key, reach, seen = some.T[..., None]  # [B, 1] each
+            some = alike[i : i + together]
+            high, wide = max(b[1] for b in some), max(b[3] for b in some)
+            row, rows, key, reach, seen = torch.tensor(some, device=device).T[..., None]  # [B, 1]
             r, c = torch.arange(high, device=device), torch.arange(wide, device=device)
             real = r < rows  # [B, R]
             sees = (seen + more * r) * real
-            hidden = c >= sees[..., None]  # [B, R, C]
             of_rows = (row + torch.minimum(r, rows - 1))[:, None] * n  # [B, 1, R]
             queries = of_rows + torch.arange(n, device=device)[:, None]  # [B, N, R]
             of_keys = (key + torch.minimum(c, reach - 1))[:, None] * kv_heads
@@ -189,13 +199,14 @@ def _layout(
             place = torch.arange(first, first + queries.numel(), device=device).view_as(queries)
             real = real[:, None].expand_as(queries)
             where[queries[real]] = place[real]
+            alone = slice(some[0][2], some[0][2] + wide)  # no gathering: long sequences are so
             made.append(
                 _Blocks(
                     (len(some), high, wide),
                     first,
                     queries.flatten(),
-                    keys.flatten(),
-                    hidden[:, None, None] if hidden.any() else None,
+                    alone if len(some) == 1 else keys.flatten(),
+                    sees[:, None, None, :, None] if (sees < wide).any() else None,
                 )
             )
             first += queries.numel()

@@ -255,6 +255,24 @@ def test_varlen_attention_of_other_keys(lengths, causal, heads):
             assert count or not each.any()
 
 
+@pytest.mark.parametrize("pairs", [1, 150, 1000])
+def test_varlen_attention_with_few_blocks_at_once(pairs, monkeypatch):
+    """The last ones of a size may be one alone, and shorter than the others."""
+    lengths = [16, 15, 14, 9, 30, 24, 23, 11, 1, 10]
+    q, k, v, cu = attention_inputs(lengths, 4, 2, 8)
+    dout, options = randn(*q.shape, seed=3), dict(max_seqlen=30, scale=0.3)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    true, true_lse = attention_of_each(*leaves, lengths, lengths, True, 0.3)
+    grads = torch.autograd.grad(true, leaves, dout)
+    monkeypatch.setattr(ATTENTION, "PAIRS", pairs)
+    ATTENTION._layout.cache_clear()
+    out, lse = ops.varlen_attention(q, k, v, cu, **options)
+    made = ops.varlen_attention_backward(dout, q, k, v, out, lse, cu, **options)
+    ATTENTION._layout.cache_clear()
+    for mine, truth in zip((out, lse, *made), (true, true_lse, *grads), strict=True):
+        assert difference(mine, truth) < 1e-12
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_attention_of_other_keys_gradcheck(causal, monkeypatch):
     monkeypatch.setattr(ATTENTION, "BLOCK", 2)
