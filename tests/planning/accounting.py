@@ -13,6 +13,7 @@ import xplus_kernels as ops
 LEAVES = (
     "rms_norm", "rms_norm_backward", "add_rms_norm_backward", "swiglu", "swiglu_backward",
     "qk_norm_rope", "qk_norm_rope_backward", "varlen_attention", "varlen_attention_backward",
+    "merge_attention",
     "rms_norm_fp8", "swiglu_fp8", "swiglu_backward_fp8",
 )  # fmt: skip
 # Inside `frozen_linear`, whose own temporaries count: what it multiplies in FP8 is quantized first

@@ -312,7 +312,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
 
 
 def test_trl_sft_trainer_takes_the_prepared_model(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is not installed")
+    trl = pytest.importorskip("trl", "1.16")  # older ones want logits for a figure
     from datasets import Dataset
 
     from xplus_fast import prepare_model

@@ -17,7 +17,7 @@ from xplus_fast.model.families import PACKED, Shape
 from xplus_fast.model.frozen import Store
 from xplus_fast.model.linear import Products
 from xplus_fast.model.offload import Offload
-from xplus_fast.model.packing import Pack
+from xplus_fast.model.packing import LastRows, Pack
 
 # What else Hugging Face hands down to a layer and its attention function; all is in the mask, the
 # positions and the cache already.
@@ -87,8 +87,11 @@ class Block(nn.Module):
         """Packed weight -> the Hugging Face names, within the layer, of what it holds."""
         return {packed: PACKED[packed] for packed in self.shape.packed_shapes()}
 
-    def run(self, x: Tensor, pack: Pack) -> Tensor:
-        """x [T, H] -> y [T, H]; under autocast in its dtype, the residual stream too."""
+    def run(self, x: Tensor, pack: Pack, last: LastRows | None = None) -> Tensor:
+        """x [T, H] -> y [T, H], or [R, H] of the `last` rows.
+
+        Under autocast in its dtype, the residual stream too.
+        """
         weights = [getattr(self, name) for name in WEIGHTS]
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
@@ -96,7 +99,7 @@ class Block(nn.Module):
             weights = [w if w is None else w.to(dtype) for w in weights]
             x = x.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return BlockFunction.apply(x, self._spec(), pack, *weights)
+            return BlockFunction.apply(x, self._spec(), pack, last, *weights)
 
     def _spec(self) -> BlockSpec:
         offload = self.offload if torch.is_grad_enabled() else None  # else nobody takes it back
