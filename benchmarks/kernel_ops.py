@@ -24,6 +24,7 @@ OPS = {
     "add_rms_norm": Op(rows.add_rms_norm, BOTH),
     "qk_norm_rope": Op(rows.qk_norm_rope, BOTH),
     "swiglu": Op(rows.swiglu, BOTH),
+    "merge_attention": Op(rows.merge_attention),
     "linear_cross_entropy": Op(gemm.linear_cross_entropy, ("forward", "full")),
     "varlen_attention translation": Op(gemm.attention_translation, BOTH),
     "varlen_attention full": Op(gemm.attention_full, BOTH),

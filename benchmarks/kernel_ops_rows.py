@@ -51,6 +51,15 @@ def hf_qk_norm_rope(
     return rotate(hf_rms_norm(q, q_norm)), rotate(hf_rms_norm(k, k_norm))
 
 
+def plain_merge_attention(
+    out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Not in place; lse [S, N], as rows."""
+    whole = torch.logaddexp(lse, other_lse)
+    a, b = ((x - whole).exp().T[..., None] for x in (lse, other_lse))
+    return (out.float() * a + other_out.float() * b).to(out.dtype), whole.T
+
+
 def truth_by(
     way: str, function: Callable[..., Any], names: tuple[str, ...], by_row: tuple[str, ...],
     grads: tuple[str, ...],
@@ -319,4 +328,35 @@ def swiglu(size: Size, T: int, way: str) -> Case:
         truth_by(way, hf_swiglu, ("gate_up",), ("gate_up",), ("dy",)),
         "copy_bytes", T, BOUND, bytes={"forward": 6, "backward": 10, "full": 16}[way] * T * size.F,
         view=view,
+    )  # fmt: skip
+
+
+def merge_attention(size: Size, T: int, way: str) -> Case:
+    """Ours works in place, on the same rows again and again; the others make new tensors."""
+    from xplus_kernels import merge_attention as ours
+
+    names = ("out", "lse", "other_out", "other_lse")
+
+    def make(m: Maker) -> Inputs:
+        made = {name: m.randn(T, size.N, size.D) for name in names[::2]}
+        return made | {name: m.randn(size.N, T, dtype=torch.float32) for name in names[1::2]}
+
+    def bind(i: Inputs) -> Callable[[], Outputs]:
+        def run() -> Outputs:
+            ours(*(i[name] for name in names))
+            return i["out"], i["lse"].T
+
+        return run
+
+    def truth(i: Inputs, rows: Tensor) -> Outputs:
+        few = (i[name].float() for name in names)
+        return plain_merge_attention(*(x[rows] if x.dim() == 3 else x[:, rows] for x in few))
+
+    return Case(
+        "merge_attention", way, size.name, T, make,
+        {
+            "ours": Provider(bind, mutates=True),
+            **eager_and_compiled(way, plain_merge_attention, _take(names), ()),
+        },
+        truth, "copy_bytes", T, BOUND, bytes=(6 * size.D + 12) * T * size.N,
     )  # fmt: skip

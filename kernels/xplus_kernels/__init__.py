@@ -10,13 +10,16 @@ from xplus_kernels.frozen_linear import (
     Bf16Weight,
     Fp8Weight,
     FrozenWeight,
+    WeightRows,
     frozen_linear,
     frozen_linear_dx,
+    frozen_rows,
     multiplies_in_fp8,
     scratch_bytes,
 )
 from xplus_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from xplus_kernels.linear_cross_entropy import linear_cross_entropy
+from xplus_kernels.merge_attention import merge_attention
 from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from xplus_kernels.norm_fp8 import add_rms_norm_fp8, rms_norm_fp8
 from xplus_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, rope_tables
@@ -41,6 +44,7 @@ __all__ = [
     "FrozenWeight",
     "Int8Weight",
     "Nf4Weight",
+    "WeightRows",
     "adamw_update",
     "add_rms_norm",
     "add_rms_norm_backward",
@@ -51,7 +55,9 @@ __all__ = [
     "dequantize_nf4",
     "frozen_linear",
     "frozen_linear_dx",
+    "frozen_rows",
     "linear_cross_entropy",
+    "merge_attention",
     "multiplies_in_fp8",
     "qk_norm_rope",
     "qk_norm_rope_backward",

@@ -36,7 +36,7 @@ from xplus_kernels.fp8 import (
     transpose_fp8,
 )
 from xplus_kernels.int8 import Int8Weight, dequantize_int8
-from xplus_kernels.nf4 import DTYPES, Nf4Weight, dequantize_nf4
+from xplus_kernels.nf4 import BLOCK, DTYPES, Nf4Weight, dequantize_nf4
 from xplus_kernels.rms_norm import check_rows
 
 # `torch._scaled_mm`: "must be divisible by 16", for both sizes of a weight; T is free
@@ -64,9 +64,9 @@ class Bf16Weight:
 class Fp8Weight:
     """A weight [N, K] in e4m3, a scale for each output channel: `quantize_fp8(weight)`.
 
-    transposed: rows.data transposed [K, N], contiguous (`transpose_fp8`), where dX shall not
-    transpose into scratch at every call. Raises TypeError or ValueError, naming the field, where
-    they do not fit together or N or K is no multiple of 16.
+    transposed: rows.data transposed [K, N] (`transpose_fp8`, or columns of what it made), where dX
+    shall not transpose into scratch at every call. Raises TypeError or ValueError, naming the
+    field, where they do not fit together or N or K is no multiple of 16.
     """
 
     rows: Fp8Rows
@@ -82,11 +82,14 @@ class Fp8Weight:
             return
         if t.dtype != FP8:
             raise TypeError(f"transposed: dtype {t.dtype}; allowed: {FP8}")
-        if t.shape != (k, n) or not t.is_contiguous():
+        row, inner = t.stride() if t.dim() == 2 else (0, 0)
+        if t.shape != (k, n) or inner != 1 or row < n or row % MULTIPLE:
             raise ValueError(
                 f"transposed: shape {list(t.shape)}, strides {list(t.stride())}; with rows of "
-                f"[{n}, {k}] it must be [{k}, {n}], contiguous"
+                f"[{n}, {k}] it must be [{k}, {n}], contiguous or a slice of columns"
             )
+        if t.storage_offset() % MULTIPLE:  # the GEMM reads 128 bits at once
+            raise ValueError(f"transposed: at byte {t.storage_offset()}; allowed: {MULTIPLE} * n")
         if t.device != self.rows.data.device:
             raise ValueError(f"transposed: on {t.device}; rows is on {self.rows.data.device}")
 
@@ -96,6 +99,50 @@ class Fp8Weight:
 
 
 FrozenWeight = Bf16Weight | Fp8Weight | Int8Weight | Nf4Weight
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """Rows start to end of a weight whose format cannot be cut there (`frozen_rows`).
+
+    Its products are the whole weight's: all outputs, of which its own are taken, and dy among
+    zeros.
+    """
+
+    whole: FrozenWeight
+    start: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.end - self.start, self.whole.shape[1]
+
+
+def frozen_rows(weight: FrozenWeight, start: int, end: int) -> FrozenWeight | WeightRows:
+    """Rows start to end, past the last, of a weight [N, K]: a weight [end - start, K], no copy.
+
+    Views of what the weight holds; where its blocks of 64 along the flattened rows, or FP8's
+    multiples of 16, are cut, `WeightRows`. Raises ValueError where 0 <= start < end <= N does not
+    hold.
+    """
+    n, k = weight.shape
+    if not 0 <= start < end <= n:
+        raise ValueError(f"start, end: {start}, {end}; allowed: 0 <= start < end <= {n}")
+    if isinstance(weight, Bf16Weight):
+        return Bf16Weight(weight.data[start:end])
+    if isinstance(weight, Fp8Weight):
+        if start % MULTIPLE or end % MULTIPLE:
+            return WeightRows(weight, start, end)
+        data, scale = weight.rows
+        t = None if weight.transposed is None else weight.transposed[:, start:end]
+        return Fp8Weight(Fp8Rows(data[start:end], scale[start:end]), t)
+    if start * k % BLOCK or end * k % BLOCK:
+        return WeightRows(weight, start, end)
+    blocks = slice(start * k // BLOCK, end * k // BLOCK)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.codes[start:end], weight.scale[blocks])
+    codes = weight.codes[start * k // 2 : end * k // 2]
+    return Nf4Weight(codes, weight.absmax[blocks], (end - start, k))
 
 
 def fp8_matmul_ref(
@@ -136,18 +183,24 @@ def _fp8_path(device: torch.device) -> Literal["gemm", "dequantize", "reference"
     return "gemm" if torch.cuda.get_device_capability(device) >= (8, 9) else "dequantize"
 
 
-def multiplies_in_fp8(weight: FrozenWeight) -> bool:
+def multiplies_in_fp8(weight: FrozenWeight | WeightRows) -> bool:
     """Whether its products take Fp8Rows, so that a kernel before them had better make these."""
     return isinstance(weight, Fp8Weight) and _fp8_path(weight.rows.data.device) != "dequantize"
 
 
 def scratch_bytes(
-    weight: FrozenWeight, *, dtype: torch.dtype, backward: bool, device: torch.device | None = None
+    weight: FrozenWeight | WeightRows,
+    *,
+    dtype: torch.dtype,
+    backward: bool,
+    device: torch.device | None = None,
 ) -> int:
     """Bytes of scratch that `frozen_linear` (or `frozen_linear_dx`, backward) asks for.
 
     dtype: of x or dy. device: where it will run, by default where the weight is now.
     """
+    if isinstance(weight, WeightRows):
+        return scratch_bytes(weight.whole, dtype=dtype, backward=backward, device=device)
     if isinstance(weight, Bf16Weight):
         return 0
     if isinstance(weight, Int8Weight | Nf4Weight):
@@ -162,7 +215,7 @@ def scratch_bytes(
 @torch.no_grad()
 def frozen_linear(
     x: Tensor | Fp8Rows,
-    weight: FrozenWeight,
+    weight: FrozenWeight | WeightRows,
     *,
     dtype: torch.dtype | None = None,
     scratch: Tensor | None = None,
@@ -176,6 +229,9 @@ def frozen_linear(
 
     Raises TypeError or ValueError, naming the argument, where they do not fit together.
     """
+    if isinstance(weight, WeightRows):
+        y = frozen_linear(x, weight.whole, dtype=dtype, scratch=scratch)
+        return y[..., weight.start : weight.end].contiguous()
     n, k = weight.shape
     made = _check_input("x", x, weight, k, dtype)
     if isinstance(weight, Fp8Weight) and multiplies_in_fp8(weight):
@@ -189,7 +245,7 @@ def frozen_linear(
 @torch.no_grad()
 def frozen_linear_dx(
     dy: Tensor | Fp8Rows,
-    weight: FrozenWeight,
+    weight: FrozenWeight | WeightRows,
     *,
     dtype: torch.dtype | None = None,
     scratch: Tensor | None = None,
@@ -200,6 +256,14 @@ def frozen_linear_dx(
     weight.rows.scale)`, as a Tensor does here. The rest is as in `frozen_linear`.
     """
     n, k = weight.shape
+    if isinstance(weight, WeightRows):
+        if isinstance(dy, Fp8Rows):
+            raise TypeError("dy: Fp8Rows; a WeightRows takes a Tensor")
+        if dy.shape[-1] != n:
+            raise ValueError(f"dy: shape {list(dy.shape)}; a weight of [{n}, {k}] needs [..., {n}]")
+        padded = dy.new_zeros(*dy.shape[:-1], weight.whole.shape[0])
+        padded[..., weight.start : weight.end] = dy
+        return frozen_linear_dx(padded, weight.whole, dtype=dtype, scratch=scratch)
     made = _check_input("dy", dy, weight, n, dtype)
     if isinstance(weight, Fp8Weight) and multiplies_in_fp8(weight):
         rows = dy

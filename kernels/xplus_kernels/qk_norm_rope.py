@@ -6,6 +6,9 @@ the input's dtype before the rotation, as Hugging Face rounds it, and the rotati
 The backward rotates back, then is `rms_norm`'s, and rounds once, at the end. Families without q/k
 norms pass None for their weights.
 
+A layer that has queries for some of its rows alone computes these apart from its keys and values:
+N or K is then 0, and q, or k and v, are [T, 0, D], as are their gradients.
+
 bf16 bytes: forward 4 an element of q and k (the minimum), v is a view and costs none; backward 6
 an element of q and k and 4 of v, which is copied into the packed gradient. cos and sin, fp32
 [T, D/2], come on top: 4D bytes a token and 8 heads, 1/8 of what those heads read and write, from
@@ -55,8 +58,10 @@ def qk_norm_rope_ref(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _split(qkv, heads, kv_heads)
-    if q_norm is not None and k_norm is not None:
-        q, k = rms_norm_ref(q, q_norm, eps=eps), rms_norm_ref(k, k_norm, eps=eps)
+    if q_norm is not None:
+        q = rms_norm_ref(q, q_norm, eps=eps)
+    if k_norm is not None:
+        k = rms_norm_ref(k, k_norm, eps=eps)
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
@@ -75,9 +80,10 @@ def qk_norm_rope_backward_ref(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dq, dk = _rotate(dq, cos, -sin), _rotate(dk, cos, -sin)  # the inverse rotation
     dqn = dkn = None
-    if q_norm is not None and k_norm is not None:
-        q, k, _ = _split(qkv, dq.shape[1], dk.shape[1])
+    q, k, _ = _split(qkv, dq.shape[1], dk.shape[1])
+    if q_norm is not None:
         dq, dqn = rms_norm_backward_ref(dq, q, q_norm, eps=eps, need_dw=need_dw)
+    if k_norm is not None:
         dk, dkn = rms_norm_backward_ref(dk, k, k_norm, eps=eps, need_dw=need_dw)
     return torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), -1), dqn, dkn
 
@@ -95,8 +101,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # A program works on TOKENS tokens x GROUP heads x D. GROUP divides N and K, so that a group is all
-# q, all k or all v, and no head is padded: 40 + 8 heads are 6 groups of 8. The group runs fastest
-# over the grid: neighbours read one row of qkv and the same cos and sin.
+# q, all k or all v, and no head is padded: 40 + 8 heads are 6 groups of 8. Either may be 0. The
+# group runs fastest over the grid: neighbours read one row of qkv and the same cos and sin.
 # Tiles are [TOKENS, GROUP, HALF], one for each half of the heads; HALF is D/2 rounded up to a
 # power of two.
 
@@ -234,9 +240,9 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotate q and k. qkv [T, (N+2K)D] -> q [T, N, D], k, v [T, K, D]; v is a view.
 
-    q_norm, k_norm [D] of qkv's dtype, or both None; cos, sin [T, D/2] fp32 (`rope_tables`); heads
-    and kv_heads are N and K. Raises TypeError or ValueError, naming the argument, where one does
-    not match.
+    q_norm, k_norm [D] of qkv's dtype, one for each of q and k that is there, or both None; cos, sin
+    [T, D/2] fp32 (`rope_tables`); heads and kv_heads are N and K, one of which may be 0. Raises
+    TypeError or ValueError, naming the argument, where one does not match.
     """
     d = _check(qkv, q_norm, k_norm, cos, sin, heads, kv_heads)
     if not on_triton(qkv):
@@ -251,7 +257,7 @@ def qk_norm_rope(
     groups = (heads + kv_heads) // tiles["GROUP"]
     _qk_norm_rope_fwd_kernel[(groups * triton.cdiv(t, tiles["TOKENS"]),)](
         x, qw, kw, cos, sin, q, k, t, x.stride(0), cos.stride(0), sin.stride(0),
-        N=heads, K=kv_heads, D=d, EPS=eps, NORMED=q_norm is not None, **tiles,
+        N=heads, K=kv_heads, D=d, EPS=eps, NORMED=_normed(q_norm, k_norm), **tiles,
     )  # fmt: skip
     return q, k, _split(qkv, heads, kv_heads)[2]
 
@@ -271,7 +277,8 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of `qk_norm_rope`. dq [T, N, D], dk, dv [T, K, D] -> dqkv, d(q_norm), d(k_norm).
 
-    dqkv [T, (N+2K)D]; the norms' gradients [D] where need_dw and where there are norms, else None.
+    dqkv [T, (N+2K)D]; each norm's gradient [D] where need_dw and where there is the norm, else
+    None. N and K are those of dq and dk, one of which may be 0.
     Any strides, 0 included. Raises as `qk_norm_rope` does.
     """
     for name, grad in (("dq", dq), ("dk", dk)):
@@ -286,11 +293,12 @@ def qk_norm_rope_backward(
             dq, dk, dv, qkv, q_norm, k_norm, cos, sin, eps=eps, need_dw=need_dw
         )
     x, cos, sin, dq, dk, dv = (_inner(tensor) for tensor in (qkv, cos, sin, dq, dk, dv))
-    need_dw = need_dw and q_norm is not None
+    normed = _normed(q_norm, k_norm)
+    need_dw = need_dw and normed
     tiles = _tiles(heads, kv_heads, d, BACKWARD_ROWS)
     group = tiles["GROUP"]
     groups, blocks = (heads + 2 * kv_heads) // group, triton.cdiv(len(x), tiles["TOKENS"])
-    if need_dw:  # as many as reside at once by their registers, 116 a thread at most
+    if need_dw:  # as many as reside at once by their registers, 120 a thread at most
         blocks = min(blocks, max(1, 4 * multiprocessors(x.device) // groups))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Partial sums, a row a program: no atomics, so that the same batch gives the same bits
@@ -299,12 +307,16 @@ def qk_norm_rope_backward(
         dq, dk, dv, x, *_norms(q_norm, k_norm, x), cos, sin, dx, partial, len(x),
         *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         x.stride(0), cos.stride(0), sin.stride(0),
-        N=heads, K=kv_heads, D=d, EPS=eps, NORMED=q_norm is not None, NEED_DW=need_dw, **tiles,
+        N=heads, K=kv_heads, D=d, EPS=eps, NORMED=normed, NEED_DW=need_dw, **tiles,
     )  # fmt: skip
     if not need_dw:
         return dx, None, None
-    of_q, of_k, _ = partial.split((heads // group, kv_heads // group, kv_heads // group), 1)
-    return dx, of_q.sum((0, 1)).to(x.dtype), of_k.sum((0, 1)).to(x.dtype)
+    parts = partial.split((heads // group, kv_heads // group, kv_heads // group), 1)
+    dqn, dkn = (
+        None if norm is None else part.sum((0, 1)).to(x.dtype)
+        for norm, part in zip((q_norm, k_norm), parts[:2], strict=True)
+    )
+    return dx, dqn, dkn
 
 
 def _inner(x: Tensor) -> Tensor:
@@ -314,9 +326,12 @@ def _inner(x: Tensor) -> Tensor:
 
 def _norms(q_norm: Tensor | None, k_norm: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """The norms' weights, or stand-ins that are not read."""
-    if q_norm is None or k_norm is None:
-        return x, x
-    return q_norm.contiguous(), k_norm.contiguous()
+    q_norm, k_norm = (x if norm is None else norm.contiguous() for norm in (q_norm, k_norm))
+    return q_norm, k_norm
+
+
+def _normed(q_norm: Tensor | None, k_norm: Tensor | None) -> bool:
+    return q_norm is not None or k_norm is not None
 
 
 def _check(
@@ -331,17 +346,19 @@ def _check(
     """D, once all arguments match."""
     check_rows("qkv", qkv)
     total = heads + 2 * kv_heads
-    if qkv.dim() != 2 or heads < 1 or kv_heads < 1 or qkv.shape[1] % (2 * total):
+    if qkv.dim() != 2 or heads < 0 or kv_heads < 0 or not total or qkv.shape[1] % (2 * total):
         raise ValueError(
             f"qkv: shape {list(qkv.shape)}; with heads = {heads} and kv_heads = {kv_heads} it must "
             f"be [T, {total} * D], D even"
         )
     t, d = len(qkv), qkv.shape[1] // total
-    if (q_norm is None) != (k_norm is None):
+    if heads and kv_heads and (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm, k_norm: one of them is None; both or neither")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+    for name, norm, count in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
         if norm is not None:
             check_like(name, norm, "qkv", qkv, (d,))
+            if not count:
+                raise ValueError(f"{name}: a norm where there are no heads; allowed: None")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (t, d // 2) or table.device != qkv.device:
             raise ValueError(
@@ -354,12 +371,14 @@ def _check(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous."""
+    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous; 8B's apart as well."""
     from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
+    sizes = [("0.6B", 16, 8), ("8B", 32, 8), ("14B", 40, 8)]
+    sizes += [("8B queries", 32, 0), ("8B keys and values", 0, 8)]
     tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    for size, n, k in (("0.6B", 16, 8), ("8B", 32, 8), ("14B", 40, 8)):
+    for size, n, k in sizes:
         fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": True}
         for way in ("forward", "backward frozen", "backward trained"):
             forward, need_dw = way == "forward", way == "backward trained"

@@ -32,20 +32,18 @@ def test_norms(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(5, 1, 12), (8, 8, 128)])
+@pytest.mark.parametrize("heads", [(5, 1, 12), (8, 8, 128), (5, 0, 12), (0, 8, 128)])
 def test_qk_norm_rope(heads, dtype):
     n, k, d = heads
     cos, sin = ops.rope_tables(torch.arange(T, device=DEVICE), randn(d // 2).abs())
     qkv, w = randn(T, (n + 2 * k) * d, dtype=dtype), randn(d, dtype=dtype)
-    grads = ops.qk_norm_rope(qkv, w, w, cos, sin, heads=n, kv_heads=k, eps=EPS)
+    norms = [w if count else None for count in (n, k)]
+    grads = ops.qk_norm_rope(qkv, *norms, cos, sin, heads=n, kv_heads=k, eps=EPS)
     finite(*grads)
-    for norm in (w, None):
+    for given in (norms, (None, None)):
         for need_dw in (False, True):
-            finite(
-                *ops.qk_norm_rope_backward(
-                    *grads, qkv, norm, norm, cos, sin, eps=EPS, need_dw=need_dw
-                )
-            )
+            options = dict(eps=EPS, need_dw=need_dw)
+            finite(*ops.qk_norm_rope_backward(*grads, qkv, *given, cos, sin, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,6 +51,15 @@ def test_qk_norm_rope(heads, dtype):
 def test_swiglu(f, dtype):
     x = randn(T, 2 * f, dtype=dtype)
     finite(ops.swiglu(x), ops.swiglu_backward(x[:, :f], x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(9, 12), (8, 128)])
+def test_merge_attention(heads, dtype):
+    n, d = heads
+    out, lse = randn(T, n, d, dtype=dtype), randn(n, T + 3)[:, 3:]
+    ops.merge_attention(out, lse, randn(T, n, d, dtype=dtype), randn(n, T))
+    finite(out, lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

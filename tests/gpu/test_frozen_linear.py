@@ -84,6 +84,31 @@ def assert_product(made, truth, name, depth):
     assert difference(made, truth) <= bound
 
 
+@pytest.mark.parametrize("size", common.SIZES.values(), ids=common.SIZES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_qkv(name, size):
+    """Queries, and keys and values, of one weight: views of it, a kept transpose's too."""
+    need(name)
+    heads, packed = (n * size.head_dim for n in (size.heads, size.heads + 2 * size.kv_heads))
+    weight, _ = frozen(name, (packed, size.hidden))
+    t = TOKENS[-2]
+    x = randn(t, size.hidden, dtype=DTYPE)
+    whole = fl.frozen_linear(x, weight, scratch=scratch(weight, False))
+    for start, end in ((0, heads), (heads, packed)):
+        part = fl.frozen_rows(weight, start, end)
+        assert type(part) is type(weight)
+        little = 2 * UNIT[DTYPE]  # another tile of a GEMM may sum in another order
+        y = fl.frozen_linear(x, part, scratch=scratch(weight, False))
+        assert difference(y, whole[:, start:end]) <= little
+        dy = randn(t, end - start, dtype=DTYPE, seed=2)
+        padded = torch.zeros(t, packed, dtype=DTYPE, device=DEVICE)
+        padded[:, start:end] = dy
+        dx = fl.frozen_linear_dx(dy, part, scratch=scratch(weight, True))
+        truth = fl.frozen_linear_dx(padded, weight, scratch=scratch(weight, True))
+        assert dx.shape == truth.shape
+        assert difference(dx, truth) <= little + (packed / 32 * 2**-14 if "fp8" in name else 0)
+
+
 @pytest.mark.parametrize("shape", list(shapes()))
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_ways(name, shape):

@@ -32,7 +32,7 @@ def inputs(t, n, k, d, dtype):
 
 def check_all(t, n, k, d, dtype, normed=True):
     qkv, norms, tables, grads = inputs(t, n, k, d, dtype)
-    norms = norms if normed else [None, None]
+    norms = [norm if normed and count else None for norm, count in zip(norms, (n, k), strict=True)]
     q, key, v = FORWARD(qkv, *norms, *tables, heads=n, kv_heads=k)
     assert q.is_contiguous() and key.is_contiguous()
     assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
@@ -49,7 +49,9 @@ def test_values(dtype, size, t):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 8), (130, 5, 1, 16), (7, 6, 2, 12), (70, 4, 4, 64), (9, 28, 4, 128)]
+    "shape",
+    [(1, 1, 1, 8), (130, 5, 1, 16), (7, 6, 2, 12), (70, 4, 4, 64), (9, 28, 4, 128)]
+    + [(130, 32, 0, 128), (130, 0, 8, 128), (7, 5, 0, 12), (7, 0, 3, 12)],  # apart
 )
 def test_values_of_awkward_heads(shape, normed, dtype):
     check_all(*shape, dtype, normed)

@@ -96,6 +96,34 @@ def test_qk_norm_rope_gradcheck(normed):
     gradcheck_pair(forward, backward, (randn(t, (n + 2 * k) * d), *norms))
 
 
+@pytest.mark.parametrize("normed", [True, False])
+def test_qk_norm_rope_of_queries_or_keys_alone(normed):
+    """Computed apart they are what they are together, and so are their gradients."""
+    t, n, k, d = 5, 3, 2, 8
+    cos, sin = ops.rope_tables(torch.tensor([0, 1, 2, 0, 7]), randn(d // 2).abs())
+    qkv = randn(t, (n + 2 * k) * d)
+    norms = [randn(d, seed=1), randn(d, seed=2)] if normed else [None, None]
+    grads = [randn(t, h, d, seed=s) for s, h in enumerate((n, k, k), 3)]
+    q, key, v = ops.qk_norm_rope(qkv, *norms, cos, sin, heads=n, kv_heads=k, eps=EPS)
+    options = dict(eps=EPS, need_dw=True)
+    dqkv, dqn, dkn = ops.qk_norm_rope_backward(*grads, qkv, *norms, cos, sin, **options)
+    none = qkv.new_empty(t, 0, d)
+
+    only = qkv[:, : n * d], norms[0], None, cos, sin
+    made = ops.qk_norm_rope(*only, heads=n, kv_heads=0, eps=EPS)
+    assert torch.equal(made[0], q) and made[1].shape == made[2].shape == (t, 0, d)
+    made = ops.qk_norm_rope_backward(grads[0], none, none, *only, **options)
+    assert torch.equal(made[0], dqkv[:, : n * d]) and made[2] is None
+    assert made[1] is None if dqn is None else torch.equal(made[1], dqn)
+
+    only = qkv[:, n * d :], None, norms[1], cos, sin
+    made = ops.qk_norm_rope(*only, heads=0, kv_heads=k, eps=EPS)
+    assert made[0].shape == (t, 0, d) and torch.equal(made[1], key) and torch.equal(made[2], v)
+    made = ops.qk_norm_rope_backward(none, *grads[1:], *only, **options)
+    assert torch.equal(made[0], dqkv[:, n * d :]) and made[1] is None
+    assert made[2] is None if dkn is None else torch.equal(made[2], dkn)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (40, 8)])
 def test_qk_norm_rope_equals_hugging_face(heads):
     (n, k), d, t = heads, 16, 13
@@ -260,6 +288,67 @@ def test_varlen_attention_without_any_queries_or_any_keys():
     assert not out.any() and (lse == -torch.inf).all()
     dq, dk, _ = ops.varlen_attention_backward(q, q, k, k, out, lse, cu_k, **options)
     assert not dq.any() and dk.shape == k.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_attentions_merged_are_one_and_so_are_their_gradients(dtype):
+    """Sequences behind shared prefixes, in one pack: [prefix 1, prefix 2, rests of 1, rest of 2]"""
+    prefixes, rests = [17, 4], [[5, 1, 40], [23]]
+    parts = [*prefixes, *(n for each in rests for n in each)]
+    head, n, k, d = sum(prefixes), 6, 2, 8
+    q, dout = (randn(sum(parts), n, d, dtype=dtype, seed=s) for s in (0, 1))
+    key, v = (randn(sum(parts), k, d, dtype=dtype, seed=s) for s in (2, 3))
+
+    def bounds(lengths):
+        return torch.tensor([0, *lengths]).cumsum(0).int()
+
+    scale = d**-0.5
+    own = dict(max_seqlen=max(parts), scale=scale)
+    cross = dict(max_seqlen=46, max_seqlen_k=17, cu_seqlens_k=bounds(prefixes), causal=False)
+    cross["scale"] = scale
+    of_group = bounds([sum(each) for each in rests])
+    out, lse = ops.varlen_attention(q, key, v, bounds(parts), **own)
+    over_prefix = ops.varlen_attention(q[head:], key[:head], v[:head], of_group, **cross)
+    ops.merge_attention(out[head:], lse[:, head:], *over_prefix)
+    made = ops.varlen_attention_backward(dout, q, key, v, out, lse, bounds(parts), **own)
+    more = ops.varlen_attention_backward(
+        dout[head:], q[head:], key[:head], v[:head], out[head:], lse[:, head:], of_group, **cross
+    )
+    made[0][head:] += more[0]
+    for whole, part in zip(made[1:], more[1:], strict=True):
+        whole[:head] += part
+
+    leaves = [x.double().requires_grad_() for x in (q, key, v)]
+    true, first, at = [], 0, head
+    for prefix, each in zip(prefixes, rests, strict=True):
+        shared = list(range(first, first + prefix))
+        for i, count in enumerate(each):
+            rows = [*shared, *range(at, at + count)]
+            alone = attention_of_each(
+                *(x[rows] for x in leaves), [len(rows)], [len(rows)], True, scale
+            )
+            new = prefix if i else 0  # rows that another sequence has not brought
+            true.append((rows[new:], alone[0][new:]))
+            at += count
+        first += prefix
+    order = torch.tensor([row for rows, _ in true for row in rows])
+    plain = torch.cat([o for _, o in true])
+    grads = torch.autograd.grad(plain, leaves, dout[order].double())
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    assert difference(out[order], plain) < bound
+    for mine, truth in zip(made, grads, strict=True):
+        assert difference(mine, truth) < bound
+
+
+def test_merging_with_a_side_without_keys():
+    out, lse, other, other_lse = randn(3, 2, 4), randn(2, 3), randn(3, 2, 4, seed=1), randn(2, 3)
+    other[0], other_lse[:, 0] = 0, -torch.inf
+    out[1], lse[:, 1] = 0, -torch.inf
+    out[2], lse[:, 2], other[2], other_lse[:, 2] = 0, -torch.inf, 0, -torch.inf
+    expected = torch.stack((out[0], other[1], torch.zeros(2, 4)))
+    expected_lse = torch.stack((lse[:, 0], other_lse[:, 1], torch.full((2,), -torch.inf)), 1)
+    ops.merge_attention(out, lse, other, other_lse)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from tests.planning.accounting import computed_pairs
 from tests.tiny import (
     KINDS,
     LAYERS,
@@ -217,7 +218,7 @@ def test_a_graph_never_reaches_below_the_lowest_trained_layer():
 
 def test_a_loss_without_gradients_costs_the_forward_alone():
     ours = prepare_model(tiny_model())
-    lengths = [21, 1, 30, 2, 9]  # each a block of the attention reference: a whole square
+    lengths = [21, 1, 30, 2, 9]
     batch = packed_batch(lengths)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = ours(**batch).loss
@@ -225,7 +226,7 @@ def test_a_loss_without_gradients_costs_the_forward_alone():
     weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
     rows = int((batch["labels"] != -100).sum())
     products = sum(lengths) * LAYERS * weights + rows * shape.hidden * shape.vocabulary
-    attention = 2 * 2 * LAYERS * shape.heads * shape.head_dim * sum(n * n for n in lengths)
+    attention = 2 * 2 * LAYERS * shape.heads * shape.head_dim * computed_pairs(lengths)
     assert counter.get_total_flops() == 2 * products + attention
     assert loss.item() == ours(**batch).loss.item()
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import xplus_kernels as ops
+from xplus_kernels.attention_reference import _layout_of
 
 LEAVES = (
     "rms_norm", "rms_norm_backward", "add_rms_norm_backward", "swiglu", "swiglu_backward",
@@ -18,6 +19,16 @@ LEAVES = (
 )  # fmt: skip
 # Inside `frozen_linear`, whose own temporaries count: what it multiplies in FP8 is quantized first
 FROZEN = ("quantize_fp8", "fp8_matmul", "dequantize_int8", "dequantize_nf4")
+
+
+def computed_pairs(lengths, lengths_k=None, *, causal=True):
+    """Pairs of a query and a key that the reference attention computes, more than it needs."""
+    bounds = [
+        None if n is None else torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, lengths_k)
+    ]
+    q, k = torch.empty(sum(lengths), 1, 1), torch.empty(sum(lengths_k or lengths), 1, 1)
+    blocks = _layout_of(q, k, *bounds, causal).blocks
+    return sum(count * rows * keys for count, rows, keys in (b.size for b in blocks))
 
 
 class Tracker(TorchDispatchMode):

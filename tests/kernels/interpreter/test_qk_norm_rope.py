@@ -19,6 +19,10 @@ SIZES = [
     (3, 40, 8, 128),
     (7, 6, 2, 12),
     (70, 4, 4, 64),
+    (70, 5, 0, 16),  # queries alone
+    (3, 40, 0, 128),
+    (70, 0, 3, 16),  # keys and values alone
+    (3, 0, 8, 128),
 ]
 
 
@@ -37,7 +41,7 @@ def inputs(t, n, k, d, dtype=torch.float32):
 def test_qk_norm_rope(size, normed, dtype):
     _, n, k, _ = size
     qkv, norms, tables, grads = inputs(*size, dtype)
-    norms = norms if normed else [None, None]
+    norms = [norm if normed and count else None for norm, count in zip(norms, (n, k), strict=True)]
     forward = ops.qk_norm_rope, MODULE.qk_norm_rope_ref
     q, key, v = check(*forward, qkv, *norms, *tables, heads=n, kv_heads=k, eps=EPS)
     assert q.is_contiguous() and key.is_contiguous()
@@ -78,7 +82,15 @@ def test_strides():
 
 
 def test_no_head_is_padded():
-    for heads, group in (((16, 8), 8), ((32, 8), 8), ((40, 8), 8), ((28, 4), 4), ((9, 3), 1)):
+    for heads, group in (
+        ((16, 8), 8),
+        ((32, 8), 8),
+        ((40, 8), 8),
+        ((28, 4), 4),
+        ((9, 3), 1),
+        ((32, 0), 8),
+        ((0, 4), 4),
+    ):
         assert MODULE._tiles(*heads, 128, 16)["GROUP"] == group
 
 
@@ -97,6 +109,10 @@ def test_bad_input_is_named():
         ops.qk_norm_rope(qkv[:, 1:], qn, kn, cos, sin, **options)
     with pytest.raises(ValueError, match="^q_norm, k_norm: one of them is None"):
         ops.qk_norm_rope(qkv, qn, None, cos, sin, **options)
+    with pytest.raises(ValueError, match="^k_norm: a norm where there are no heads"):
+        ops.qk_norm_rope(qkv, qn, kn, cos, sin, heads=7, kv_heads=0, eps=EPS)
+    with pytest.raises(ValueError, match="heads = 0 and kv_heads = 0"):
+        ops.qk_norm_rope(qkv, None, None, cos, sin, heads=0, kv_heads=0, eps=EPS)
     with pytest.raises(ValueError, match=r"^k_norm: shape \[15\]"):
         ops.qk_norm_rope(qkv, qn, kn[1:], cos, sin, **options)
     with pytest.raises(ValueError, match=r"^sin: shape \[3, 16\]"):
