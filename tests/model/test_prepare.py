@@ -153,7 +153,7 @@ def test_a_deep_copy_is_a_model_of_its_own():
     ours = prepare_model(tiny_model(), [2])
     twin = copy.deepcopy(ours)
     with torch.no_grad():
-        twin.model.layers[2].down.zero_()
+        twin.model.layers[2].mlp.down_proj.weight.zero_()
     batch = packed_batch(LENGTHS)
     assert ours(**batch).loss.item() != twin(**batch).loss.item()
 
@@ -279,11 +279,10 @@ def test_trained_tensors_are_views_and_load_back():
     assert len(tensors) == 11 + 1
     saved = {n: t.clone() for n, t in tensors.items()}
     with torch.no_grad():
-        ours.model.layers[1].qkv.zero_()
+        ours.model.layers[1].self_attn.qkv_proj.weight.zero_()
     assert tensors["model.layers.1.self_attn.k_proj.weight"].abs().max() == 0
     load_tensors(ours, saved)
-    assert torch.equal(
-        ours.model.layers[1].qkv[:192], saved["model.layers.1.self_attn.q_proj.weight"]
-    )
+    packed = ours.model.layers[1].self_attn.qkv_proj.weight
+    assert torch.equal(packed[:192], saved["model.layers.1.self_attn.q_proj.weight"])
     with pytest.raises(UserError, match="no such tensor"):
         load_tensors(ours, {"model.layers.9.x": torch.zeros(1)})
