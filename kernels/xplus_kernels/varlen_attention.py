@@ -1,24 +1,30 @@
-"""Causal attention over packed sequences with grouped heads, exposing out and lse.
+"""Attention over packed sequences with grouped heads, exposing out and lse.
 
-out = softmax(scale * q k.T + causal mask) v, each sequence by itself. Kept for the backward: q, k,
-v, out, lse; the probabilities are computed again from lse (Dao et al. 2022, arXiv 2205.14135,
-section 3.1). Bytes a token at the least, bf16: forward 4ND + 4KD + 4N; backward 8ND + 8KD + 4N.
+out = softmax(scale * q k.T + mask) v, each sequence by itself; its queries may be fewer than its
+keys, or others. Kept for the backward: q, k, v, out, lse; the probabilities are computed again from
+lse (Dao et al. 2022, arXiv 2205.14135, section 3.1). So the backward computes what this call adds
+to the gradients of a softmax over more keys, where out and lse are those of the whole
+(`merge_attention`). Bytes a token at the least, bf16: forward 4ND + 4KD + 4N; backward
+8ND + 8KD + 4N.
 
 Whose kernels run on CUDA in bf16 and fp16, the first that can: flash-attn 3 (compute capability
 9), flash-attn 4 (9 and 10), flash-attn 2, PyTorch's own flash kernels (from 8.0). All of them take
 fewer key than query heads as they are, and give lse as [N, T] in fp32: the natural logarithm of the
 sum over exp(scale * q k.T), so that any one's backward goes with any one's forward. PyTorch's and
 flash-attn 2's backward make dk and dv for every query head ([T, N, D] each) before they sum a
-group. Everything else, fp32 and fp64 on CUDA too, takes the reference: query rows in blocks that
-see the keys up to their own end, so a long sequence costs little more than the causal half of its
-square; the query heads of a group are stacked along the rows of one product, so k and v are never
-repeated.
+group. Everything else, fp32 and fp64 on CUDA too, takes the reference (`attention_reference.py`).
+
+Read in their sources, and run on no GPU yet: all of them align a causal mask to the end of the keys
+(flash-attn 2 since 2.1, PyTorch's copy of it with it), and where a sequence has no queries, their
+backward stores zeros in its dk and dv (flash-attn 2 and PyTorch in flash_bwd_kernel.h, flash-attn 3
+by store_zero in flash_bwd_kernel_sm90.h, flash-attn 4 at head dims up to 128; 256 is not asked of
+it). Where a sequence has queries and no keys they disagree: flash-attn 2 says lse = +inf.
 """
 
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -26,89 +32,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xplus_kernels.attention_reference import (
+    varlen_attention_backward_ref,
+    varlen_attention_ref,
+)
 from xplus_kernels.numerics import widen
 
-BLOCK = 32  # query rows: the fewer, the nearer to the causal half of the square
 REFERENCE, PYTORCH = "reference", "PyTorch flash"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256  # at most, and a multiple of 8
 FLASH_CAPABILITY = 8  # major, at least
 
 log = logging.getLogger(__name__)
-
-
-def varlen_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`varlen_attention` by blocks of query rows, in any floating dtype; lse in fp64 for fp64."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=widen(q[:0]).dtype, device=q.device)
-    for start, a, b in _blocks(cu_seqlens):
-        keys, values = k[start:b].transpose(0, 1), v[start:b].transpose(0, 1)  # [K, t, D]
-        s = _scores(_group(q[a:b], k.shape[1]), keys, a - start, scale)  # [K, G*rows, t]
-        block_lse = s.logsumexp(-1, keepdim=True)
-        p = (s - block_lse).exp().to(q.dtype)
-        out[a:b] = _ungroup(p @ values, b - a)
-        lse[:, a:b] = block_lse.view(-1, b - a)
-    return out, lse
-
-
-def varlen_attention_backward_ref(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    max_seqlen: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`varlen_attention_backward` by blocks of query rows, in any floating dtype."""
-    kv_heads = k.shape[1]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.zeros_like(widen(k)), torch.zeros_like(widen(v))
-    delta = (widen(dout) * widen(out)).sum(-1)  # [T, N]
-    for start, a, b in _blocks(cu_seqlens):
-        keys, values = k[start:b].transpose(0, 1), v[start:b].transpose(0, 1)
-        queries, douts = _group(q[a:b], kv_heads), _group(dout[a:b], kv_heads)
-        s = _scores(queries, keys, a - start, scale)
-        p = (s - lse[:, a:b].reshape(kv_heads, -1, 1)).exp()
-        dp = widen(douts @ values.transpose(1, 2))
-        block_delta = delta[a:b].T.reshape(kv_heads, -1, 1)
-        ds = (p * (dp - block_delta) * scale).to(q.dtype)
-        dq[a:b] = _ungroup(ds @ keys, b - a)
-        dk[start:b] += (ds.transpose(1, 2) @ queries).transpose(0, 1)
-        dv[start:b] += (p.to(q.dtype).transpose(1, 2) @ douts).transpose(0, 1)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _blocks(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(start of the sequence, first and past-last query row of a block) for every block."""
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        for a in range(start, end, BLOCK):
-            yield start, a, min(a + BLOCK, end)
-
-
-def _group(x: Tensor, kv_heads: int) -> Tensor:
-    """[rows, N, D] -> [K, G*rows, D]: the G query heads of a key/value head, one under another."""
-    return x.transpose(0, 1).reshape(kv_heads, -1, x.shape[-1])
-
-
-def _ungroup(x: Tensor, rows: int) -> Tensor:
-    """[K, G*rows, D] -> [rows, N, D]."""
-    return x.reshape(-1, rows, x.shape[-1]).transpose(0, 1)
-
-
-def _scores(queries: Tensor, keys: Tensor, offset: int, scale: float) -> Tensor:
-    """[K, G*rows, D] x [K, t, D] -> masked scores [K, G*rows, t]; row i sees keys to offset + i."""
-    t = keys.shape[1]
-    rows = t - offset
-    s = widen(queries @ keys.transpose(1, 2)) * scale
-    future = torch.ones(rows, t, dtype=torch.bool, device=s.device).triu(offset + 1)
-    return s.view(keys.shape[0], -1, rows, t).masked_fill_(future, float("-inf")).view_as(s)
 
 
 @dataclass(frozen=True)
@@ -235,42 +170,59 @@ def _functions(library: _Library) -> tuple[Callable[..., Any], Callable[..., Any
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of every sequence in a pack to itself.
+    """Attention of every sequence's queries to its own keys.
 
     Args:
-        q: [T, N, D], inner stride 1.
-        k, v: [T, K, D] like q, K a divisor of N.
-        cu_seqlens: [S+1] int32, the sequences' bounds: from 0 to T.
-        max_seqlen: at least the longest sequence's length.
+        q: [Tq, N, D], inner stride 1.
+        k, v: [Tk, K, D] like q, K a divisor of N.
+        cu_seqlens: [S+1] int32, the bounds of the sequences' queries: from 0 to Tq.
+        max_seqlen: at least the longest sequence's number of queries.
         scale: multiplies the scores.
+        cu_seqlens_k, max_seqlen_k: the same of the keys, from 0 to Tk; both None where the keys
+            have the queries' bounds. A sequence may have keys and no queries; one that has
+            queries has keys.
+        causal: whether a query sees no later key. The mask is aligned to the end of the keys:
+            query i of n sees the keys up to m - n + i of m, and m is no less than n. Else it sees
+            all keys.
 
     Returns:
-        out [T, N, D] like q, contiguous, and lse [N, T] fp32 (fp64 for fp64).
+        out [Tq, N, D] like q, contiguous, and lse [N, Tq] fp32 (fp64 for fp64).
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides other than these.
     """
-    _check(q, k, v, cu_seqlens, max_seqlen)
-    name = attention_backend(q)
+    cu_k, longest_k = _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
+    name = attention_backend(q) if len(k) else REFERENCE
     if name == REFERENCE:
-        return varlen_attention_ref(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale)
+        return varlen_attention_ref(
+            q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale,
+            cu_seqlens_k=cu_k, max_seqlen_k=longest_k, causal=causal,
+        )  # fmt: skip
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
-    longest = _longest(max_seqlen)
+    values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
     if name == PYTORCH:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-            0.0, True, False,  # dropout, causal, debug mask
+            q, k, v, *values,
+            0.0, causal, False,  # dropout, causal, debug mask
             scale=scale,
         )  # fmt: skip
     else:
         library = LIBRARIES[name]
         forward, _ = _functions(library)
-        values = (cu_seqlens, cu_seqlens, longest, longest, scale)
-        sequences = dict(zip(SEQUENCES, values, strict=True))
+        sequences = dict(zip(SEQUENCES, (*values, scale), strict=True))
         out, lse, *_ = forward(
-            q=q, k=k, v=v, **sequences, causal=True, **library.forward_options
+            q=q, k=k, v=v, **sequences, causal=causal, **library.forward_options
         )  # fmt: skip
     assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
     return out.contiguous(), lse.contiguous()
@@ -287,6 +239,9 @@ def varlen_attention_backward(
     *,
     max_seqlen: int,
     scale: float,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `varlen_attention`.
 
@@ -294,44 +249,48 @@ def varlen_attention_backward(
     deterministic (`torch.use_deterministic_algorithms`).
 
     Args:
-        dout: [T, N, D], any strides.
-        q, k, v, out, lse, cu_seqlens, max_seqlen, scale: the forward's inputs and outputs.
+        dout: [Tq, N, D], any strides.
+        q, k, v, cu_seqlens and the options: the forward's.
+        out, lse: the forward's; or those of a softmax over these keys and others, of which the
+            gradients are then this call's share.
 
     Returns:
-        dq [T, N, D], dk, dv [T, K, D], contiguous.
+        dq [Tq, N, D], dk, dv [Tk, K, D], contiguous; zeros in dk and dv where a sequence has no
+        queries.
 
     Raises:
         ValueError, TypeError: as `varlen_attention`.
     """
-    _check(q, k, v, cu_seqlens, max_seqlen)
+    cu_k, longest_k = _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
     for argument, x in (("dout", dout), ("out", out)):
         _same(argument, x, q, tuple(q.shape), q.dtype)
     _same("lse", lse, q, (q.shape[1], q.shape[0]), widen(q[:0]).dtype)
-    name = attention_backend(q)
+    name = attention_backend(q) if len(k) else REFERENCE
     if name == REFERENCE:
         return varlen_attention_backward_ref(
-            dout, q, k, v, out, lse, cu_seqlens, max_seqlen=max_seqlen, scale=scale
-        )
+            dout, q, k, v, out, lse, cu_seqlens, max_seqlen=max_seqlen, scale=scale,
+            cu_seqlens_k=cu_k, max_seqlen_k=longest_k, causal=causal,
+        )  # fmt: skip
     q, k, v, out, lse = _loadable(q), _loadable(k), _loadable(v), _loadable(out), lse.contiguous()
-    dout, longest = dout.contiguous(), _longest(max_seqlen)
+    dout = dout.contiguous()
+    values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
     if name == PYTORCH:
         # The generator's state and an unused tensor, as the forward returns them: without dropout
         # nothing reads them.
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, longest, longest,
-            0.0, True, state, state.new_zeros(()), scale=scale,
+            dout, q, k, v, out, lse, *values,
+            0.0, causal, state, state.new_zeros(()), scale=scale,
         )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     library = LIBRARIES[name]
     _, backward = _functions(library)
-    values = (cu_seqlens, cu_seqlens, longest, longest, scale)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     options = {
-        **dict(zip(SEQUENCES, values, strict=True)),
+        **dict(zip(SEQUENCES, (*values, scale), strict=True)),
         **dict(zip(GRADIENTS, (dq, dk, dv), strict=True)),
         library.lse: lse,
-        library.backward_causal: True,
+        library.backward_causal: causal,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         **library.backward_options,
     }
@@ -355,26 +314,50 @@ def _loadable(x: Tensor) -> Tensor:
     return x if fits and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+) -> tuple[Tensor, int]:
+    """The keys' bounds and longest length, once all arguments match."""
     if q.ndim != 3 or not q.is_floating_point():
         raise ValueError(f"q: {_what(q)}; a floating [T, N, D] is wanted")
     if k.ndim != 3 or 0 in k.shape[1:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: {_what(k)}; [T, K, D] is wanted, K a divisor of N = {q.shape[1]}")
+    rows = len(q) if cu_seqlens_k is None else len(k)
     for argument, x in (("k", k), ("v", v)):
-        _same(argument, x, q, (q.shape[0], k.shape[1], q.shape[2]), q.dtype)
+        _same(argument, x, q, (rows, k.shape[1], q.shape[2]), q.dtype)
     for argument, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{argument}: strides {x.stride()}; the last must be 1")
+    _check_bounds("", cu_seqlens, max_seqlen, q)
+    if cu_seqlens_k is None or max_seqlen_k is None:
+        if cu_seqlens_k is not None or max_seqlen_k is not None:
+            raise ValueError("cu_seqlens_k, max_seqlen_k: one of them is None; both or neither")
+        return cu_seqlens, max_seqlen
+    _check_bounds("_k", cu_seqlens_k, max_seqlen_k, q)
+    if len(cu_seqlens_k) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens_k: {_what(cu_seqlens_k)}; [{len(cu_seqlens)}] is wanted, as of cu_seqlens"
+        )
+    return cu_seqlens_k, max_seqlen_k
+
+
+def _check_bounds(of: str, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> None:
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: {_what(cu_seqlens)}; int32 is wanted")
+        raise TypeError(f"cu_seqlens{of}: {_what(cu_seqlens)}; int32 is wanted")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens: {_what(cu_seqlens)}; a contiguous [S + 1] is wanted")
+        raise ValueError(f"cu_seqlens{of}: {_what(cu_seqlens)}; a contiguous [S + 1] is wanted")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; q is on {q.device}")
+        raise ValueError(f"cu_seqlens{of}: on {cu_seqlens.device}; q is on {q.device}")
     if not isinstance(max_seqlen, int):  # a tensor would cost a wait for the device
-        raise TypeError(f"max_seqlen: {type(max_seqlen).__name__}; an int is wanted")
+        raise TypeError(f"max_seqlen{of}: {type(max_seqlen).__name__}; an int is wanted")
     if max_seqlen < 0:
-        raise ValueError(f"max_seqlen: {max_seqlen}; the longest sequence's length is wanted")
+        raise ValueError(f"max_seqlen{of}: {max_seqlen}; the longest sequence's length is wanted")
 
 
 def _same(argument: str, x: Tensor, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

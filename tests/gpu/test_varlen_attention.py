@@ -93,6 +93,43 @@ def test_backend_errs_no_more_than_pytorch_in_its_dtype(name, dtype, heads, leng
     assert all(torch.equal(a, b) for a, b in zip(before, (dout, q, k, v), strict=True))
 
 
+OTHER_KEYS = {  # queries and keys of each sequence, causal
+    "tails": ((1, 0, 40, 129, 0), (1, 300, 129, 129, 7), True),
+    "tails of one": ((1, 1, 0), (1, 9, 130), True),
+    "cross": ((300, 0, 1, 129), (40, 7, 130, 1), False),
+    "nobody asks": ((0, 0, 5), (300, 1, 40), False),
+}
+
+
+@pytest.mark.parametrize("pack_of", OTHER_KEYS.values(), ids=OTHER_KEYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_queries_and_keys_of_different_numbers(name, dtype, pack_of, monkeypatch):
+    use(name, monkeypatch)
+    lengths, lengths_k, causal = pack_of
+    dout, q, _, _, cu, options = pack(lengths, (32, 8), dtype)
+    _, _, k, v, cu_k, _ = pack(lengths_k, (32, 8), dtype)
+    options |= {"scale": SCALE, "cu_seqlens_k": cu_k, "max_seqlen_k": max(lengths_k)}
+    options["causal"] = causal
+    truth = reference(dout, q, k, v, cu, torch.float64, **options)
+    plain = reference(dout, q, k, v, cu, dtype, **options)
+    poison = torch.full((64, *k.shape), torch.nan, device="cuda", dtype=dtype)
+    del poison  # what a backward does not store is not zero by chance
+    out, lse = ops.varlen_attention(q, k, v, cu, **options)
+    made = ops.varlen_attention_backward(dout, q, k, v, out, lse, cu, **options)
+    assert difference(lse, truth[1]) < 1e-5
+    rounding = torch.finfo(dtype).eps
+    for mine, theirs, true in zip(
+        (out, *made), (plain[0], *plain[2:]), (truth[0], *truth[2:]), strict=True
+    ):
+        bound = 1.1 * (theirs.double() - true).norm().item() + rounding * (1 + true.norm().item())
+        assert mine.shape == true.shape and mine.dtype == dtype
+        assert (mine.double() - true).norm().item() <= bound
+    for gradient in made[1:]:  # nobody asked these keys
+        for each, count in zip(gradient.split(lengths_k), lengths, strict=True):
+            assert count or not each.any()
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_gradient_of_one_stored_number(name, monkeypatch):
     use(name, monkeypatch)

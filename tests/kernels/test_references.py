@@ -19,7 +19,7 @@ from tests.tiny import difference
 
 EPS = 1e-6
 # the modules: in the package their names are the functions
-ATTENTION = sys.modules["xplus_kernels.varlen_attention"]
+ATTENTION = sys.modules["xplus_kernels.attention_reference"]
 HEAD = sys.modules["xplus_kernels.linear_cross_entropy"]
 # Against fp64, a result may err 1.1 times as much as Hugging Face's in its dtype, or by one
 # rounding.
@@ -169,6 +169,97 @@ def test_varlen_attention_equals_hugging_face_sequence_by_sequence(block, monkey
         assert difference(out[a:b], expected[0]) < 1e-6
         scores = parts[0][0] @ parts[1][0].repeat_interleave(3, 0).mT * 8**-0.5 + mask[0]
         assert difference(lse[:, a:b], scores.logsumexp(-1)) < 1e-6
+
+
+def attention_of_each(q, k, v, lengths, lengths_k, causal, scale):
+    """out and lse, a sequence at a time, by the definition; differentiable."""
+    group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for mine, keys, values in zip(
+        q.split(lengths), *(x.split(lengths_k) for x in (k, v)), strict=True
+    ):
+        s = mine.transpose(0, 1) @ keys.repeat_interleave(group, 1).permute(1, 2, 0) * scale
+        if causal:  # the last query sees the last key
+            future = torch.ones(s.shape[1:], dtype=torch.bool).triu(1 + len(keys) - len(mine))
+            s = s.masked_fill(future, -torch.inf)
+        lses.append(s.logsumexp(-1))
+        each = s.softmax(-1) @ values.repeat_interleave(group, 1).transpose(0, 1)
+        outs.append(each.transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+# queries and keys of each sequence; the last are many of one size and many of all sizes
+TAILS = ([1, 0, 5, 3], [1, 4, 9, 3])
+CROSS = ([7, 2, 0, 40], [3, 1, 6, 90])
+MANY = ([9] * 20 + list(range(1, 70)), [12] * 20 + list(range(1, 70)))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
+@pytest.mark.parametrize(
+    ("lengths", "causal"),
+    [
+        (TAILS, True),
+        (CROSS, False),
+        (MANY, True),
+        (MANY, False),
+        (([300, 0, 90], [301, 7, 90]), True),
+    ],
+)
+def test_varlen_attention_of_other_keys(lengths, causal, heads):
+    n, k = heads
+    q, dout = (randn(sum(lengths[0]), n, 8, seed=s).float() for s in (0, 1))
+    key, v = (randn(sum(lengths[1]), k, 8, seed=s).float() for s in (2, 3))
+    cu, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in lengths)
+    options = dict(
+        max_seqlen=max(lengths[0]), cu_seqlens_k=cu_k, max_seqlen_k=max(lengths[1]),
+        causal=causal, scale=8**-0.5,
+    )  # fmt: skip
+    leaves = [x.double().requires_grad_() for x in (q, key, v)]
+    true, true_lse = attention_of_each(*leaves, *lengths, causal, 8**-0.5)
+    grads = torch.autograd.grad(true, leaves, dout.double())
+    out, lse = ops.varlen_attention(q, key, v, cu, **options)
+    made = ops.varlen_attention_backward(dout, q, key, v, out, lse, cu, **options)
+    for mine, truth in zip((out, lse, *made), (true, true_lse, *grads), strict=True):
+        assert mine.shape == truth.shape and mine.is_contiguous()
+        assert difference(mine, truth) < 1e-6
+    for gradient in made[1:]:  # nobody asked these keys
+        for each, count in zip(gradient.split(lengths[1]), lengths[0], strict=True):
+            assert count or not each.any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_varlen_attention_of_other_keys_gradcheck(causal, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "BLOCK", 2)
+    lengths = ([2, 0, 3], [4, 2, 3]) if causal else ([4, 0, 1], [3, 2, 2])
+    cu, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in lengths)
+    options = dict(max_seqlen=4, scale=0.5, cu_seqlens_k=cu_k, max_seqlen_k=4, causal=causal)
+
+    def backward(dout, q, k, v):
+        out, lse = ops.varlen_attention(q, k, v, cu, **options)
+        return ops.varlen_attention_backward(dout, q, k, v, out, lse, cu, **options)
+
+    inputs = randn(5, 4, 4), randn(sum(lengths[1]), 2, 4, seed=1)
+    gradcheck_pair(
+        lambda q, k, v: ops.varlen_attention(q, k, v, cu, **options)[0],
+        backward,
+        (*inputs, randn(*inputs[1].shape, seed=2)),
+    )
+
+
+def test_varlen_attention_without_any_queries_or_any_keys():
+    q, k = randn(0, 4, 8), randn(5, 2, 8)
+    cu, cu_k = torch.tensor([0, 0, 0]).int(), torch.tensor([0, 2, 5]).int()
+    options = dict(max_seqlen=0, scale=1.0, cu_seqlens_k=cu_k, max_seqlen_k=3)
+    out, lse = ops.varlen_attention(q, k, k, cu, **options)
+    assert out.shape == (0, 4, 8) and lse.shape == (4, 0)
+    dq, dk, dv = ops.varlen_attention_backward(q, q, k, k, out, lse, cu, **options)
+    assert dq.shape == q.shape and dk.shape == k.shape and not dk.any() and not dv.any()
+    options = dict(max_seqlen=3, scale=1.0, cu_seqlens_k=cu, max_seqlen_k=0, causal=False)
+    q, k = randn(5, 4, 8), k[:0]
+    out, lse = ops.varlen_attention(q, k, k, cu_k, **options)
+    assert not out.any() and (lse == -torch.inf).all()
+    dq, dk, _ = ops.varlen_attention_backward(q, q, k, k, out, lse, cu_k, **options)
+    assert not dq.any() and dk.shape == k.shape
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

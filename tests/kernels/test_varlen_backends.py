@@ -24,14 +24,28 @@ EVERY_BACKEND = (*NAMES, "PyTorch flash")
 OPTIONS = {"max_seqlen": 9, "scale": 0.25}
 
 
-def forward_reference(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float):
-    return ATTENTION.varlen_attention_ref(q, k, v, cu, max_seqlen=longest, scale=scale)
+def forward_reference(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What a library's forward computes from its arguments, by their names in flash-attn."""
+    return ATTENTION.varlen_attention_ref(*(call[name] for name in "qkv"), **sequences(call))
 
 
-def backward_reference(into: list[Tensor], *tensors: Tensor, longest: int, scale: float) -> None:
-    made = ATTENTION.varlen_attention_backward_ref(*tensors, max_seqlen=longest, scale=scale)
-    for gradient, value in zip(into, made, strict=True):
-        gradient.copy_(value)
+def backward_reference(call: dict[str, Any], lse: Tensor) -> None:
+    tensors = (call[name] for name in ("dout", "q", "k", "v", "out"))
+    made = ATTENTION.varlen_attention_backward_ref(*tensors, lse, **sequences(call))
+    for name, value in zip(("dq", "dk", "dv"), made, strict=True):
+        call[name].copy_(value)
+
+
+def sequences(call: dict[str, Any]) -> dict[str, Any]:
+    """A library's arguments as the reference's."""
+    return {
+        "cu_seqlens": call["cu_seqlens_q"],
+        "max_seqlen": call["max_seqlen_q"],
+        "cu_seqlens_k": call["cu_seqlens_k"],
+        "max_seqlen_k": call["max_seqlen_k"],
+        "scale": call["softmax_scale"],
+        "causal": call["causal"],
+    }
 
 
 def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
@@ -44,8 +58,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         max_seqlen_k=None, softmax_scale=None, causal=False, window_size_left=-1,
         window_size_right=-1, num_splits=1,
     ):  # fmt: skip
-        calls.append(dict(locals()))
-        out, lse = forward_reference(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        calls.append(call := dict(locals()))
+        out, lse = forward_reference(call)
         return out, lse, torch.tensor([]), torch.tensor([])
 
     def flash3_backward(
@@ -54,11 +68,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        calls.append(dict(locals()) | {"causal": is_causal})
-        backward_reference(
-            [dq, dk, dv], dout, q, k, v, out, softmax_lse, cu_seqlens_q,
-            longest=max_seqlen_q, scale=softmax_scale,
-        )  # fmt: skip
+        calls.append(call := dict(locals()) | {"causal": is_causal})
+        backward_reference(call, softmax_lse)
         return torch.empty(0)
 
     def flash4_forward(
@@ -67,8 +78,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         softcap=None, window_size_left=None, window_size_right=None, return_lse=False, out=None,
         lse=None,
     ):  # fmt: skip
-        calls.append(dict(locals()))
-        out, lse = forward_reference(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        calls.append(call := dict(locals()))
+        out, lse = forward_reference(call)
         return out, lse if return_lse else None, None, None, None
 
     def flash4_backward(
@@ -76,11 +87,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         window_size_left=None, window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None,
         max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
     ):  # fmt: skip
-        calls.append(dict(locals()))
-        backward_reference(
-            [dq, dk, dv], dout, q, k, v, out, lse, cu_seqlens_q,
-            longest=max_seqlen_q, scale=softmax_scale,
-        )  # fmt: skip
+        calls.append(call := dict(locals()))
+        backward_reference(call, lse)
         return dq, dk, dv
 
     def flash2_forward(
@@ -88,8 +96,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
         return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
-        calls.append(dict(locals()))
-        out, lse = forward_reference(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        calls.append(call := dict(locals()))
+        out, lse = forward_reference(call)
         return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
 
     def flash2_backward(
@@ -97,11 +105,8 @@ def fake_libraries() -> tuple[dict[str, ModuleType], list[dict[str, Any]]]:
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
     ):  # fmt: skip
-        calls.append(dict(locals()))
-        backward_reference(
-            [dq, dk, dv], dout, q, k, v, out, softmax_lse, cu_seqlens_q,
-            longest=max_seqlen_q, scale=softmax_scale,
-        )  # fmt: skip
+        calls.append(call := dict(locals()))
+        backward_reference(call, softmax_lse)
         return torch.empty(0)
 
     functions = (
@@ -126,25 +131,30 @@ def fake_pytorch(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -
         named = dict(zip([a.name for a in arguments if not a.kwarg_only], args, strict=True))
         assert set(kwargs) <= {a.name for a in arguments if a.kwarg_only}
         calls.append(call := named | kwargs)
-        return call | {"causal": call["is_causal"], "max_seqlen_q": call["max_q"]}
+        return call | {
+            "asked": {
+                "cu_seqlens": call["cum_seq_q"],
+                "max_seqlen": call["max_q"],
+                "cu_seqlens_k": call["cum_seq_k"],
+                "max_seqlen_k": call["max_k"],
+                "scale": call["scale"],
+                "causal": call["is_causal"],
+            }
+        }
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         c = bind(real_forward, args, kwargs)
-        assert (c["dropout_p"], c["return_debug_mask"], c["causal"]) == (0.0, False, True)
-        assert c["cum_seq_q"] is c["cum_seq_k"] and c["max_q"] == c["max_k"]
-        out, lse = forward_reference(
-            c["query"], c["key"], c["value"], c["cum_seq_q"], c["max_q"], c["scale"]
-        )
+        assert (c["dropout_p"], c["return_debug_mask"]) == (0.0, False)
+        out, lse = ATTENTION.varlen_attention_ref(c["query"], c["key"], c["value"], **c["asked"])
         return out, lse, torch.empty(2), torch.empty(()), torch.empty(0)
 
     def backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         c = bind(real_backward, args, kwargs)
-        assert (c["dropout_p"], c["causal"]) == (0.0, True)
+        assert c["dropout_p"] == 0.0
         assert c["rng_state"].dtype == torch.uint64 and c["rng_state"].tolist() == [0, 0]
         return ATTENTION.varlen_attention_backward_ref(
-            c["grad_out"], c["query"], c["key"], c["value"], c["out"], c["logsumexp"],
-            c["cum_seq_q"], max_seqlen=c["max_q"], scale=c["scale"],
-        )  # fmt: skip
+            c["grad_out"], c["query"], c["key"], c["value"], c["out"], c["logsumexp"], **c["asked"]
+        )
 
     real_forward = torch.ops.aten._flash_attention_forward
     real_backward = torch.ops.aten._flash_attention_backward
@@ -192,6 +202,28 @@ def test_values_pass_through_every_backend(name, calls, monkeypatch):
         handed = call.get("v", call.get("value"))
         assert handed.data_ptr() == v.data_ptr()  # a view of qkv goes without a copy
         assert call.get("causal", call.get("is_causal")) is True
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_other_keys_pass_through_every_backend(name, causal, calls, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "attention_backend", lambda q: name)
+    q, _, _, cu, dout = inputs((3, 0, 5))
+    _, k, v, cu_k, _ = inputs((3, 4, 9))
+    options = {"max_seqlen": 5, "scale": 0.25, "causal": causal}
+    options |= {"cu_seqlens_k": cu_k, "max_seqlen_k": 9}
+    out, lse = ops.varlen_attention(q, k, v, cu, **options)
+    truth = ATTENTION.varlen_attention_ref(q, k, v, cu, **options)
+    assert torch.equal(out, truth[0]) and torch.equal(lse, truth[1])
+    rows = (dout, q, k, v, out, lse, cu)
+    made = ops.varlen_attention_backward(*rows, **options)
+    grads = ATTENTION.varlen_attention_backward_ref(*rows, **options)
+    assert all(torch.equal(mine, true) for mine, true in zip(made, grads, strict=True))
+    for call in calls:
+        bounds = [call.get(f"cu_seqlens_{x}", call.get(f"cum_seq_{x}")) for x in "qk"]
+        assert bounds[0] is cu and bounds[1] is cu_k
+        assert [call.get(f"max_seqlen_{x}", call.get(f"max_{x}")) for x in "qk"] == [5, 9]
+        assert call.get("causal", call.get("is_causal")) is causal
 
 
 @pytest.mark.parametrize("name", EVERY_BACKEND)
@@ -315,10 +347,7 @@ def test_arguments_of_a_custom_operator_are_seen(calls, monkeypatch):
         causal: bool, window_size_left: int, window_size_right: int, softcap: float,
         alibi_slopes: Tensor | None, deterministic: bool,
     ) -> Tensor:  # fmt: skip
-        backward_reference(
-            [dq, dk, dv], dout, q, k, v, out, softmax_lse, cu_seqlens_q,
-            longest=max_seqlen_q, scale=softmax_scale,
-        )  # fmt: skip
+        backward_reference(dict(locals()), softmax_lse)
         return torch.empty(0)
 
     wrapped = torch.library.custom_op("xplus_test::backward", mutates_args=("dq", "dk", "dv"))
@@ -343,6 +372,7 @@ def test_a_cpu_takes_the_reference(calls):
 
 
 GOOD = inputs()
+OTHER = {"cu_seqlens_k": GOOD[3], "max_seqlen_k": 9}
 
 
 @pytest.mark.parametrize(
@@ -360,6 +390,12 @@ GOOD = inputs()
         ({"cu_seqlens": GOOD[3][:1]}, ValueError, "cu_seqlens: shape [1]"),
         ({"max_seqlen": torch.tensor(9)}, TypeError, "max_seqlen: Tensor; an int"),
         ({"max_seqlen": -1}, ValueError, "max_seqlen: -1"),
+        ({"cu_seqlens_k": GOOD[3]}, ValueError, "cu_seqlens_k, max_seqlen_k: one of them is None"),
+        ({"max_seqlen_k": 9}, ValueError, "cu_seqlens_k, max_seqlen_k: one of them is None"),
+        (OTHER | {"cu_seqlens_k": GOOD[3][:3]}, ValueError, "cu_seqlens_k: shape [3]"),
+        (OTHER | {"cu_seqlens_k": GOOD[3].long()}, TypeError, "cu_seqlens_k: shape [4], torch.int"),
+        (OTHER | {"max_seqlen_k": -1}, ValueError, "max_seqlen_k: -1"),
+        (OTHER | {"k": GOOD[1][:5]}, ValueError, "v: shape [13, 2, 16], torch.float16; [5, 2, 16]"),
     ],
 )
 def test_bad_input_is_named(change, error, words):
