@@ -20,7 +20,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.block import KEEP
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.head import LossFunction
-from xplus_fast.model.layer import Block, unpack
+from xplus_fast.model.layer import Block, check_layer, unpack
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import (
     LastRows,
@@ -73,11 +73,17 @@ def take_over(
     config: Any = model.config
     shape = shape_of(config)
     base: Any = model.model
-    if not is_prepared(model):
+    fresh = not is_prepared(model)
+    if fresh:
+        for i, layer in enumerate(base.layers):
+            check_layer(layer, shape, i)
         for i, layer in enumerate(base.layers):
             base.layers[i] = Block(layer, shape, i, config).train(model.training)
-        model.forward = _wrap(model, _causal_lm_forward)  # type: ignore[method-assign]
-        base.forward = _wrap(base, _base_forward)
+    own: Any
+    for module, own in ((model, _causal_lm_forward), (base, _base_forward)):
+        # one that comes from torch.load has its class's own again
+        if fresh or getattr(module.forward, "__func__", None) is type(module).forward:
+            module.forward = _wrap(module, own)
     if activations is not None:
         offload = Offload()
         for block in base.layers:
@@ -117,17 +123,17 @@ def named_tensors(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[
     """Some of a model's parameters under Hugging Face's names, as views of them."""
     wanted = {id(p) for p in parameters}
     tensors: dict[str, Tensor] = {}
-    blocks = {f"model.layers.{b.layer_idx}.": b for b in model.modules() if isinstance(b, Block)}
+    blocks = [b for b in model.modules() if isinstance(b, Block)]
+    held = {id(b.weight(packed)): (b, packed) for b in blocks for packed in b.packed}
     for name, p in model.named_parameters():
         if id(p) not in wanted:
             continue
-        prefix, _, packed = name.rpartition(".")
-        block = blocks.get(prefix + ".")
-        if block is None:
+        if id(p) not in held:
             tensors[name] = p.detach()
-        else:
-            for part, view in unpack(block.shape, packed, p.detach()).items():
-                tensors[f"{prefix}.{part}"] = view
+            continue
+        block, packed = held[id(p)]
+        for part, view in unpack(block.shape, packed, p.detach()).items():
+            tensors[f"model.layers.{block.layer_idx}.{part}"] = view
     return tensors
 
 
