@@ -41,11 +41,10 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.load import load_model
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, local_card
+from xplus_fast.planning.flops import SENTENCE
 from xplus_fast.planning.from_recipe import USABLE, free_memory
-from xplus_fast.planning.memory import SENTENCE
 from xplus_fast.planning.plan import LADDER, Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
-from xplus_fast.planning.speed import SUPERVISED
 from xplus_fast.training.place import cap
 
 ROOT = Path(__file__).parents[1]
@@ -359,7 +358,7 @@ def make_packs(count: int, tokens: int, vocabulary: int) -> list[dict[str, Any]]
             n = int(torch.randint(SENTENCE // 3, 2 * SENTENCE - SENTENCE // 3 + 1, (), generator=g))
             lengths.append(min(n, room))
         ids = torch.randint(0, vocabulary, (tokens,), generator=g)
-        supervised = torch.cat([torch.arange(n) >= n * (1 - SUPERVISED) for n in lengths])
+        supervised = torch.cat([torch.arange(n) >= n // 2 for n in lengths])
         packs.append(
             {"input_ids": ids, "labels": ids.masked_fill(~supervised, -100), "lengths": lengths}
         )

@@ -339,8 +339,9 @@ def _gradients(model: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     model(**PackCollator()(rows)).loss.backward()
     found: dict[str, Tensor] = {}
     for block in model.model.layers:
-        for packed, p in block.named_parameters():
-            if p.grad is not None:
+        for packed in block.packed:
+            p = block.weight(packed)
+            if p is not None and p.grad is not None:
                 for name, part in unpack(block.shape, packed, p.grad).items():
                     found[f"{block.layer_idx}.{name}"] = part
     model.zero_grad()

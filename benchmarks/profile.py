@@ -26,11 +26,11 @@ from benchmarks.environment import describe_environment
 from benchmarks.fit import make_config
 from benchmarks.timing import measure_limits
 from benchmarks.train_contestants import CONTESTANTS
-from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, describe_steps, make_steps
+from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.planning.cards import local_card
-from xplus_fast.planning.flops import causal_pairs, necessary_flops, trained_parameters
+from xplus_fast.planning.flops import necessary_flops, trained_parameters
 from xplus_fast.planning.memory import state_bytes
 from xplus_fast.planning.selection import resolve_layers
 
@@ -158,7 +158,7 @@ def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict
         found = groups.setdefault(group(event.key), {"seconds": 0.0, "calls": 0})
         found["seconds"] += seconds
         found["calls"] += event.count
-    about = describe_steps(steps)
+    work = necessary_work(steps[2])
     shape = shape_of(config)
     products: dict[str, dict[str, float]] = {}
     for event in recorder.key_averages(group_by_input_shape=True):
@@ -168,10 +168,7 @@ def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict
             one = products.setdefault(part, {"seconds": 0.0, "calls": 0})
             one["seconds"] += seconds
             one["calls"] += event.count
-    flops = necessary_flops(
-        shape, resolve_layers(layers, shape.layers), tokens=about["tokens"][2],
-        supervised=about["supervised"][2], pairs=causal_pairs(about["lengths"][2]),
-    )  # fmt: skip
+    flops = necessary_flops(shape, resolve_layers(layers, shape.layers), (), work)
     necessary = {"GEMMs": flops.linear + flops.head, "attention": flops.attention}
     rate = limits["fp8_flops" if frozen == "fp8" and "fp8_flops" in limits else "bf16_flops"]
     best = {
@@ -179,8 +176,8 @@ def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict
         for name, n in necessary.items()
     }
     moved = necessary_bytes(
-        shape, resolve_layers(layers, shape.layers), tokens=about["tokens"][2],
-        supervised=about["supervised"][2], element=2, update=UpdateLayout(),
+        shape, resolve_layers(layers, shape.layers), tokens=work.tokens,
+        supervised=work.supervised, element=2, update=UpdateLayout(),
     )  # fmt: skip
     best |= {name: n / limits["copy_bytes"] for name, n in moved.items()}
     for name, seconds in best.items():
@@ -193,11 +190,11 @@ def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict
         if part == "head":
             least = flops.head / limits["bf16_flops"]
         else:
-            least = 2 * about["tokens"][2] * math.prod(shape.packed_shapes()[part]) * times / rate
+            least = 2 * work.tokens * math.prod(shape.packed_shapes()[part]) * times / rate
         one |= {"limit_seconds": least, "share_of_limit": least / max(one["seconds"], 1e-12)}
     return {
         **describe_environment(), "model": scale.model, "layers": layers, "mix": mix,
-        "frozen": frozen, "tokens": about["tokens"][2], "limits": limits, "groups": groups,
+        "frozen": frozen, "tokens": work.data_tokens, "limits": limits, "groups": groups,
         "products": products, "smoke": not cuda,
     }  # fmt: skip
 

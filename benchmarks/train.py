@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ from benchmarks.timing import clocks, measure_limits
 from benchmarks.train_clock import Clock
 from benchmarks.train_contestants import CONTESTANTS, CannotRun, Contestant
 from benchmarks.train_report import draw, table
-from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, describe_steps, make_steps
+from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
-from xplus_fast.planning.flops import causal_pairs, necessary_flops
+from xplus_fast.planning.flops import Work, necessary_flops
 from xplus_fast.planning.selection import resolve_layers
 
 ROOT = Path(__file__).parents[1]
@@ -223,19 +224,17 @@ def _measure(
             trainer.train()
         logged = [line for line in trainer.state.log_history if "loss" in line]
         clock.close()
-        about = describe_steps(steps)
+        works = [necessary_work(step) for step in steps[warm:]]
+        tokens = [work.data_tokens for work in works]
         seconds = clock.seconds[warm:]
         found[mix] = {
             "losses": [line["loss"] for line in logged],
             "grad_norms": [line["grad_norm"] for line in logged],
             "seconds": seconds,
-            "tokens": about["tokens"][warm:],
+            "tokens": tokens,
             "computed": clock.computed[warm:],  # padding is computed, too
-            "supervised": about["supervised"][warm:],
-            "pairs": [causal_pairs(x) for x in about["lengths"][warm:]],
-            "tokens_per_s": statistics.median(
-                n / s for n, s in zip(about["tokens"][warm:], seconds, strict=True)
-            ),
+            "work": [asdict(work) for work in works],
+            "tokens_per_s": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
             "split": clock.split(warm),  # of the median step
             "peak": clock.peak(),
             "joules": clock.joules,  # of the timed steps together
@@ -274,16 +273,14 @@ def _limit(shape: Shape, row: dict[str, Any], limits: dict[str, Any]) -> float:
     layers = resolve_layers(row["layers"], shape.layers)
     middle = sorted(range(len(row["seconds"])), key=lambda i: row["seconds"][i])
     i = middle[len(middle) // 2]
-    flops = necessary_flops(
-        shape, layers, tokens=row["tokens"][i], supervised=row["supervised"][i],
-        pairs=row["pairs"][i],
-    )  # fmt: skip
+    work = Work(**row["work"][i])
+    flops = necessary_flops(shape, layers, (), work)
     bf16 = limits["bf16_flops"]
     frozen = CONTESTANTS[row["contestant"]].rate == "fp8" and "fp8_flops" in limits
     if not frozen:
         return flops.total / bf16
     weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
-    own = 6 * row["tokens"][i] * weights * len(layers)  # trained layers: forward, dX and dW
+    own = 6 * work.tokens * weights * len(layers)  # trained layers: forward, dX and dW
     return (flops.linear - own) / limits["fp8_flops"] + (flops.total - flops.linear + own) / bf16
 
 

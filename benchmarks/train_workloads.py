@@ -8,12 +8,13 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.fit import RandomWeights
+from xplus_fast.data.collate import PackCollator
+from xplus_fast.planning.flops import PROMPT, Work, work_of
 
 STEP, ROW = 16384, 4096  # tokens of an optimizer step, and of a packed row
 STAGES = {"stage1": "bottom:4", "stage2": "top:15", "b4t8": "bottom:4,top:8"}
@@ -72,8 +73,9 @@ class NamedWeights(RandomWeights):
 def make_steps(scale: Scale, mix: str, count: int, vocabulary: int) -> list[list[list[Sequence]]]:
     """`count` optimizer steps, each of rows of sequences that fill `scale.row` tokens.
 
-    mix: "pairs", lengths of real translation conversations (drawn in turn, packed first-fit: what
-    no row has room for waits for the next step); "full": one sequence a row.
+    mix: "pairs", lengths of real translation conversations in four directions, each with a prompt
+    of `PROMPT` tokens (drawn in turn, packed first-fit: what no row has room for waits for the next
+    step); "full": one sequence a row.
     """
     generator = torch.Generator().manual_seed(0)
     rows = scale.step // scale.row
@@ -86,6 +88,7 @@ def make_steps(scale: Scale, mix: str, count: int, vocabulary: int) -> list[list
         full = [sequence(scale.row, scale.row // 2) for _ in range(rows * count)]
         return [[[s] for s in full[i * rows : (i + 1) * rows]] for i in range(count)]
     lengths = _real_lengths()
+    prompts = [torch.randint(0, vocabulary, (PROMPT,), generator=generator) for _ in range(4)]
     shrink = scale.row / ROW  # a smoke run's rows are shorter, and so are its sentences
     steps, at = [], 0
     for _ in range(count):
@@ -98,7 +101,10 @@ def make_steps(scale: Scale, mix: str, count: int, vocabulary: int) -> list[list
             if row is None:
                 missed += 1
                 continue
-            packed[row].append(sequence(prompt + answer, answer))
+            made = sequence(prompt + answer, answer)
+            shared = min(int(PROMPT * shrink), prompt - 1)  # what predicts the answer is its own
+            made.ids[:shared] = prompts[at % len(prompts)][:shared]
+            packed[row].append(made)
             room[row] -= prompt + answer
         steps.append(packed)
     return steps
@@ -109,9 +115,7 @@ def _real_lengths() -> list[list[int]]:
     return json.loads(LENGTHS.read_text())["prompt_answer"]
 
 
-def describe_steps(steps: list[list[list[Sequence]]]) -> dict[str, Any]:
-    """Tokens, supervised tokens and lengths of each step: what the necessary FLOPs follow from."""
-    every = [[len(s) for row in step for s in row] for step in steps]
-    # the first token of a sequence is predicted by none
-    learnt = [sum(min(s.answer, len(s) - 1) for row in step for s in row) for step in steps]
-    return {"lengths": every, "tokens": [sum(x) for x in every], "supervised": learnt}
+def necessary_work(step: list[list[Sequence]]) -> Work:
+    """What there is to do in a step, whoever does it: what sequences share, once."""
+    rows = [{"input_ids": s.ids, "labels": s.labels} for row in step for s in row]
+    return work_of(PackCollator()(rows)["layout"])

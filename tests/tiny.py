@@ -13,6 +13,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from xplus_fast.model.families import HELD
 from xplus_fast.model.layer import Block, unpack
 
 LAYERS, HIDDEN, VOCABULARY = 6, 96, 320
@@ -112,17 +113,13 @@ def select(model: Any, layers: list[int], also: tuple[str, ...] = ()) -> Any:
 
 def gradients(model: Any) -> dict[str, Tensor]:
     """Every gradient of a stock or prepared model, under Hugging Face's names."""
-    found = {}
-    blocks = {f"model.layers.{b.layer_idx}": b for b in model.modules() if isinstance(b, Block)}
-    for name, p in model.named_parameters():
-        if p.grad is None:
-            continue
-        prefix, _, packed = name.rpartition(".")
-        if prefix in blocks:
-            parts = unpack(blocks[prefix].shape, packed, p.grad)
-            found |= {f"{prefix}.{part}": g for part, g in parts.items()}
-        else:
-            found[name] = p.grad
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for block in (b for b in model.modules() if isinstance(b, Block)):
+        for packed in block.packed:
+            prefix = f"model.layers.{block.layer_idx}."
+            if (grad := found.pop(prefix + HELD[packed], None)) is not None:
+                parts = unpack(block.shape, packed, grad)
+                found |= {prefix + part: g for part, g in parts.items()}
     return found
 
 

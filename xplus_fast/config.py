@@ -62,7 +62,8 @@ class DataConfig:
     prompt: str = PROMPT  # how a translation pair becomes an instruction
     system: str | None = None  # system message put before every pair
     think: Literal["masked", "loss", "absent"] = "masked"  # Qwen3's empty think block
-    pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # token budget of one packed row
+    pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # of the longest sequence; of one row
+    shared_prompts: bool = True  # compute the tokens that sequences begin with in common once
     on_error: Literal["stop", "skip"] = "stop"
     cache: Path_ = "~/.cache/xplus-fast"
 

@@ -20,12 +20,12 @@ from benchmarks.train_workloads import (
     SMOKE,
     NamedWeights,
     Scale,
-    describe_steps,
     make_steps,
+    necessary_work,
 )
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import UpdateLayout
-from xplus_fast.planning.flops import causal_pairs, necessary_flops
+from xplus_fast.planning.flops import assumed_work, necessary_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,14 +220,17 @@ def test_steps_are_full_and_the_same_every_time():
     for mix in ("pairs", "full"):
         steps = make_steps(scale, mix, 2, 1000)
         again = make_steps(scale, mix, 2, 1000)
-        about = describe_steps(steps)
-        assert all(0.97 * 16384 < n <= 16384 for n in about["tokens"])
+        works = [necessary_work(step) for step in steps]
+        assert all(0.97 * 16384 < w.data_tokens <= 16384 for w in works)
+        assert all((0.1 < w.saved < 0.3) == (mix == "pairs") for w in works)
         for step, other in zip(steps, again, strict=True):
             assert len(step) == 4
             for row, same in zip(step, other, strict=True):
                 assert sum(map(len, row)) <= 4096
                 assert all(torch.equal(a.ids, b.ids) for a, b in zip(row, same, strict=True))
-    assert describe_steps(make_steps(scale, "full", 1, 10))["lengths"] == [[4096] * 4]
+    (full,) = make_steps(scale, "full", 1, 10)
+    assert [[len(s) for s in row] for row in full] == [[4096]] * 4
+    assert necessary_work(full).supervised == 4 * 2048
 
 
 def test_peers_see_every_sentence_once():
@@ -309,14 +312,12 @@ def test_bytes_that_a_step_has_to_move():
 
 @pytest.mark.parametrize("name, layers", [("bottom 4", range(4)), ("top 15", range(21, 36))])
 def test_the_documents_bytes_and_flops_are_computed(name, layers):
-    shape, tokens = shape_of(make_config("8B")), 16384
+    shape, work = shape_of(make_config("8B")), assumed_work(False).at(16384)
     moved = profile.necessary_bytes(
-        shape, layers, tokens=tokens, supervised=tokens // 2, element=2, update=UpdateLayout()
-    )
-    flops = necessary_flops(
-        shape, layers, tokens=tokens, supervised=tokens // 2,
-        pairs=causal_pairs([96] * (tokens // 96)),
+        shape, layers, tokens=work.tokens, supervised=work.supervised, element=2,
+        update=UpdateLayout(),
     )  # fmt: skip
+    flops = necessary_flops(shape, layers, (), work)
     cells = [*moved.values(), sum(moved.values()), flops.total / 1e3]
     row = " | ".join(f"{cell / 1e9:.0f}" for cell in cells)
     assert f"| {name} of 36 | {row} |" in (ROOT / "docs/performance.md").read_text()

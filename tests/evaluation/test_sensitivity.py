@@ -134,7 +134,7 @@ def test_the_model_comes_back_as_it_was():
     for name, p in model.named_parameters():
         assert p.requires_grad == before[name][0] and torch.equal(p, before[name][1])
     model(**packed_batch([9, 9])).loss.backward()  # no hook is left that eats gradients
-    assert model.model.layers[1].qkv.grad is not None
+    assert model.model.layers[1].mlp.down_proj.weight.grad is not None
 
 
 def test_rows_without_a_label_are_passed_over():
@@ -153,7 +153,7 @@ def test_rows_without_a_label_are_passed_over():
 def test_a_gradient_that_is_not_finite_stops_with_its_row():
     model = prepare_model(tiny_model())
     with torch.no_grad():
-        model.model.layers[2].down.fill_(math.inf)
+        model.model.layers[2].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(UserError, match="row 0: .* not finite"):
         run(model)
 

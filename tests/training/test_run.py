@@ -218,7 +218,7 @@ def test_kill_at_any_moment_and_go_on(workplace):
 
 
 def test_torchrun_gives_the_losses_of_one_process(workplace):
-    """Two processes of three rows a step each, one by one, against one that takes all six."""
+    """Two processes that share each step, in micro-batches, against one that takes it whole."""
     recipe, two = workplace / "recipe.yaml", workplace / "two"
     step = "training.tokens_per_step=1000"
     assert xplus("train", recipe, step, "training.report_to=[tensorboard]") == 0
@@ -238,7 +238,7 @@ def test_torchrun_gives_the_losses_of_one_process(workplace):
 
 
 def test_a_run_goes_on_with_the_same_steps_under_another_plan(workplace, capsys, monkeypatch):
-    """Micro-batches of two rows, then of one: each step's rows stay, so does the curve."""
+    """Large micro-batches, then small ones: each step's sequences stay, so does the curve."""
     recipe, run = workplace / "recipe.yaml", workplace / "run"
     options = ["training.tokens_per_step=768", "training.save_total_limit=9"]
 
@@ -256,9 +256,9 @@ def test_a_run_goes_on_with_the_same_steps_under_another_plan(workplace, capsys,
     assert tokens(run) == counted and len(counted) == 12
     assert [x for *_, x in losses(run)] == pytest.approx([x for *_, x in whole], rel=1e-4)
 
-    monkeypatch.setattr("xplus_fast.training.run._row_tokens", lambda corpus: 300.0)
+    monkeypatch.setattr("xplus_fast.training.run._rows", lambda r, corpus, p: corpus.train)
     assert xplus("train", recipe, *options) == 2
-    assert "its rows a step is no longer what the run began with" in capsys.readouterr().err
+    assert "its steps an epoch is no longer what the run began with" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_never_touched(workplace, capsys):

@@ -16,18 +16,17 @@ from tqdm import tqdm
 
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.chat import Encoded, encode
+from xplus_fast.data.collate import PackCollator
 from xplus_fast.data.packed import (
     ITEMS,
-    PACKS,
     STARTS,
     SUPERVISED,
     TOKENS,
-    PackCollator,
     PackedDataset,
     pack_examples,
     pack_texts,
 )
-from xplus_fast.data.packing import pack
+from xplus_fast.data.packing import mixed_order
 from xplus_fast.data.readers import Example, Reading, read_examples, source_files
 from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
@@ -41,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Of everything between the sources' bytes and the files below; raise it when it changes.
-_VERSION = 3
+_VERSION = 4
 _BATCH = 1000  # examples tokenized together
 _BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
@@ -69,8 +68,9 @@ def load_corpus(
 ) -> Corpus:
     """Read, tokenize, hold out and pack the sources, or find that done in the cache.
 
-    seed: of the packing. show: a progress bar, on a terminal. keep_out: what another corpus holds
-    out, with its duplicates not to be trained on here either. vocabulary: of the model.
+    seed: of the sequences' order. show: a progress bar, on a terminal. keep_out: what another
+    corpus holds out, with its duplicates not to be trained on here either. vocabulary: of the
+    model.
 
     Raises `UserError` for what is wrong with the sources, for sources that leave nothing to train
     on, and for a cache that cannot be written.
@@ -94,8 +94,6 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [
         f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
         f" {summary['supervised']:,} of them supervised",
-        f"packed: {summary['packs']:,} rows of up to {summary['pack_tokens']:,} tokens,"
-        f" {summary['fill']:.1%} full",
     ]
     lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
     for name, files in summary["files"].items():
@@ -126,7 +124,7 @@ def _key(
 ) -> str:  # fmt: skip
     """Hash of everything that decides what a corpus holds."""
     options = asdict(data)
-    for name in ("sources", "retention", "cache"):
+    for name in ("sources", "retention", "cache", "shared_prompts"):
         del options[name]
     digest = hashlib.blake2b(digest_size=16)
     away = sorted({(e.key, e.mirror) for e in others})
@@ -154,7 +152,7 @@ def _open(folder: Path, cached: bool) -> Corpus:
         check_files(folder, "damaged cache; delete this folder")
     try:
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        train = PackedDataset(folder)
+        train = PackedDataset(folder, summary["pack_tokens"])
         whole = len(train.tokens) == len(train.supervised) == train.starts[-1]
         lines = (folder / _HELDOUT).read_text(encoding="utf-8").split("\n")
         heldout: dict[str, list[Example]] = {}
@@ -274,14 +272,13 @@ def _build(
                 f"data.heldout: without the pairs held out of every language pair, nothing is left"
                 f" to train on of {group}"
             )
-    items, packs = pack(n[train], data.pack_tokens, seed)
+    items = train[mixed_order(tag[train], seed)]
     starts = np.concatenate([[0], np.cumsum(n)])
-    for name, values in ((STARTS, starts), (ITEMS, train[items]), (PACKS, packs)):
+    for name, values in ((STARTS, starts), (ITEMS, items)):
         with new(name) as out:
             np.save(out, values)
     with new(_HELDOUT) as out:
         out.writelines((json.dumps(asdict(e)) + "\n").encode() for e in held)
-    total, rows = int(n[train].sum()), len(packs) - 1
     summary = {
         "read": read,
         "formats": reading.formats,
@@ -293,11 +290,9 @@ def _build(
         "cut": cut,
         "sequences": len(train),
         "tags": {t: by_tag[i] for t, i in tag_ids.items()},
-        "tokens": total,
+        "tokens": int(n[train].sum()),
         "supervised": int(np.asarray(supervised)[train].sum()),
-        "packs": rows,
         "pack_tokens": data.pack_tokens,
-        "fill": total / (rows * data.pack_tokens),
         "heldout": {t: sum(e.tag == t for e in held) for t in tag_ids} if held else {},
         "kept_out": len(n) - len(train),
         "template": has_template(tokenizer),

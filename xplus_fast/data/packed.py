@@ -1,95 +1,107 @@
-"""Packed rows: many sequences in one row of T tokens, nothing padded.
+"""Packed rows: many sequences in one row of T tokens, nothing padded. For rows see `collate`."""
 
-A row is {"input_ids" int64 [T], "labels" int64 [T], "lengths" [S]}: S sequences one after another,
-`labels` equal to `input_ids` where the loss counts and -100 elsewhere (not shifted).
-"""
-
-from bisect import bisect_left
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from xplus_fast.config import DataConfig
 from xplus_fast.data.chat import Encoded, beyond_vocabulary, encode
+from xplus_fast.data.collate import PackCollator, group_sequences
 from xplus_fast.data.files import Rejected
-from xplus_fast.data.packing import pack
+from xplus_fast.data.packing import cut
+from xplus_fast.data.prefixes import share
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
+from xplus_fast.planning.flops import Work, work_of
 
 TOKENS, SUPERVISED = "tokens.bin", "supervised.bin"  # int32 and bool, all sequences end to end
-STARTS, ITEMS, PACKS = "starts.npy", "items.npy", "packs.npy"  # int64; see `PackedDataset`
+STARTS, ITEMS = "starts.npy", "items.npy"  # int64; see `PackedDataset`
 
 
 class PackedDataset(Dataset):
     """Packed rows in a folder, read through memory maps: the corpus never has to fit in memory.
 
-    Sequence s is tokens starts[s]:starts[s + 1]; pack p holds items[packs[p]:packs[p + 1]].
+    Sequence s is tokens starts[s]:starts[s + 1]; `items` is the order in which sequences are
+    packed, of which every stretch is a fair sample of the corpus.
+
+    tokens: of a row at most. shares: of each row, for so many processes; row r's share p is item
+    r * shares + p. Raises `UserError` where there are fewer sequences than shares.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tokens: int, shares: int = 1) -> None:
+        self.folder, self.row_tokens, self.shares = folder, tokens, shares
         self.tokens = np.memmap(folder / TOKENS, np.int32, "r")
         self.supervised = np.memmap(folder / SUPERVISED, np.bool_, "r")
-        self.starts, self.items, self.packs = (
-            np.load(folder / name, mmap_mode="r") for name in (STARTS, ITEMS, PACKS)
-        )
+        self.starts, self.items = (np.load(folder / n, mmap_mode="r") for n in (STARTS, ITEMS))
+        if len(self.items) < shares:
+            raise UserError(
+                f"data: {len(self.items)} sequences to train on, fewer than processes ({shares})"
+            )
+        self.rows = cut(np.diff(self.starts)[self.items], tokens, shares)  # [rows + 1]
+
+    def packed(self, tokens: int, shares: int = 1) -> "PackedDataset":
+        """The same sequences in rows of another size."""
+        return PackedDataset(self.folder, tokens, shares)
+
+    @property
+    def total_tokens(self) -> int:
+        return int(np.diff(self.starts)[self.items].sum())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder,)  # a worker process maps the files, not copies them
+        # a worker process maps the files, not copies them
+        return type(self), (self.folder, self.row_tokens, self.shares)
 
     def __len__(self) -> int:
-        return len(self.packs) - 1
+        return (len(self.rows) - 1) * self.shares
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        items = self.items[self.packs[index] : self.packs[index + 1]]
+        row, part = divmod(index, self.shares)
+        items = self.items[self.rows[row] : self.rows[row + 1]]
         spans = [slice(self.starts[s], self.starts[s + 1]) for s in items]
-        return _row([(self.tokens[s], self.supervised[s]) for s in spans])
+        sequences = [(self.tokens[s], self.supervised[s]) for s in spans]
+        if self.shares > 1:
+            ids, supervised = (np.concatenate(x) for x in zip(*sequences, strict=True))
+            lengths = np.array([len(i) for i, _ in sequences])
+            groups = group_sequences(ids, supervised, lengths)
+            sequences = [sequences[i] for i in share(groups, lengths.tolist(), self.shares)[part]]
+        return _row(sequences)
 
 
-class PackCollator:
-    """Rows -> one batch of a single row, in the form that variable-length attention takes.
+class RowSampler(Sampler[int]):
+    """All items of a `PackedDataset`: rows in random order, another one each epoch."""
 
-    Trainer's `remove_unused_columns` spares the columns that it reads.
+    def __init__(self, rows: int, shares: int, seed: int) -> None:
+        self.rows, self.shares, self.seed, self.epoch = rows, shares, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows * self.shares
+
+    def __iter__(self) -> Iterator[int]:
+        for row in np.random.default_rng([self.seed, self.epoch]).permutation(self.rows):
+            yield from range(row * self.shares, (row + 1) * self.shares)
+
+
+def look_at_work(rows: PackedDataset, *, shared: bool, most: int = 16) -> Work:
+    """What there is to do in such rows: counted in a few of them, or in all if they are few.
+
+    shared: whether tokens that sequences begin with in common are computed once.
     """
-
-    columns = ("input_ids", "labels", "lengths")
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Put rows end to end.
-
-        Returns input_ids, labels (-100 where a sequence begins), position_ids (restarting there)
-        int64 [1, T];
-        cu_seq_lens_q and _k int32 [S + 1]; max_length_q and _k, Python ints; supervised_rows int64
-        [R]: the t whose hidden state predicts a supervised token t + 1 of the same sequence.
-        A row without "lengths" is one sequence.
-        """
-        ids, labels = (
-            torch.cat([torch.as_tensor(row[name], dtype=torch.int64) for row in rows])
-            for name in ("input_ids", "labels")
-        )
-        lengths = [n for row in rows for n in row.get("lengths", [len(row["input_ids"])])]
-        edges = torch.tensor([0, *lengths]).cumsum(0)
-        assert edges[-1] == len(ids) == len(labels)
-        starts = edges[:-1].repeat_interleave(torch.tensor(lengths))
-        labels[edges[:-1]] = -100  # nothing stands before the first token of a sequence
-        cu_seqlens, longest = edges.int(), max(lengths)
-        return {
-            "input_ids": ids[None],
-            "labels": labels[None],
-            "position_ids": (torch.arange(len(ids)) - starts)[None],
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "supervised_rows": (labels != -100).nonzero()[:, 0] - 1,
-        }
+    collate = PackCollator(shared_prefixes=shared)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, most).astype(np.int64))
+    works = [work_of(collate([rows[int(i)]])["layout"]) for i in chosen]
+    return functools.reduce(operator.add, works)
 
 
 def pack_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[dict]:
@@ -123,11 +135,10 @@ def pack_texts(
 
 
 def _pack_rows(encoded: list[Encoded], budget: int) -> list[dict]:
-    lengths = np.array([len(e.input_ids) for e in encoded], np.int64)
-    items, packs = pack(lengths, budget, seed=0)
+    rows = cut(np.array([len(e.input_ids) for e in encoded], np.int64), budget)
     return [
-        _row([(encoded[s].input_ids, encoded[s].supervised) for s in items[a:b]])
-        for a, b in zip(packs[:-1], packs[1:], strict=True)
+        _row([(e.input_ids, e.supervised) for e in encoded[a:b]])
+        for a, b in zip(rows[:-1], rows[1:], strict=True)
     ]
 
 
@@ -139,36 +150,3 @@ def _row(sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor | l
         "labels": ids.masked_fill(~supervised, -100),
         "lengths": [len(i) for i, _ in sequences],
     }
-
-
-def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-    """A batch of `PackCollator` in several, each of at most `tokens` or of a single sequence.
-
-    As few as there can be, between the same sequences, and the longest of them as short as it can
-    be. A batch that needs no split comes back as it is.
-    """
-    if batch["input_ids"].shape[1] <= tokens:
-        return [batch]  # without asking the device
-    edges = batch["cu_seq_lens_q"].tolist()
-    fewest = len(_cuts(edges, tokens))
-    even = bisect_left(range(tokens), -fewest, key=lambda most: -len(_cuts(edges, most)))
-    cuts = _cuts(edges, even)
-    if len(cuts) == 1:
-        return [batch]
-    device = batch["input_ids"].device
-    parts = []
-    for a, b in zip(cuts, [*cuts[1:], len(edges) - 1], strict=True):
-        rows = {k: batch[k][0, edges[a] : edges[b]] for k in ("input_ids", "labels")}
-        lengths = [y - x for x, y in zip(edges[a:b], edges[a + 1 : b + 1], strict=True)]
-        part = PackCollator()([{**{k: t.cpu() for k, t in rows.items()}, "lengths": lengths}])
-        parts.append({k: t.to(device) if torch.is_tensor(t) else t for k, t in part.items()})
-    return parts
-
-
-def _cuts(edges: Sequence[int], tokens: int) -> list[int]:
-    """Where each part begins, as indices into `edges`: parts are filled up to `tokens`."""
-    cuts = [0]
-    for i in range(1, len(edges)):
-        if edges[i] - edges[cuts[-1]] > tokens and i - 1 > cuts[-1]:
-            cuts.append(i - 1)
-    return cuts

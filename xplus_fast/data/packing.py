@@ -1,64 +1,57 @@
-"""Sequence lengths -> packs of at most a budget of tokens, no sequence split.
+"""Which sequences an optimizer step holds: a fixed order, in which every stretch is a fair sample.
 
-A pack takes the longest sequence that fits, again and again (best fit). Alone, this gives packs of
-equal lengths, and training steps of only long or only short sentences. So short sequences, up to a
-quarter of the budget, enter in random order as long as the next one fits; best fit places the long
-ones before them and fills the room left after them.
+A step's loss can be compared with the next one's only if both hold the same mix of kinds
+(translation directions, say). So each kind's sequences stand at even distances in the order, from
+its first to its last, and a stretch of n holds of a kind what its share of n is, give or take one.
+Which sequence of a kind stands where is random.
 """
-
-from array import array
-from bisect import bisect_right
 
 import numpy as np
 
 
-def pack(lengths: np.ndarray, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place sequences into packs.
+def mixed_order(kinds: np.ndarray, seed: int) -> np.ndarray:
+    """An order of n sequences, mixed evenly.
 
-    lengths: int [n], each from 1 to `budget` tokens.
+    kinds: int [n], of each sequence, from 0.
 
-    Returns `items` int64 [n], the sequences' indices pack by pack, and `offsets` int64 [P + 1]:
-    pack p holds items[offsets[p]:offsets[p + 1]]. Equal arguments give equal packs.
+    Returns int64 [n], the sequences' indices in their new order. Equal arguments give equal orders.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(kinds))
+    by_kind = order[np.argsort(kinds[order], kind="stable")]
+    counts = np.bincount(kinds)
+    rank = np.arange(len(kinds)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its kind
+    starts = rng.random(len(counts))  # of kinds, within their distance: not all at one place
+    at = (rank + np.repeat(starts, counts)) / np.repeat(counts, counts)
+    return by_kind[np.argsort(at, kind="stable")]
+
+
+def cut(lengths: np.ndarray, tokens: int, least: int = 1) -> np.ndarray:
+    """Cut sequences, in their order, into rows of at most `tokens`: as few and as even as can be.
+
+    lengths: int [n], each from 1 to `tokens`. least: sequences of a row, which may be longer for
+    it; n sequences at least are wanted.
+
+    Returns int64 [rows + 1]: row i holds the sequences offsets[i]:offsets[i + 1].
     """
     n = len(lengths)
-    assert n == 0 or 0 < lengths.min() <= lengths.max() <= budget
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n)
-    shuffled = np.asarray(lengths, np.int32)[order]
-    counts = np.bincount(shuffled).tolist()  # sequences left, by length
-    present = np.flatnonzero(counts).tolist()  # the lengths left, ascending
-    short = budget // 4
-    draws = shuffled[shuffled <= short]
-    # Only lengths are placed here; which sequence of a length goes where is settled afterwards.
-    placed = array("i")
-    offsets = [0]
+    assert n == 0 or (0 < lengths.min() <= lengths.max() <= tokens and n >= least)
+    ends = np.cumsum(lengths)
 
-    def take(length: int) -> int:
-        placed.append(length)
-        counts[length] -= 1
-        if not counts[length]:
-            del present[bisect_right(present, length) - 1]
-        return length
+    def filled(most: int) -> np.ndarray:
+        offsets = [0]
+        while offsets[-1] < n:
+            at = offsets[-1]
+            before = ends[at - 1] if at else 0
+            offsets.append(max(at + least, int(np.searchsorted(ends, before + most, "right"))))
+        if offsets[-1] > n or (len(offsets) > 2 and n - offsets[-2] < least):
+            del offsets[-2]  # too few are left for a row: the one before takes them
+            offsets[-1] = n
+        return np.asarray(offsets, np.int64)
 
-    def best_fit(room: int, above: int) -> int:
-        while (i := bisect_right(present, room)) and present[i - 1] > above:
-            room -= take(present[i - 1])
-        return room
-
-    at = 0
-    while present:
-        room = best_fit(budget, short)
-        while at < len(draws) and (not counts[draws[at]] or draws[at] <= room):
-            if counts[draws[at]]:  # else best fit took it before
-                room -= take(int(draws[at]))
-            at += 1
-        best_fit(room, 0)
-        offsets.append(len(placed))
-    items = np.empty(n, np.int64)
-    by_length = np.argsort(np.asarray(placed), kind="stable")
-    items[by_length] = order[np.argsort(shuffled, kind="stable")]
-    # The packs made first hold the longest sequences: shuffle the packs too.
-    sizes = np.diff(offsets)
-    rank = rng.permutation(len(sizes))  # [P] pack -> its place
-    items = items[np.argsort(np.repeat(rank, sizes), kind="stable")]
-    return items, np.concatenate([[0], np.cumsum(sizes[np.argsort(rank)])])
+    fewest = len(filled(tokens))
+    low, high = int(lengths.max(initial=0)), tokens
+    while low < high:  # the lowest bound that makes no more rows
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) <= fewest else (middle + 1, high)
+    return filled(low)

@@ -215,8 +215,8 @@ def _parts(model: Any) -> Iterator[tuple[int, int, Tensor]]:
     """Layer, part and parameter of everything in the layers."""
     part_of = {name: i for i, names in enumerate(PARTS.values()) for name in names}
     for layer, block in enumerate(model.model.layers):
-        for name, p in block.named_parameters():
-            yield layer, part_of[name], p
+        for name in block.packed:
+            yield layer, part_of[name], block.weight(name)
 
 
 def _weight_norms(model: Any) -> np.ndarray:

@@ -22,6 +22,19 @@ PACKED = {
     "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "down": ("mlp.down_proj.weight",),
 }
+# Packed weight -> the parameter of a block that it is, in the order of a stock layer's: by Hugging
+# Face's name, and where it has several, by one of their kind.
+HELD = {
+    "qkv": "self_attn.qkv_proj.weight",
+    "qkv_bias": "self_attn.qkv_proj.bias",
+    "o": "self_attn.o_proj.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "gate_up": "mlp.gate_up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "input_norm": "input_layernorm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+}
 # What may train beside the blocks -> its Hugging Face tensor.
 BESIDE = {
     "embedding": "model.embed_tokens.weight",

@@ -66,3 +66,13 @@ def swiglu_backward_into(dy: Tensor, gate_up: Tensor, w: Weight) -> Tensor | Fp8
     if isinstance(w, Fp8Weight) and ops.multiplies_in_fp8(w):
         return ops.swiglu_backward_fp8(dy, gate_up, column_scale=w.rows.scale)
     return ops.swiglu_backward(dy, gate_up)
+
+
+def output_rows(w: Weight, a: int, b: int) -> Weight:
+    """The part of a weight [out, in], or of a bias [out], that makes outputs a to b."""
+    return w[a:b] if isinstance(w, Tensor) else ops.frozen_rows(w, a, b)
+
+
+def take_rows(x: Tensor | Fp8Rows, rows: Tensor) -> Tensor | Fp8Rows:
+    """Some rows [R] int64 of what `linear` takes."""
+    return x[rows] if isinstance(x, Tensor) else Fp8Rows(x.data[rows], x.scale[rows])

@@ -171,7 +171,7 @@ def _arrange_layer(
 
     def read(packed: str) -> Tensor:
         """The weight as it is now, on the device; but for one that goes to the host as it is."""
-        now = getattr(block, packed)
+        now = block.weight(packed)
         if now is not None and not now.is_meta:
             return now.data
         names = tuple(prefix + name for name in PACKED[packed])
@@ -183,16 +183,16 @@ def _arrange_layer(
     plain = want.trains or (want.format, want.placement) == ("bf16", "device")
     for packed in block.shape.packed_shapes():  # what is small stays on the device, unquantized
         if packed not in MATRICES:
-            setattr(block, packed, _parameter(read(packed), device, getattr(block, packed)))
+            block.hold(packed, _parameter(read(packed), device, block.weight(packed)))
     if not plain and _kept(block) == (want.format, want.placement):
         return
     old, made = block.frozen, {}
     for packed in MATRICES:
         if plain:
-            setattr(block, packed, _parameter(read(packed), device, getattr(block, packed)))
+            block.hold(packed, _parameter(read(packed), device, block.weight(packed)))
         else:
             made[packed] = freeze(read(packed), want.format)
-            setattr(block, packed, None)
+            block.hold(packed, None)
     if isinstance(old, Streamed):
         stream.remove(block.layer_idx)
     if plain:

@@ -5,10 +5,22 @@ after the last. What attends to what is Hugging Face's rule: `cu_seq_lens_q` if 
 rows, cut further where positions do not go on by one or, beside an attention mask, where they start
 again (a mask's positions may jump and still be one sequence). What predicts what is its rule, too:
 a token's label is predicted by the token before it in the row.
+
+A row with a `PackLayout` may hold first tokens that several sequences share, once:
+
+    prefix A, prefix B | suffixes of A, suffixes of B | sequences that share nothing
+
+Each of these is a sequence of its own to the causal attention; a suffix attends to its prefix
+besides, and its positions go on where the prefix ends.
+
+Legend: T rows computed, S sequences in the sense above, G prefixes, R rows that predict something,
+Q rows from the first of these to the end of their sequence.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +29,104 @@ from xplus_fast.errors import UserError
 
 
 @dataclass(frozen=True)
+class PackLayout:
+    """How a row of T tokens is made up, known on the host: no figure is asked of the device.
+
+    Sequences stand in the order of the row: G prefixes, `members[g]` suffixes of each, the others.
+    A prefix predicts nothing.
+    """
+
+    lengths: np.ndarray  # int64 [S]
+    members: np.ndarray  # int64 [G]
+    predicts: np.ndarray  # bool [T]: rows whose next token is supervised
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """int64 [S + 1]: where sequences begin and end."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [G + 1]: prefix g has the sequences groups[g]:groups[g + 1]."""
+        prefixes = len(self.members)
+        return prefixes + np.concatenate([[0], np.cumsum(self.members)]).astype(np.int64)
+
+    @property
+    def prefix_tokens(self) -> int:
+        return int(self.edges[len(self.members)])
+
+    @cached_property
+    def group_tokens(self) -> np.ndarray:
+        """int64 [G]: tokens of each prefix's suffixes together."""
+        return np.diff(self.edges[self.groups])
+
+    @property
+    def data_tokens(self) -> int:
+        """Tokens of the sequences as the data have them, each with its own prefix."""
+        prefixes = self.lengths[: len(self.members)]
+        return int(self.edges[-1] + ((self.members - 1) * prefixes).sum())
+
+    @cached_property
+    def query_counts(self) -> np.ndarray:
+        """int64 [S]: rows from a sequence's first that predicts something to its end."""
+        rows = np.flatnonzero(self.predicts)
+        first = np.append(rows, self.edges[-1])[np.searchsorted(rows, self.edges[:-1])]
+        return self.edges[1:] - np.minimum(first, self.edges[1:])
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of attention."""
+        own = (self.lengths * (self.lengths + 1) // 2).sum()
+        return int(own + (self.group_tokens * self.lengths[: len(self.members)]).sum())
+
+    @property
+    def last_pairs(self) -> int:
+        """Query-key pairs where only the rows that predict something and those after them ask."""
+        q = self.query_counts
+        own = (q * self.lengths - q * (q - 1) // 2).sum()
+        of_groups = np.diff(np.concatenate([[0], np.cumsum(q)])[self.groups])
+        return int(own + (of_groups * self.lengths[: len(self.members)]).sum())
+
+
+@dataclass(frozen=True)
+class ToPrefixes:
+    """Attention of query rows first:first + rows, group by group, to the first `keys` key rows."""
+
+    first: int
+    rows: int
+    keys: int
+    cu_seqlens_q: Tensor  # [G + 1] int32
+    cu_seqlens_k: Tensor  # [G + 1] int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Which rows attend to which: causally to their own sequence, and suffixes to their prefix."""
+
+    cu_seqlens_q: Tensor  # [S + 1] int32
+    cu_seqlens_k: Tensor  # [S + 1] int32
+    max_seqlen: int
+    prefixes: ToPrefixes | None = None
+
+
+@dataclass(frozen=True)
+class LastRows:
+    """The rows that the last layer computes beyond k and v."""
+
+    rows: Tensor  # [R] int64, that predict something
+    queries: Tensor  # [Q] int64, those and the rows after them in their sequences
+    picked: Tensor | None  # [R] int64, `rows` within `queries`; None: they are the same
+    attend: Attend  # of the queries to all rows
+
+
+@dataclass(frozen=True)
 class Pack:
     """Many sequences in one row, and what every layer needs to know about them."""
 
-    positions: Tensor  # [T] int64, restart in every sequence
-    cu_seqlens: Tensor  # [S + 1] int32
-    max_seqlen: int
+    positions: Tensor  # [T] int64, restart in every sequence that is no suffix
+    attend: Attend
     cos: Tensor  # [T, D/2] fp32
     sin: Tensor  # [T, D/2] fp32
     at: Tensor | None  # [T] int64, index of each token in the flat [B * S] batch; None: no padding
@@ -39,6 +143,7 @@ def make_pack(
     max_length: int | None,
     inv_freq: Tensor,
     scaling: float,
+    layout: PackLayout | None = None,
 ) -> Pack:
     """Describe a [B, S] batch as one packed row.
 
@@ -49,11 +154,16 @@ def make_pack(
         cu_seq_lens: [sequences + 1] int32, for a batch without padding, or None.
         max_length: the longest sequence, where the collator knows it (else found, with a sync).
         inv_freq: [D/2], RoPE's frequencies; `scaling` multiplies cos and sin.
+        layout: of a single row without padding, which has cu_seq_lens and positions by it.
 
     Raises:
-        ValueError: a mask that is not [B, S].
+        ValueError: a mask that is not [B, S], a layout of another batch.
     """
     batch, length = shape
+    if layout is not None and (batch, length) != (1, layout.edges[-1]):
+        raise ValueError(f"layout: of {layout.edges[-1]} tokens, and the batch is {shape}")
+    if layout is not None and (attention_mask is not None or position_ids is None):
+        raise ValueError("layout: goes with position_ids, and without attention_mask")
     at = None
     columns = torch.arange(length, device=device).expand(batch, length)
     if attention_mask is not None and cu_seq_lens is None:
@@ -69,6 +179,10 @@ def make_pack(
     row = torch.arange(batch, device=device).repeat_interleave(length)
     if at is not None:
         positions, row = positions[at], row[at]
+    if layout is not None:
+        max_length = int(layout.lengths.max())
+    if layout is not None and cu_seq_lens is None:
+        cu_seq_lens = torch.from_numpy(layout.edges)
     if cu_seq_lens is not None:
         cu_seqlens = cu_seq_lens.to(device=device, dtype=torch.int32)
     else:
@@ -89,7 +203,65 @@ def make_pack(
     # model.to(bfloat16) narrows this buffer, too; the angles are computed in fp32 all the same
     wide = inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()
     cos, sin = ops.rope_tables(positions, wide, scaling=scaling)
-    return Pack(positions, cu_seqlens, int(max_length), cos, sin, at, row_ends)
+    prefixes = None if layout is None else _to_prefixes(layout, layout.lengths, device)
+    attend = Attend(cu_seqlens, cu_seqlens, int(max_length), prefixes)
+    return Pack(positions, attend, cos, sin, at, row_ends)
+
+
+def _to_prefixes(layout: PackLayout, counts: np.ndarray, device: torch.device) -> ToPrefixes | None:
+    """The attention of suffixes to their prefixes; counts [S]: query rows of each sequence."""
+    groups = len(layout.members)
+    at = np.concatenate([[0], np.cumsum(counts)])[layout.groups]  # of the groups' queries
+    if not groups or at[0] == at[-1]:
+        return None
+    edges = np.stack([at - at[0], layout.edges[: groups + 1]])
+    cu_q, cu_k = send(torch.from_numpy(edges.astype(np.int32)), device)
+    longest = int(layout.lengths[:groups].max())
+    rows = int(at[-1] - at[0])
+    return ToPrefixes(
+        int(at[0]), rows, layout.prefix_tokens, cu_q, cu_k, int(np.diff(at).max()), longest
+    )
+
+
+def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows | None:
+    """What the last layer computes where only `rows` [R] int64, ascending, are wanted of it.
+
+    None: all of it, as there is nothing to leave out.
+    """
+    if not rows.numel():
+        return None
+    edges = pack.attend.cu_seqlens_k.long()
+    prefixes = None
+    if layout is None:  # asked of the device, which waits for it
+        starts, ends = edges[:-1], edges[1:]
+        at = torch.searchsorted(rows, starts)
+        first = torch.cat((rows, edges[-1:]))[at].minimum(ends)
+        counts = ends - first
+        queries = _ranges(first, counts, int(counts.sum()))
+        cu_seqlens_q = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    else:
+        of = layout.query_counts
+        cu = torch.from_numpy(np.concatenate([[0], np.cumsum(of)]).astype(np.int32))
+        host = torch.from_numpy(of)
+        queries = _ranges(torch.from_numpy(layout.edges[1:]) - host, host, int(of.sum()))
+        cu_seqlens_q, queries = send(cu, rows.device), send(queries, rows.device)
+        prefixes = _to_prefixes(layout, of, rows.device)
+    picked = None if len(queries) == len(rows) else torch.searchsorted(queries, rows)
+    a = pack.attend
+    attend = Attend(cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen, prefixes)
+    return LastRows(rows, queries, picked, attend)
+
+
+def _ranges(starts: Tensor, counts: Tensor, total: int) -> Tensor:
+    """start, start + 1, ... of every range, end to end: int64 [total]."""
+    offsets = starts - (counts.cumsum(0) - counts)
+    at = torch.arange(total, device=starts.device)
+    return at + offsets.repeat_interleave(counts, output_size=total)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def next_tokens(labels: Tensor, row_ends: Tensor) -> Tensor:

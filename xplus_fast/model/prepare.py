@@ -20,9 +20,16 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.block import KEEP
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.head import LossFunction
-from xplus_fast.model.layer import Block, unpack
+from xplus_fast.model.layer import Block, check_layer, unpack
 from xplus_fast.model.offload import Offload
-from xplus_fast.model.packing import Pack, make_pack, next_tokens, unpad_labels
+from xplus_fast.model.packing import (
+    LastRows,
+    Pack,
+    last_rows,
+    make_pack,
+    next_tokens,
+    unpad_labels,
+)
 from xplus_fast.model.stock import check_modules, check_stock
 
 
@@ -66,11 +73,17 @@ def take_over(
     config: Any = model.config
     shape = shape_of(config)
     base: Any = model.model
-    if not is_prepared(model):
+    fresh = not is_prepared(model)
+    if fresh:
+        for i, layer in enumerate(base.layers):
+            check_layer(layer, shape, i)
         for i, layer in enumerate(base.layers):
             base.layers[i] = Block(layer, shape, i, config).train(model.training)
-        model.forward = _wrap(model, _causal_lm_forward)  # type: ignore[method-assign]
-        base.forward = _wrap(base, _base_forward)
+    own: Any
+    for module, own in ((model, _causal_lm_forward), (base, _base_forward)):
+        # one that comes from torch.load has its class's own again
+        if fresh or getattr(module.forward, "__func__", None) is type(module).forward:
+            module.forward = _wrap(module, own)
     if activations is not None:
         offload = Offload()
         for block in base.layers:
@@ -110,17 +123,17 @@ def named_tensors(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[
     """Some of a model's parameters under Hugging Face's names, as views of them."""
     wanted = {id(p) for p in parameters}
     tensors: dict[str, Tensor] = {}
-    blocks = {f"model.layers.{b.layer_idx}.": b for b in model.modules() if isinstance(b, Block)}
+    blocks = [b for b in model.modules() if isinstance(b, Block)]
+    held = {id(b.weight(packed)): (b, packed) for b in blocks for packed in b.packed}
     for name, p in model.named_parameters():
         if id(p) not in wanted:
             continue
-        prefix, _, packed = name.rpartition(".")
-        block = blocks.get(prefix + ".")
-        if block is None:
+        if id(p) not in held:
             tensors[name] = p.detach()
-        else:
-            for part, view in unpack(block.shape, packed, p.detach()).items():
-                tensors[f"{prefix}.{part}"] = view
+            continue
+        block, packed = held[id(p)]
+        for part, view in unpack(block.shape, packed, p.detach()).items():
+            tensors[f"model.layers.{block.layer_idx}.{part}"] = view
     return tensors
 
 
@@ -165,7 +178,7 @@ def _select(model: Any, layers: set[int], also: set[str]) -> None:
 ENGINE = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
     "num_items_in_batch", "supervised_rows", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-    "max_length_k", "use_cache",
+    "max_length_k", "layout", "use_cache",
 }  # fmt: skip
 
 
@@ -181,10 +194,8 @@ def _wrap(module: nn.Module, forward: Any) -> Any:
     return MethodType(method, module)
 
 
-def _run_stack(
-    model: Any, given: dict[str, Any], collect: list[Tensor] | None = None
-) -> tuple[Tensor, Pack, tuple[int, int]]:
-    """Embedding and blocks: a [B, S] batch -> hidden states [T, H] before the final norm."""
+def _embed(model: Any, given: dict[str, Any]) -> tuple[Tensor, Pack, tuple[int, int]]:
+    """A [B, S] batch -> what goes into the first block, [T, H]."""
     check_modules(model.layers)
     input_ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (input_ids is None) == (embeds is None):
@@ -198,39 +209,52 @@ def _run_stack(
     pack = make_pack(
         batch, embeds.device, attention_mask=given.get("attention_mask"),
         position_ids=given.get("position_ids"), cu_seq_lens=given.get("cu_seq_lens_q"),
-        max_length=given.get("max_length_q"),
+        max_length=given.get("max_length_q"), layout=given.get("layout"),
         inv_freq=model.rotary_emb.inv_freq, scaling=model.rotary_emb.attention_scaling,
     )  # fmt: skip
     x = embeds.flatten(0, 1) if pack.at is None else embeds.flatten(0, 1)[pack.at]
+    return x, pack, batch
+
+
+def _run_blocks(
+    model: Any, x: Tensor, pack: Pack, *, last: LastRows | None = None,
+    collect: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [T, H] -> hidden states before the final norm: [T, H], or [R, H] of the `last` rows."""
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
     lowest = trains.index(True) if True in trains else len(trains)
     for i, block in enumerate(model.layers):
         if collect is not None:
             collect.append(x)
+        only = last if i == len(trains) - 1 else None
         if i < lowest and not x.requires_grad:
             with torch.no_grad():
-                x = block.run(x, pack)
+                x = block.run(x, pack, only)
         else:
-            x = block.run(x, pack)
-    return x, pack, batch
+            x = block.run(x, pack, only)
+    return x
 
 
 def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     """With labels: the loss, by the engine, and no logits. Without: the library's own forward.
 
     Beside Hugging Face's arguments, `num_items_in_batch` (the divisor of the summed loss),
-    `shift_labels` ([B, S], already shifted), and `supervised_rows` ([R] int64, the rows of the
-    flattened batch that predict something, so that the device is not asked for them). With
-    `return_logits`, or whatever else the engine does not make, all goes the library's own way.
+    `shift_labels` ([B, S], already shifted), `supervised_rows` ([R] int64, the rows of the
+    flattened batch that predict something, so that the device is not asked for them), and `layout`
+    (the `PackLayout` of a row). With `return_logits`, or whatever else the engine does not make,
+    all goes the library's own way.
     """
     asked = {k for k, v in given.items() if v is not None and v is not False}
     asked -= {"return_dict"} if given.get("return_dict") else set()
     asked -= {"logits_to_keep"} if type(given.get("logits_to_keep")) is int else set()
     if given.get("labels") is None or asked - ENGINE or given.get("return_dict") is False:
-        own = ("return_logits", "supervised_rows")
+        own = ("return_logits", "supervised_rows", "layout")
+        layout = given.get("layout")
+        if layout is not None and len(layout.members):
+            raise ValueError("layout: shared prefixes are computed with labels, and give a loss")
         return type(self).forward(self, **{k: v for k, v in given.items() if k not in own})
     check_modules([self.model.norm, self.lm_head])
-    x, pack, _ = _run_stack(self.model, given)
+    x, pack, _ = _embed(self.model, given)
     labels, shifted = given["labels"], given.get("shift_labels")
     mask = given.get("attention_mask")
     if shifted is None:
@@ -241,6 +265,8 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     rows = given.get("supervised_rows")
     if rows is None or pack.at is not None:
         rows = (targets != -100).nonzero()[:, 0]
+    last = last_rows(pack, rows, given.get("layout"))
+    x = _run_blocks(self.model, x, pack, last=last)
     divisor = given.get("num_items_in_batch")
     if divisor is None:
         divisor = rows.numel()
@@ -251,7 +277,7 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
         head = head.detach() if isinstance(head, Tensor) else head
     with torch.autocast(x.device.type, enabled=False):
         loss = LossFunction.apply(
-            x, norm, head, rows, targets[rows], divisor,
+            x, norm, head, rows if last is None else None, targets[rows], divisor,
             self.model.layers[0].shape.eps,
         )  # fmt: skip
     return CausalLMOutputWithPast(loss=loss)
@@ -276,7 +302,8 @@ def _base_forward(self: Any, given: dict[str, Any]) -> Any:
     if not recorded and (others or not plain or given.get("use_cache", asked_cache)):
         return type(self).forward(self, **{"use_cache": asked_cache} | given)
     states: list[Tensor] | None = [] if recorded else None
-    x, pack, (b, s) = _run_stack(self, given, states)
+    x, pack, (b, s) = _embed(self, given)
+    x = _run_blocks(self, x, pack, collect=states)
 
     def unpacked(y: Tensor) -> Tensor:
         if pack.at is not None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from xplus_fast.errors import UserError
 
-# Where the classes of a stock model's modules are defined.
-STOCK = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
+# Where the classes of a stock model's modules are defined, and of a prepared one's.
+KNOWN = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "xplus_fast.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -49,14 +49,32 @@ def check_stock(model: Any) -> None:
 def check_modules(modules: Iterable[nn.Module]) -> None:
     """Refuse modules of a prepared model to which something was added that would not be run."""
     for module in modules:
-        if _hooked(module) or _is_adapted(module):
-            _check(module, getattr(module, "layer_idx", None))
+        layer = getattr(module, "layer_idx", None)
+        where = type(module).__name__ if layer is None else f"layer {layer}"
+        _check(module, where)
+        check_parts(module, where)
+        for held, name, trained in getattr(module, "replaced", ()):
+            p = held()
+            if p is not None and p.requires_grad != trained:
+                raise UserError(
+                    f"{where}: {name}: a parameter that was taken from the model before it was"
+                    f" prepared now says requires_grad={p.requires_grad}, and is not in the model"
+                    " any more; take the prepared model's parameters"
+                )
 
 
-def _check(module: nn.Module, at: str | int | None) -> None:
-    """Refuse what is not the library's own module, untouched."""
+def check_parts(module: nn.Module, where: str) -> None:
+    """Refuse what was added below a module of a prepared model and would not be run."""
+    if all(map(_is_plain, module.modules())):  # as ever: this is asked at each call of each layer
+        return
+    for below, part in module.named_modules():
+        if below:
+            _check(part, f"{where}: {below}")
+
+
+def _check(module: nn.Module, where: str) -> None:
+    """Refuse what is not the library's own module, or ours, untouched."""
     kind = type(module)
-    where = f"layer {at}" if isinstance(at, int) else at or kind.__name__
     if _is_adapted(module):
         raise UserError(
             f"{where}: an adapter ({kind.__module__}.{kind.__name__}) on a module that the engine"
@@ -66,17 +84,27 @@ def _check(module: nn.Module, at: str | int | None) -> None:
         raise UserError(
             f"{where}: has a hook, and the engine does not call this module: it would not be run"
         )
-    ours = kind.__module__.startswith("xplus_fast.")
-    if not ours and not kind.__module__.startswith(STOCK):
+    if not kind.__module__.startswith(KNOWN):
         raise UserError(
             f"{where}: a {kind.__module__}.{kind.__name__}; the engine computes what transformers'"
             " own modules do, and would not run this one"
         )
-    if "forward" in module.__dict__ and not ours and getattr(module, "rows", None) is None:
+    if "forward" in module.__dict__ and getattr(module, "rows", None) is None:
         raise UserError(
             f"{where}: its forward was replaced on this instance (device_map, a patch?): it would"
             " not be run"
         )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `_check` has nothing to look at."""
+    has = module.__dict__
+    return (
+        not (has["_forward_hooks"] or has["_forward_pre_hooks"])
+        and not (has["_backward_hooks"] or has["_backward_pre_hooks"])
+        and "forward" not in has
+        and type(module).__module__.startswith(KNOWN)
+    )
 
 
 def _check_tensor(at: str, tensor: Tensor) -> None:
@@ -99,4 +127,4 @@ def _hooked(module: nn.Module) -> bool:
 
 def _is_adapted(module: Any) -> bool:
     """Whether PEFT made the module, or wrapped it."""
-    return type(module).__module__.partition(".")[0] == "peft" or hasattr(module, "base_layer")
+    return type(module).__module__.startswith("peft.") or "base_layer" in module._modules

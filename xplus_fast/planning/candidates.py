@@ -7,7 +7,7 @@ a step's pass and one above twice.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xplus_fast.config import MemoryConfig
@@ -21,6 +21,7 @@ from xplus_fast.model.layout import (
     UpdateLayout,
 )
 from xplus_fast.planning.cards import Card
+from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.memory import CONTEXT, Batch, matrices
 from xplus_fast.planning.selection import resolve_layers
 
@@ -41,17 +42,28 @@ class Request:
     host: int | None  # pinned bytes on the host; None: unlimited
     element: int  # bytes of the run's dtype
     pack_tokens: int
-    tokens_per_step: int
+    tokens_per_step: int  # of the data
+    work: Work = field(default_factory=lambda: assumed_work(True))  # of such data, in any amount
     formats: tuple[Format, ...] = FAITHFUL  # what "auto" may give frozen layers
 
     @property
     def lowest(self) -> int:
         return 0 if "embedding" in self.also else min(self.layers, default=self.shape.layers)
 
+    @property
+    def computed_per_step(self) -> int:
+        """Tokens of a step that are computed: what sequences share, once."""
+        return math.ceil(self.tokens_per_step * self.work.tokens / self.work.data_tokens)
+
     def batch(self, tokens: int) -> Batch:
-        steps = math.ceil(self.tokens_per_step / tokens)
+        steps = math.ceil(self.computed_per_step / tokens)
         fp8 = self.card is None or self.card.fp8_gemm
-        return Batch(tokens, tokens, self.element, steps, fp8, self.card is not None)
+        # of the rows any may predict something: memory is there for all of them
+        suffixes = tokens if self.work.saved else 0
+        return Batch(
+            tokens, tokens, tokens, self.element, steps, fp8, self.card is not None,
+            suffixes=suffixes,
+        )  # fmt: skip
 
     @property
     def fp8_dtype(self) -> bool:
@@ -111,7 +123,7 @@ def micro_batches(r: Request, auto: bool, most: int | None) -> list[int]:
         return [int(r.memory.micro_batch_tokens)]
     if not auto:
         return [r.pack_tokens]
-    rows = max(1, r.tokens_per_step // r.pack_tokens)
+    rows = max(1, r.computed_per_step // r.pack_tokens)
     # micro-batches of one size where there are such: a smaller last one leaves the device idle
     counts = [n for n in range(rows, 0, -1) if rows % n == 0 or n & (n - 1) == 0]
     return [n * r.pack_tokens for n in counts if n * r.pack_tokens <= (most or math.inf)]

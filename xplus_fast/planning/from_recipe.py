@@ -1,6 +1,7 @@
 """A recipe and a model's config.json -> a plan for each stage, without loading torch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from xplus_fast.model.hub import config_from_hub
 from xplus_fast.model.pretrained import config_shape
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
+from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.plan import Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
 
@@ -32,11 +34,13 @@ class Where:
 
 
 def plan_recipe(
-    recipe: Recipe, *, budget: str = "", card: str = "", host: str = "", here: Card | None = None
-) -> tuple[Shape, Where, list[tuple[str, Plan]]]:
+    recipe: Recipe, *, budget: str = "", card: str = "", host: str = "", here: Card | None = None,
+    works: Sequence[Work] = (),
+) -> tuple[Shape, Where, list[tuple[str, Plan]]]:  # fmt: skip
     """Each stage's name and plan; what is given here goes before the recipe's `memory`.
 
     here: the card of this machine, where the caller knows it better than nvidia-smi tells.
+    works: of each stage's data, where they have been read; else assumed.
 
     Raises `UserError` for a model, card or size that is not known, and where nothing fits.
     """
@@ -55,6 +59,7 @@ def plan_recipe(
                 pack_tokens=recipe.data.pack_tokens,
                 tokens_per_step=recipe.training.tokens_per_step,
                 budget=where.budget, host=where.host,
+                work=works[i] if works else assumed_work(recipe.data.shared_prompts),
             )  # fmt: skip
         except UserError as e:
             raise UserError(f"{stage_name(recipe, i)}: {e}") from None

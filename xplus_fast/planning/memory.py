@@ -4,8 +4,9 @@ What stays (weights, states, buffers) is a sum. What comes and goes is replayed:
 head's allocations and frees in the order of their code, over all layers forward and back, and the
 peak is read off. Nothing here is fitted to a measurement; what is assumed is a named constant.
 
-Legend: T packed tokens, R of them supervised, H hidden, N query heads, K key/value heads, D
-head_dim, F ffn, V vocabulary.
+Legend: T packed tokens, R of them predict something, Q those and what comes after them in their
+sequences (the last layer computes q for these and the rest for R), H hidden, N query heads, K
+key/value heads, D head_dim, F ffn, V vocabulary.
 """
 
 import math
@@ -14,15 +15,15 @@ from functools import lru_cache
 
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import Format, LayerLayout, Layout, Policy, UpdateLayout
+from xplus_fast.planning.flops import SENTENCE
 
 CONTEXT = 600_000_000  # CUDA context, cuBLAS workspaces, kernels: assumed until measured
 MARGIN = 0.02  # of all else: the allocator's rounding and fragmentation
-SENTENCE = 96  # tokens of a training sequence, where data are not known: a translation pair
 LOGITS_BYTES, LEAST_ROWS, HEAD_TILES = 512 * 2**20, 1024, 8  # of ops.linear_cross_entropy
 UPDATE_CHUNK = 2**24  # elements that the update takes through the device at a time
 SAVED: dict[Policy, tuple[str, ...]] = {
-    "keep": ("x", "qkv", "out", "lse", "h", "gate_up"),
-    "recompute_mlp": ("x", "qkv", "out", "lse", "h"),
+    "keep": ("x", "qkv", "q_rows", "out", "lse", "h", "gate_up"),
+    "recompute_mlp": ("x", "qkv", "q_rows", "out", "lse", "h"),
     "recompute": ("x",),
     "offload": (),
 }
@@ -34,10 +35,13 @@ class Batch:
 
     tokens: int  # T
     supervised: int  # R
+    queries: int  # Q
     element: int = 2  # bytes of the run's dtype
     steps: int = 1  # micro-batches of one optimizer step
     fp8_gemm: bool = True  # else FP8 weights are unpacked and the activations stay as they are
     inside: bool = True  # count what flash attention allocates for itself (not on a CPU)
+    prefixes: int = 0  # tokens that sequences begin with in common
+    suffixes: int = 0  # tokens that attend to these from their own sequences
 
 
 def matrices(shape: Shape) -> list[tuple[int, int]]:
@@ -99,115 +103,174 @@ class _Live:
             self.now -= self.alive.pop(name)
 
 
-def tensor_bytes(s: Shape, b: Batch) -> dict[str, int]:
-    """A block's intermediates."""
+def tensor_bytes(s: Shape, b: Batch, last: bool = False) -> dict[str, int]:
+    """A block's intermediates; of the last layer's, q in a tensor of its own."""
     t, e, d = b.tokens, b.element, s.head_dim
+    q, r = (b.queries, b.supervised) if last else (t, t)
     return {
         "x": t * s.hidden * e,
-        "qkv": t * (s.heads + 2 * s.kv_heads) * d * e,
-        "q": t * s.heads * d * e,
+        "qkv": t * (2 * s.kv_heads + (0 if last else s.heads)) * d * e,
+        "q_rows": q * s.heads * d * e if last else 0,
+        "q": q * s.heads * d * e,
         "k": t * s.kv_heads * d * e,
-        "out": t * s.heads * d * e,
-        "lse": t * s.heads * 4,
-        "h": t * s.hidden * e,
-        "gate_up": t * 2 * s.ffn * e,
-        "act": t * s.ffn * e,
+        "out": q * s.heads * d * e,
+        "lse": q * s.heads * 4,
+        "rows": r * s.hidden * e,  # the residual stream after attention
+        "h": r * s.hidden * e,
+        "gate_up": r * 2 * s.ffn * e,
+        "act": r * s.ffn * e,
+        "dout": r * s.heads * d * e,
     }
 
 
 @lru_cache(maxsize=4096)
-def kept_bytes(s: Shape, b: Batch, policy: Policy) -> int:
+def kept_bytes(s: Shape, b: Batch, policy: Policy, last: bool = False) -> int:
     """What a layer at or above the lowest trained one holds from its forward to its backward."""
-    size = tensor_bytes(s, b)
+    size = tensor_bytes(s, b, last)
     return sum(size[name] for name in SAVED[policy])
 
 
-def _fp8(b: Batch, width: int) -> int:
-    return b.tokens * (width + 4)  # e4m3, and a scale a row
+def _fp8(rows: int, width: int) -> int:
+    return rows * (width + 4)  # e4m3, and a scale a row
 
 
-def _attention_half(live: _Live, s: Shape, b: Batch, fp8: bool) -> None:
-    size = tensor_bytes(s, b)
+def _attention_half(live: _Live, s: Shape, b: Batch, fp8: bool, last: bool) -> None:
+    size = tensor_bytes(s, b, last)
+    nd, picks = s.heads * s.head_dim, last and b.supervised < b.queries
     if "qkv" not in live.alive:
-        live.add(n=_fp8(b, s.hidden) if fp8 else size["x"])
+        live.add(n=_fp8(b.tokens, s.hidden) if fp8 else size["x"])
         live.add(qkv=size["qkv"])
+        if last:
+            live.add(n_q=_fp8(b.queries, s.hidden) if fp8 else b.queries * s.hidden * b.element)
+            live.add(q_rows=size["q_rows"])
+            live.free("n_q")
         live.free("n")
-    live.add(q=size["q"], k=size["k"])  # v is a view of qkv
+    live.add(k=size["k"])  # v is a view of qkv
+    if last:
+        live.add(tables=b.queries * 4 * s.head_dim)  # cos and sin of the queries, fp32
+    live.add(q=size["q"])
+    if last:
+        live.free("tables")
     if "out" not in live.alive:
         live.add(out=size["out"], lse=size["lse"])
+        asking = min(b.suffixes, b.queries) if last else b.suffixes
+        live.add(to_prefixes=asking * s.heads * (s.head_dim * b.element + 4))
+        live.free("to_prefixes")
     if "h" not in live.alive:
-        live.add(o8=_fp8(b, s.heads * s.head_dim) if fp8 else 0, h=size["h"])
-        live.free("o8")
+        live.add(
+            picked=(size["rows"] if last else 0) + (size["dout"] if picks else 0),
+            o8=_fp8(b.supervised if last else b.tokens, nd) if fp8 else 0, h=size["h"],
+        )  # fmt: skip
+        live.free("o8", "picked")
 
 
-def _mlp_half(live: _Live, s: Shape, b: Batch, fp8: bool) -> None:
-    size = tensor_bytes(s, b)
+def _mlp_half(live: _Live, s: Shape, b: Batch, fp8: bool, last: bool) -> None:
+    size = tensor_bytes(s, b, last)
     if "gate_up" not in live.alive:
-        live.add(n=_fp8(b, s.hidden) if fp8 else size["x"])
+        live.add(n=_fp8(b.supervised if last else b.tokens, s.hidden) if fp8 else size["rows"])
         live.add(gate_up=size["gate_up"])
         live.free("n")
 
 
 @lru_cache(maxsize=4096)
-def forward_peak(s: Shape, b: Batch, fp8: bool) -> int:
+def forward_peak(s: Shape, b: Batch, fp8: bool, last: bool = False) -> int:
     """Most bytes alive in a block's forward, its input x not counted."""
-    live, size = _Live(), tensor_bytes(s, b)
-    _attention_half(live, s, b, fp8)
-    _mlp_half(live, s, b, fp8)
-    live.add(act=_fp8(b, s.ffn) if fp8 else size["act"], y=size["x"])
+    live, size = _Live(), tensor_bytes(s, b, last)
+    _attention_half(live, s, b, fp8, last)
+    _mlp_half(live, s, b, fp8, last)
+    rows = b.supervised if last else b.tokens
+    live.add(act=_fp8(rows, s.ffn) if fp8 else size["act"], y=size["rows"])
     return live.peak
 
 
 @lru_cache(maxsize=4096)
-def backward_peak(s: Shape, b: Batch, policy: Policy, fp8: bool, trains: bool) -> int:
+def backward_peak(
+    s: Shape, b: Batch, policy: Policy, fp8: bool, trains: bool, last: bool = False
+) -> int:
     """Most bytes alive in a block's backward beside what it kept and the gradient dy given to it.
 
     Of a trained layer, that includes its weights' new gradients; see `block.py` for the order.
     """
-    live, size, w = _Live(), tensor_bytes(s, b), s.packed_shapes()
+    live, size, w = _Live(), tensor_bytes(s, b, last), s.packed_shapes()
     dw = {name: b.element * math.prod(shape) for name, shape in w.items()}
     live.add(**{name: size[name] for name in ("x", *SAVED[policy])})
-    _attention_half(live, s, b, fp8)
-    _mlp_half(live, s, b, fp8)
-    nd = s.heads * s.head_dim
+    _attention_half(live, s, b, fp8, last)
+    _mlp_half(live, s, b, fp8, last)
+    nd, r = s.heads * s.head_dim, b.supervised if last else b.tokens
+    picks = last and b.supervised < b.queries
 
     if trains:
         live.add(act=size["act"])
         live.add(d_down=dw["down"])
         live.free("act")
-    live.add(dy8=_fp8(b, s.hidden) if fp8 else 0, dact=size["act"])
+    live.add(dy8=_fp8(r, s.hidden) if fp8 else 0, dact=size["act"])
     live.free("dy8")
-    live.add(dgu=_fp8(b, 2 * s.ffn) if fp8 else size["gate_up"])
+    live.add(dgu=_fp8(r, 2 * s.ffn) if fp8 else size["gate_up"])
     live.free("dact")
     if trains:
-        live.add(n=size["x"])
+        live.add(n=size["rows"])
         live.add(d_gate_up=dw["gate_up"])
         live.free("n")
-    live.add(dn=size["x"])
+    live.add(dn=size["rows"])
     live.add(dh=size["h"])
     live.free("dn")
     if trains:
-        live.add(d_o=dw["o"])
-    live.add(dh8=_fp8(b, s.hidden) if fp8 else 0, dout=size["out"])
+        live.add(picked=size["dout"] if picks else 0, d_o=dw["o"])
+        live.free("picked")
+    live.add(dh8=_fp8(r, s.hidden) if fp8 else 0, dout=size["dout"])
     live.free("dh8")
+    if picks:
+        live.add(dout_q=size["out"])
+        live.free("dout")
+        live.add(dout=live.alive.get("dout_q", 0))
+        live.free("dout_q")
     live.add(dq=size["q"], dk=size["k"], dv=size["k"])
     if b.inside:
         # FlashAttention 2: dq's sum and a row's in fp32, padded by 128 rows a sequence; dk and dv
         # of every query head where heads share them
-        rows = b.tokens + 128 * math.ceil(b.tokens / SENTENCE)
-        expanded = 2 * size["q"] if s.heads != s.kv_heads else 0
+        rows = (b.queries if last else b.tokens) + 128 * math.ceil(b.tokens / SENTENCE)
+        expanded = 2 * b.tokens * nd * b.element if s.heads != s.kv_heads else 0
         live.add(flash=4 * rows * (nd + s.heads) + expanded)
         live.free("flash")
-    live.free("dout")
-    live.add(dqkv=size["qkv"])
-    if trains:
-        live.add(n=size["x"])
-        live.add(d_qkv=dw["qkv"])
-        live.free("n")
-    live.add(dqkv8=_fp8(b, w["qkv"][0]) if fp8 else 0, dn=size["x"])
-    live.free("dqkv8")
+    asking = min(b.suffixes, b.queries) if last else b.suffixes
+    live.add(
+        to_prefixes=asking * s.heads * (s.head_dim * b.element + 4)
+        + 2 * b.prefixes * s.kv_heads * s.head_dim * b.element
+    )
+    live.free("to_prefixes", "dout")
+    if last:
+        _last_qkv_backward(live, s, b, fp8, trains, dw["qkv"])
+    else:
+        live.add(dqkv=size["qkv"])
+        if trains:
+            live.add(n=size["x"])
+            live.add(d_qkv=dw["qkv"])
+            live.free("n")
+        live.add(dqkv8=_fp8(b.tokens, w["qkv"][0]) if fp8 else 0, dn=size["x"])
+        live.free("dqkv8", "dqkv")
+    if last:
+        live.add(dh_all=size["x"])
+        live.free("dh")
     live.add(dx=size["x"])
-    return live.peak - kept_bytes(s, b, policy)
+    return live.peak - kept_bytes(s, b, policy, last)
+
+
+def _last_qkv_backward(
+    live: _Live, s: Shape, b: Batch, fp8: bool, trains: bool, of_weight: int
+) -> None:
+    size, wide = tensor_bytes(s, b, True), b.queries * s.hidden * b.element
+    live.add(tables=b.queries * 4 * s.head_dim)
+    live.add(dq_rows=size["q_rows"])
+    live.free("tables")
+    live.add(dkv=size["qkv"])
+    if trains:
+        live.add(n=size["x"], d_qkv=of_weight)
+        live.add(n_q=wide)
+        live.free("n_q", "n")
+    live.add(d8=_fp8(b.tokens, 2 * s.kv_heads * s.head_dim) if fp8 else 0, dn=size["x"])
+    live.free("d8")
+    live.add(d8=_fp8(b.queries, s.heads * s.head_dim) if fp8 else 0, dn_q=wide)
+    live.free("d8", "dn_q", "dq_rows", "dkv")
 
 
 @lru_cache(maxsize=4096)
@@ -217,7 +280,7 @@ def head_peaks(s: Shape, b: Batch, fp8: bool, trains: bool) -> tuple[int, int]:
     rows, table = r * s.hidden * e, s.vocabulary * s.hidden
     chunk = min(r, max(LEAST_ROWS, LOGITS_BYTES // (e * s.vocabulary)))
     live = _Live()
-    live.add(x=t * s.hidden * e, targets=8 * t, rows=8 * r, picked=rows, normed=rows, dn=rows)
+    live.add(picked=rows, targets=8 * t, rows=8 * r, normed=rows, dn=rows)
     if trains:
         live.add(sum=4 * table)
     live.add(logits=chunk * s.vocabulary * e)
@@ -234,8 +297,8 @@ def head_peaks(s: Shape, b: Batch, fp8: bool, trains: bool) -> tuple[int, int]:
         live.free("sum")
     live.free("normed")
     live.add(dx=rows)
-    saved = rows + 8 * r + (table * e if trains else 0)
-    return live.peak, saved + max(rows, t * s.hidden * e + rows)
+    saved = rows + (table * e if trains else 0)
+    return live.peak, saved + 2 * rows
 
 
 @dataclass(frozen=True)
@@ -266,11 +329,14 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     on_host = update.gradients == "host"
     gradients = 0 if on_host or b.steps == 1 else whole
     best = Moment(0, 0, 0)
-    kinds = {id(layer): layer for layer in layers}  # few kinds: a search replays thousands of times
-    forwards = {k: forward_peak(shape, b, _in_fp8(i, b)) for k, i in kinds.items()}
-    kept = {k: kept_bytes(shape, b, i.activations) for k, i in kinds.items()}
+    # few kinds: a search replays thousands of times
+    kinds = [(id(layer), i == len(layers) - 1) for i, layer in enumerate(layers)]
+    known = dict(zip(kinds, layers, strict=True))
+    forwards = {k: forward_peak(shape, b, _in_fp8(i, b), k[1]) for k, i in known.items()}
+    kept = {k: kept_bytes(shape, b, i.activations, k[1]) for k, i in known.items()}
     backwards = {
-        k: backward_peak(shape, b, i.activations, _in_fp8(i, b), i.trains) for k, i in kinds.items()
+        k: backward_peak(shape, b, i.activations, _in_fp8(i, b), i.trains, k[1])
+        for k, i in known.items()
     }
 
     def at(workspace: int, updating: bool = False) -> None:
@@ -282,11 +348,11 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     moving = [x if layer.activations == "offload" else 0 for layer in layers]
     moving[:lowest] = [0] * lowest
     saved = away = 0
-    for i, layer in enumerate(layers):
-        at(pack + x + forwards[id(layer)] + away)
+    for i in range(len(layers)):
+        at(pack + x + forwards[kinds[i]] + away)
         away = moving[i]
         if i >= lowest:
-            saved += kept[id(layer)]
+            saved += kept[kinds[i]]
     if not (trained or also):
         return best
     forward, backward = head_peaks(shape, b, layout.head == "fp8", "head" in also)
@@ -302,8 +368,9 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     held = 0 if b.steps == 1 and not on_host else table
     for i, layer in reversed(list(enumerate(layers))[lowest:]):
         away = max(moving[:i], default=0) if moving[i] else 0
-        at(pack + away + x + backwards[id(layer)] + arriving + held)
-        saved -= kept[id(layer)]
+        dy = b.supervised * shape.hidden * b.element if i == len(layers) - 1 else x
+        at(pack + away + dy + backwards[kinds[i]] + arriving + held)
+        saved -= kept[kinds[i]]
         arriving = 0
         if layer.trains and on_host:
             arriving = one  # on its way while the next layer computes

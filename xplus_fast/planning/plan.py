@@ -17,10 +17,10 @@ from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import FORMATS, Layout, Policy, UpdateLayout, united
 from xplus_fast.planning.candidates import Request, candidates, fp8_fits, stride, with_policies
 from xplus_fast.planning.cards import Card
-from xplus_fast.planning.flops import necessary_flops, recompute_flops
+from xplus_fast.planning.flops import Work, assumed_work, necessary_flops, recompute_flops
 from xplus_fast.planning.memory import MARGIN, Batch, account, peak_moment, standing
 from xplus_fast.planning.selection import resolve_layers
-from xplus_fast.planning.speed import SUPERVISED, expected_pairs, step_seconds
+from xplus_fast.planning.speed import step_seconds
 
 LADDER: tuple[Policy, ...] = ("offload", "recompute", "recompute_mlp", "keep")  # leanest first
 FASTER = 1.05  # how much faster FP8 must be to be pointed out
@@ -36,7 +36,7 @@ class Plan:
     micro_batch_tokens: int
     device_bytes: dict[str, int]  # by purpose, at the peak
     host_bytes: dict[str, int]  # pinned
-    flops_per_token: float  # necessary
+    flops_per_token: float  # of the data, necessary
     recompute_flops_per_token: float
     predicted_tokens_per_s: float | None  # None without a card
     request: Request = field(repr=False)
@@ -63,6 +63,7 @@ def plan_stage(
     tokens_per_step: int,
     budget: int | None = None,
     host: int | None = None,
+    work: Work | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -72,9 +73,10 @@ def plan_stage(
         memory: what is pinned; its budget, host and card are not read here.
         card: what the time is predicted for; None: a CPU.
         dtype_bytes: of the run's dtype.
-        pack_tokens: of one row; a micro-batch is a number of rows.
-        tokens_per_step: of one optimizer step.
+        pack_tokens: of the longest sequence; a micro-batch is so many tokens, or times as many.
+        tokens_per_step: of the data, in one optimizer step.
         budget, host: bytes on the device and of pinned host memory; None: unlimited.
+        work: of such data, in any amount; None: assumed.
 
     Raises:
         UserError: nothing fits, or a pin that this model or selection does not allow.
@@ -82,7 +84,7 @@ def plan_stage(
     request = Request(
         shape, tuple(sorted(layers)), united(tuple(also), tied=shape.tied), memory, card, budget,
         host, dtype_bytes,
-        pack_tokens, tokens_per_step,
+        pack_tokens, tokens_per_step, work or assumed_work(True),
     )  # fmt: skip
     _check(request)
     found = search(request)
@@ -211,23 +213,25 @@ def _seconds(
     if r.card is None:  # plainer first, larger micro-batches first: the first that fits
         return 1.0
     return step_seconds(
-        r.shape, layout, update, b, r.card, tokens_per_step=r.tokens_per_step, least=least
-    )
+        r.shape, layout, update, b, r.card,
+        tokens_per_step=r.tokens_per_step, work=r.work, least=least,
+    )  # fmt: skip
 
 
 def _plan(r: Request, layout: Layout, update: UpdateLayout, tokens: int) -> Plan:
     b = r.batch(tokens)
     device, host = account(r.shape, layout, update, b, context=r.context)
-    pairs = expected_pairs(tokens)
-    necessary = necessary_flops(
-        r.shape, r.layers, r.also, tokens=tokens, supervised=int(tokens * SUPERVISED), pairs=pairs
-    ).total
+    work, top = r.work, len(layout.layers) - 1
+    necessary = necessary_flops(r.shape, r.layers, r.also, work).total / work.data_tokens
     again = sum(
-        recompute_flops(r.shape, layer.activations, tokens=tokens, pairs=pairs)
-        for layer in layout.layers[r.lowest :]
+        recompute_flops(r.shape, layer.activations, work, last=i == top)
+        for i, layer in enumerate(layout.layers)
+        if i >= r.lowest
     )
     speed = None if r.card is None else r.tokens_per_step / _seconds(r, layout, update, b)
-    return Plan(layout, update, tokens, device, host, necessary / tokens, again / tokens, speed, r)
+    return Plan(
+        layout, update, tokens, device, host, necessary, again / work.data_tokens, speed, r
+    )  # fmt: skip
 
 
 def _notes(plan: Plan) -> Iterator[str]:

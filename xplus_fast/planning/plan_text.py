@@ -4,20 +4,26 @@ import math
 
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import LayerLayout
-from xplus_fast.planning.flops import total_parameters, trained_parameters
+from xplus_fast.planning.flops import (
+    ANSWER,
+    PROMPT,
+    SENTENCE,
+    total_parameters,
+    trained_parameters,
+)
 from xplus_fast.planning.from_recipe import Where
-from xplus_fast.planning.memory import CONTEXT, MARGIN, SENTENCE
+from xplus_fast.planning.memory import CONTEXT, MARGIN
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.selection import describe_layers
-from xplus_fast.planning.speed import SUPERVISED
 
 BAR = 32  # characters of the longest
 
 
 def describe(
-    model: str, shape: Shape, where: Where, plans: list[tuple[str, Plan]], *, whole: bool = True
-) -> str:
-    """All stages, ready to print; not `whole`: what trains alone."""
+    model: str, shape: Shape, where: Where, plans: list[tuple[str, Plan]], *, whole: bool = True,
+    known: bool = False,
+) -> str:  # fmt: skip
+    """All stages, ready to print; not `whole`: what trains alone; known: the data were read."""
     lines = [
         f"{model}: {shape.family}, {shape.layers} layers, {total_parameters(shape):,} parameters"
     ]
@@ -28,7 +34,7 @@ def describe(
         lines.append(where.assumed)
     for name, plan in plans:
         lines += ["", *describe_stage(name, plan)]
-    lines += ["", _footnote(where)]
+    lines += ["", _footnote(where, known)]
     return "\n".join(lines)
 
 
@@ -53,10 +59,11 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
         _row("work", f"{plan.flops_per_token / 1e9:.1f} GFLOP a token necessary"
              + (share if again else ", nothing recomputed"))
     )  # fmt: skip
-    steps = math.ceil(r.tokens_per_step / plan.micro_batch_tokens)
+    steps = math.ceil(r.computed_per_step / plan.micro_batch_tokens)
     batches = f"{steps} micro-batches" if steps > 1 else "1 micro-batch"
+    once = f" ({r.computed_per_step:,} computed: prompts once)" if r.work.saved else ""
     lines.append(
-        _row("step", f"{r.tokens_per_step:,} tokens in {batches} of up to"
+        _row("step", f"{r.tokens_per_step:,} tokens{once} in {batches} of up to"
              f" {plan.micro_batch_tokens:,}")
     )  # fmt: skip
     for i, (ids, what) in enumerate(_ranges(plan)):
@@ -133,16 +140,21 @@ def _place(where: Where) -> str:
     return f"{where.card.name}, {_gb(where.card.memory).strip()} GB"
 
 
-def _footnote(where: Where) -> str:
-    if where.card is None:
-        return (
-            f"GB = 10^9 bytes. FLOPs: sentences of {SENTENCE} tokens, {SUPERVISED:.0%} supervised."
+def _footnote(where: Where, known: bool) -> str:
+    lines = ["GB = 10^9 bytes."]
+    if where.card is not None:
+        lines = [
+            "GB = 10^9 bytes. All predicted from data sheets, not measured. Assumed:"
+            f" {CONTEXT / 1e9:.1f} GB for CUDA itself,",
+            f"{MARGIN:.0%} lost between allocations.",
+        ]
+    if not known:
+        lines[-1] += f" The data are taken for sentences of {SENTENCE} tokens,"
+        lines.append(
+            f"{ANSWER} of them supervised, {PROMPT} of a prompt that is computed once (if"
+            " data.shared_prompts)."
         )
-    return (
-        "GB = 10^9 bytes. All predicted from data sheets, not measured. Assumed: sentences of"
-        f" {SENTENCE} tokens,\n{SUPERVISED:.0%} of them supervised;"
-        f" {CONTEXT / 1e9:.1f} GB for CUDA itself, {MARGIN:.0%} lost between allocations."
-    )
+    return "\n".join(lines)
 
 
 def _row(name: str, text: str) -> str:

@@ -10,9 +10,8 @@ from functools import lru_cache
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import LayerLayout, Layout, UpdateLayout
 from xplus_fast.planning.cards import Card
-from xplus_fast.planning.flops import recompute_flops
+from xplus_fast.planning.flops import Work, layer_gemms, recompute_flops
 from xplus_fast.planning.memory import (
-    SENTENCE,
     Batch,
     beside_parameters,
     layer_bytes,
@@ -22,26 +21,22 @@ from xplus_fast.planning.memory import (
 )
 
 GEMM, GEMM_FP8, ATTENTION, BANDWIDTH = 0.7, 0.6, 0.35, 0.8  # shares of a data sheet's figure
-SUPERVISED = 0.5  # share of the tokens that predict something: a translation's target
 LAUNCH = 100e-6  # seconds a layer and direction: launches, small kernels
-
-
-def expected_pairs(tokens: int) -> int:
-    """Query-key pairs of causal attention, in sequences of `SENTENCE` tokens."""
-    return tokens * (SENTENCE + 1) // 2
 
 
 @lru_cache(maxsize=8192)
 def layer_seconds(
-    shape: Shape, layer: LayerLayout, b: Batch, card: Card, passes: bool, least: bool
-) -> float:
+    shape: Shape, layer: LayerLayout, b: Batch, card: Card, passes: bool, least: bool, work: Work,
+    last: bool,
+) -> float:  # fmt: skip
     """A layer's forward and, where it `passes` a gradient, its backward; recomputation included.
 
-    least: as if nothing had to be recomputed or offloaded.
+    least: as if nothing had to be recomputed or offloaded. work: of the micro-batch.
     """
     t, d, e = b.tokens, shape.head_dim, b.element
     weights = sum(rows * columns for rows, columns in matrices(shape))
-    pairs = expected_pairs(t)
+    pairs = work.last_pairs if last else work.pairs
+    gemms = layer_gemms(shape, work, last=last)
     fast = not layer.trains and layer.format == "fp8" and b.fp8_gemm
     rate = card.fp8 * GEMM_FP8 if fast else card.bf16 * GEMM
     policy = "keep" if least else layer.activations
@@ -55,13 +50,13 @@ def layer_seconds(
     elif fast and passes:
         unpacked = weights  # transposed: read and written, halved over the two passes
     bandwidth = card.bandwidth * BANDWIDTH
-    forward = 2 * t * weights / rate + 2 * product / (card.bf16 * ATTENTION)
+    forward = gemms / rate + 2 * product / (card.bf16 * ATTENTION)
     forward += (t * forward_elements * e + unpacked) / bandwidth + LAUNCH
     backward = 0.0
     if passes:
-        backward = 2 * t * weights * (1 + layer.trains) / rate
+        backward = gemms * (1 + layer.trains) / rate
         backward += 5 * product / (card.bf16 * ATTENTION)
-        backward += recompute_flops(shape, policy, tokens=t, pairs=pairs) / rate
+        backward += recompute_flops(shape, policy, work, last=last) / rate
         again = 0 if policy == "keep" else forward_elements
         backward += (t * (backward_elements + again) * e + unpacked) / bandwidth + LAUNCH
     copied = 0.0
@@ -73,20 +68,25 @@ def layer_seconds(
 
 def step_seconds(
     shape: Shape, layout: Layout, update: UpdateLayout, b: Batch, card: Card, *,
-    tokens_per_step: int, least: bool = False,
+    tokens_per_step: int, work: Work, least: bool = False,
 ) -> float:  # fmt: skip
-    """One optimizer step of `tokens_per_step`, accumulated over micro-batches."""
+    """One optimizer step of `tokens_per_step` of the data, accumulated over micro-batches.
+
+    work: of data like these, in any amount.
+    """
     layers = layout.layers
+    of_step = tokens_per_step / work.data_tokens * work.tokens  # computed
+    work = work.at(b.tokens)
     trained = [i for i, layer in enumerate(layers) if layer.trains]
     lowest = 0 if "embedding" in layout.also else min(trained, default=len(layers))
     micro, seconds = 0.0, {}
     for i, layer in enumerate(layers):
-        key = (id(layer), i >= lowest)
+        key = (id(layer), i >= lowest, i == len(layers) - 1)
         if key not in seconds:
-            seconds[key] = layer_seconds(shape, layer, b, card, i >= lowest, least)
+            seconds[key] = layer_seconds(shape, layer, b, card, key[1], least, work, key[2])
         micro += seconds[key]
     table = shape.vocabulary * shape.hidden
-    rows = b.tokens * SUPERVISED
+    rows = work.supervised
     head = 2 * rows * table * (2 + ("head" in layout.also)) / (card.bf16 * GEMM)
     logits = 3 * rows * shape.vocabulary * b.element
     chunks = math.ceil(rows * shape.vocabulary * b.element / 2**29)
@@ -104,4 +104,4 @@ def step_seconds(
     on_device = (2 * state + 3 * b.element * parameters) / (card.bandwidth * BANDWIDTH)
     over = state / card.pcie if update.states == "host" else 0.0  # both ways at once
     over += moved if update.gradients == "host" else 0.0
-    return micro * tokens_per_step / b.tokens + max(on_device, over)
+    return micro * of_step / b.tokens + max(on_device, over)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xplus_fast.data.packed import split_batch
+from xplus_fast.data.collate import split_batch
+from xplus_fast.data.packed import PackedDataset, RowSampler
 from xplus_fast.errors import UserError
 from xplus_fast.model.load import set_activations
 from xplus_fast.planning.plan import Plan, leaner
@@ -61,6 +62,13 @@ class PlannedTrainer(XPlusTrainer):
         set_activations(self.model, plan.layout, plan.micro_batch_tokens)
         self._peak = PeakWatch(self)
         self.add_callback(self._peak)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, PackedDataset):
+            return super()._get_train_sampler(train_dataset)
+        # shares of a row stay together: each process takes one
+        return RowSampler(len(rows) // rows.shares, rows.shares, self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_batches = []

@@ -29,6 +29,7 @@ from xplus_fast.config import (
 )
 from xplus_fast.data.chat import Encoded, preview
 from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
+from xplus_fast.data.packed import PackedDataset, look_at_work
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
@@ -43,7 +44,7 @@ from xplus_fast.model.families import shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
 from xplus_fast.model.pretrained import load_config, load_tokenizer
-from xplus_fast.planning.flops import total_parameters, trained_parameters
+from xplus_fast.planning.flops import Work, total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
@@ -120,11 +121,10 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
-    _, where, named = plan_recipe(replace(recipe, model=str(base)), here=card_here(place))
-    plans = [plan for _, plan in share(named, place)]
-    check_plans(plans)
+    here, card = replace(recipe, model=str(base)), card_here(place)
+    _, _, named = plan_recipe(here, here=card)  # what is impossible is so before data are read
+    check_plans([plan for _, plan in named])
     check_report_to(recipe.training.report_to)
-    say(describe_plans(recipe.model, shape, where, named, whole=dry_run or where.card is not None))
     run = resolve(recipe.output)
     if not dry_run:
         if place.first:
@@ -135,14 +135,20 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     tokenizer = load_tokenizer(base)
     corpora = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
+    rows = [_rows(recipe, corpus, place) for corpus in corpora]
+    works = [look_at_work(r, shared=recipe.data.shared_prompts) for r in rows]
+    _, where, named = plan_recipe(here, here=card, works=works)
+    plans = [plan for _, plan in share(named, place)]
+    whole = dry_run or where.card is not None
+    say(describe_plans(recipe.model, shape, where, named, whole=whole, known=True))
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
         return "dry run: nothing was trained"
     if place.first:
         if restart:
             throw_away(run)
-        rows = [_step_rows(recipe, corpus, place) for corpus in corpora]
-        claim(run, recipe, base, corpora, rows, [frozen_formats(plan) for plan in plans])
+        steps = [len(r) // r.shares for r in rows]
+        claim(run, recipe, base, corpora, steps, [frozen_formats(plan) for plan in plans])
     barrier(place)
 
     cap(place.device, where.budget)
@@ -176,7 +182,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
             say(f"stage {name}: trained before, taken from {done}")
         else:
             memory = _train_stage(
-                recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout
+                recipe, i, model, rows[i], works[i], plan, run, place, tokenizer, heldout
             )
         weights.cover(read_header(done / "trained.safetensors"))
         forget_changes(model)
@@ -282,8 +288,8 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path, place: Place,
-    tokenizer: Any, heldout: dict[str, Any],
+    recipe: Recipe, index: int, model: Any, rows: PackedDataset, work: Work, plan: Plan, run: Path,
+    place: Place, tokenizer: Any, heldout: dict[str, Any],
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
@@ -292,17 +298,19 @@ def _train_stage(
         make_folder(folder)
         clean_leftovers(folder)
     barrier(place)
-    rows = _step_rows(recipe, corpus, place)
     if place.first:
+        steps = len(rows) // place.processes
+        once = f"; prompts computed once: {work.saved:.0%} of them" if work.saved else ""
         print(
-            f"stage {name}: {rows} rows of about {_row_tokens(corpus):,.0f}"
-            f" tokens a step (asked for: {options.tokens_per_step:,} tokens)",
+            f"stage {name}: {steps:,} {'steps' if steps > 1 else 'step'} an epoch, of about"
+            f" {rows.total_tokens / steps:,.0f} tokens (asked for: {options.tokens_per_step:,})"
+            + once,
             flush=True,
         )
     arguments = TrainingArguments(
         output_dir=str(folder),
-        # a whole step's: the plan splits it, and another plan only splits it otherwise
-        per_device_train_batch_size=rows // place.processes,
+        # a row is a whole step: the plan splits it, and another plan only splits it otherwise
+        per_device_train_batch_size=1,
         ddp_find_unused_parameters=False,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -333,7 +341,8 @@ def _train_stage(
     log = _RunLog(run, name)
     trainer = PlannedTrainer(
         model, arguments, plan=plan, say=log.say,
-        train_dataset=corpus.train, data_collator=PackCollator(), callbacks=[log],
+        train_dataset=rows, callbacks=[log],
+        data_collator=PackCollator(shared_prefixes=recipe.data.shared_prompts),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if recipe.evaluation.every and heldout:
@@ -369,18 +378,12 @@ def _train_stage(
     return memory
 
 
-def _row_tokens(corpus: Corpus) -> float:
-    """Real tokens of a packed row, on average."""
-    return corpus.summary["tokens"] / corpus.summary["packs"]
-
-
-def _step_rows(recipe: Recipe, corpus: Corpus, place: Place) -> int:
-    """Rows of an optimizer step, the same number for each process: no more tokens than asked for.
+def _rows(recipe: Recipe, corpus: Corpus, place: Place) -> PackedDataset:
+    """A corpus in optimizer steps, each in a share for every process.
 
     It looks at data alone and at no plan: a run goes on with the same steps under another budget.
     """
-    of_each = recipe.training.tokens_per_step / (_row_tokens(corpus) * place.processes)
-    return max(1, int(of_each)) * place.processes
+    return corpus.train.packed(recipe.training.tokens_per_step, place.processes)
 
 
 def _load_corpora(

@@ -25,7 +25,7 @@ from xplus_fast.options import dump_options, first_difference, to_dict
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
 COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
-ROWS, FORMATS = "rows a step", "frozen format"
+STEPS, FORMATS = "steps an epoch", "frozen format"
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
 FILES = ("metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png", "recipe.yaml")
 
@@ -73,24 +73,24 @@ def _stages(run: Path) -> list[str]:
 
 
 def claim(
-    run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], rows: list[int],
+    run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], steps: list[int],
     formats: list[dict[str, str]],
 ) -> None:  # fmt: skip
     """Make the run's folder ours, or see that what it is made of is what it began with.
 
-    rows, formats: of each stage, the rows of a step and how frozen layers are computed.
+    steps, formats: of each stage, the steps of an epoch and how frozen layers are computed.
     """
     config = (base / "config.json").read_bytes()
     shapes = {n: [str(e.dtype), e.shape] for n, e in CheckpointFiles.open(base).entries.items()}
     made_of = {
         "model": hashlib.sha256(config + json.dumps(shapes).encode()).hexdigest(),
         "data": [Path(c.summary["folder"]).name for c in corpora],
-        ROWS: rows,  # another number of processes may give another
+        STEPS: steps,  # another number of processes may give another
         FORMATS: formats,  # of each stage: a plan for another card may choose another
     }
     with speaking(run / MARK):
         settle(run / MARK)  # of a restart that was killed before it threw anything away
-    there, told = _made_of(run), (ROWS, FORMATS)
+    there, told = _made_of(run), (STEPS, FORMATS)
     if not there:
         throw_away(run)  # the rest of what a --restart that was cut off was to remove
         write_text(run / "recipe.yaml", dump_options(recipe))

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xplus_fast.model.families import Shape
-from xplus_fast.planning.flops import necessary_flops
+from xplus_fast.planning.flops import Work, necessary_flops, work_of
+
+NOTHING = Work(0, 0, 0, 0, 0, 0)
 
 
 class Meter:
@@ -31,9 +34,8 @@ class Meter:
 
     def start(self) -> None:
         """Begin to count and to time."""
-        self._tokens: Tensor | int = 0
-        self._supervised: Tensor | int = 0
-        self._pairs: Tensor | int = 0
+        self._known = NOTHING  # of batches that know their work
+        self._asked: list[Tensor] = []  # of others
         self._since = time.perf_counter()
 
     @contextmanager
@@ -47,25 +49,10 @@ class Meter:
 
     def add(self, inputs: dict[str, Any]) -> None:
         """Count one batch, packed or padded."""
-        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        assert isinstance(given, Tensor)
-        rows, columns = given.shape[:2]
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        pairs: Tensor | int
-        tokens: Tensor | int = rows * columns
-        if inputs.get("cu_seq_lens_q") is not None:
-            lengths = inputs["cu_seq_lens_q"].diff().long()
-            pairs = (lengths * (lengths + 1) // 2).sum()
-        elif mask is not None:
-            lengths = mask.sum(1)
-            tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
-        elif positions is not None:
-            pairs = (positions + 1).expand(rows, columns).sum()  # a query sees position + 1 keys
+        if inputs.get("layout") is not None:
+            self._known += work_of(inputs["layout"])
         else:
-            pairs = rows * columns * (columns + 1) // 2
-        self._tokens = self._tokens + tokens
-        self._pairs = self._pairs + pairs
-        self._supervised = self._supervised + (inputs["labels"][..., 1:] != -100).sum()
+            self._asked.append(count_work(inputs))
 
     def read(
         self, device: torch.device, layers: Collection[int], also: Collection[str]
@@ -75,29 +62,55 @@ class Meter:
         layers, also: which trained.
         """
         assert self.peak is not None
-        counts = torch.tensor(
-            [int(self._tokens), int(self._supervised), int(self._pairs)], device=device
-        )
+        counts = torch.tensor(astuple(self._known), device=device)
+        for asked in self._asked:
+            counts += asked
         seconds = time.perf_counter() - self._since
         processes = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             processes = torch.distributed.get_world_size()
-        tokens, supervised, pairs = counts.tolist()
-        flops = necessary_flops(
-            self.shape, layers, also, tokens=tokens, supervised=supervised, pairs=pairs
-        ).total
+        work = Work(*counts.tolist())
+        flops = necessary_flops(self.shape, layers, also, work).total
+        tokens = work.data_tokens
         self.seen += tokens
         self.start()
         return {
             "tokens": tokens,
-            "supervised": supervised,
+            "tokens_computed": work.tokens,
+            "supervised": work.supervised,
             "tokens_seen": self.seen,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / (self.peak * processes),
             "memory_bytes": memory_bytes(device),
         }
+
+
+def count_work(inputs: dict[str, Any]) -> Tensor:
+    """The fields of a batch's `Work`, int64 [6], without waiting for the device."""
+    given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    assert isinstance(given, Tensor)
+    rows, columns = given.shape[:2]
+    t = torch.arange(rows * columns, device=given.device)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    valid = torch.ones_like(t, dtype=torch.bool)
+    if inputs.get("cu_seq_lens_q") is not None:
+        edges = inputs["cu_seq_lens_q"].to(t.device).long()
+        start = edges[torch.searchsorted(edges, t, right=True) - 1]
+    elif mask is None and positions is not None:
+        start = t - positions.expand(rows, columns).flatten()  # a query sees position + 1 keys
+    else:
+        start = t // columns * columns
+        valid = valid if mask is None else mask.flatten() != 0
+    seen = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+    keys = (seen[1:] - seen[start.clamp(min=0)]) * valid
+    predicts = torch.zeros_like(valid).view(rows, columns)
+    predicts[:, :-1] = inputs["labels"][:, 1:] != -100
+    asks = (torch.where(predicts.flatten(), t, -1).cummax(0)[0] >= start) & valid
+    tokens = valid.sum()
+    counts = (tokens, tokens, predicts.sum(), asks.sum(), keys.sum(), (keys * asks).sum())
+    return torch.stack(counts)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:

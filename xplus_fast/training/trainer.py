@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
+from xplus_fast.data.collate import unshared
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
@@ -272,6 +273,7 @@ class XPlusTrainer(SavingTrainer):
         **kwargs: Any,
     ) -> Any:
         if not prediction_loss_only:  # compute_metrics wants logits, which the engine never makes
+            inputs = unshared(inputs) if "layout" in inputs else inputs
             inputs = {**inputs, "return_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 

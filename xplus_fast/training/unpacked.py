@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xplus_fast.errors import UserError
+from xplus_fast.model.families import PACKED
 from xplus_fast.model.layer import Block
 
 # Of torch.optim: an element's update depends on that element alone.
@@ -42,14 +43,14 @@ class Unpacked(nn.Module):
 
     def _layer(self, block: Block) -> nn.Module:
         layer = nn.Module()
-        for packed, names in block.packed_names().items():
-            whole = getattr(block, packed)
+        for packed in block.packed:
+            whole = block.weight(packed)
             if whole is None:
                 continue
             parts = whole.data.split(block.shape.rows(packed))
             views = tuple(nn.Parameter(part, requires_grad=whole.requires_grad) for part in parts)
             self._shared.append((whole, views))
-            for name, view in zip(names, views, strict=True):
+            for name, view in zip(PACKED[packed], views, strict=True):
                 _put(layer, name, view)
         return layer
 
