@@ -118,7 +118,9 @@ class WeightRows:
         return self.end - self.start, self.whole.shape[1]
 
 
-def frozen_rows(weight: FrozenWeight, start: int, end: int) -> FrozenWeight | WeightRows:
+def frozen_rows(
+    weight: FrozenWeight | WeightRows, start: int, end: int
+) -> FrozenWeight | WeightRows:
     """Rows start to end, past the last, of a weight [N, K]: a weight [end - start, K], no copy.
 
     Views of what the weight holds; where its blocks of 64 along the flattened rows, or FP8's
@@ -128,6 +130,8 @@ def frozen_rows(weight: FrozenWeight, start: int, end: int) -> FrozenWeight | We
     n, k = weight.shape
     if not 0 <= start < end <= n:
         raise ValueError(f"start, end: {start}, {end}; allowed: 0 <= start < end <= {n}")
+    if isinstance(weight, WeightRows):
+        return frozen_rows(weight.whole, weight.start + start, weight.start + end)
     if isinstance(weight, Bf16Weight):
         return Bf16Weight(weight.data[start:end])
     if isinstance(weight, Fp8Weight):

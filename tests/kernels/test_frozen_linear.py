@@ -234,6 +234,7 @@ def test_products_of_rows_are_parts_of_the_wholes(kind: str, size: tuple[int, ..
     assert isinstance(part, WeightRows) == (kind != "bf16" and end % 16 != 0)
     x, dy = randn(5, k), randn(2, 5, end - start, seed=1)
     y, whole = run(x, part), run(x, weight)
+    assert torch.equal(run(x, frozen_rows(frozen_rows(weight, 1, n), start - 1, end - 1)), y)
     assert y.is_contiguous() and difference(y, whole[:, start:end]) < 1e-6
     dx = run(dy, part, backward=True)
     padded = torch.zeros(2, 5, n)
