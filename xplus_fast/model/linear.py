@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import xplus_kernels as ops
-from xplus_kernels import Fp8Rows, Fp8Weight, FrozenWeight
+from xplus_kernels import Fp8Rows, Fp8Weight, FrozenWeight, WeightRows
 
-Weight = Tensor | FrozenWeight
+Weight = Tensor | FrozenWeight | WeightRows
 
 
 @dataclass(frozen=True)
