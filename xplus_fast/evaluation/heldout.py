@@ -19,6 +19,7 @@ from xplus_fast.data.corpus import PackCollator, pack_examples, pack_texts
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import answers, greedy
+from xplus_fast.model.prepare import is_prepared
 
 # "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
 _DIRECTION = re.compile(r"[a-z]{2,3}([-_][A-Z]\w+)?-[a-z]{2,3}([-_][A-Z]\w+)?")
@@ -92,7 +93,7 @@ def _loss(model: Any, rows: list[dict[str, Any]], bar: Any, what: str) -> tuple[
     bar.set_description_str(what)
     # With a cache Hugging Face's models no longer see where one packed sequence ends
     model.config.use_cache = False
-    collate = PackCollator()
+    collate = PackCollator(shared_prefixes=is_prepared(model))  # a stock model knows none
     total, count = 0.0, 0
     for row in rows:
         batch = {

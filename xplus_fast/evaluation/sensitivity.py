@@ -235,7 +235,7 @@ def choose_activations(
 
     Raises `UserError` where nothing fits.
     """
-    batch = Batch(tokens, tokens, element, inside=cuda)
+    batch = Batch(tokens, tokens, tokens, element, inside=cuda, suffixes=tokens)
     update = UpdateLayout(gradients="host", states="host")  # none on the device but a layer's
     context = CONTEXT if cuda else 0
     policies: list[Policy] = ["keep", "recompute_mlp", "recompute"]
