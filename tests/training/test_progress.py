@@ -31,7 +31,8 @@ def stream(tty, monkeypatch=None, columns=200):
 def line(step, **changes):
     made = {
         "stage": "bottom", "step": step, "steps": 40, "loss": 2.3144, "grad_norm": 1.234,
-        "learning_rate": 9.8e-5, "tokens": 1024, "supervised": 300, "tokens_seen": 1024 * step,
+        "learning_rate": 9.8e-5, "tokens": 1024,
+        "tokens_computed": 1024, "supervised": 300, "tokens_seen": 1024 * step,
         "seconds": 2.0, "tokens_per_second": 512.0, "mfu": 0.43, "memory_bytes": 1_900_000_000,
     }  # fmt: skip
     return {**made, **changes}
@@ -48,6 +49,12 @@ def test_every_field(clock, monkeypatch):
     live.close()
     live.close()
     assert out.getvalue().count("\n") == 1 and out.getvalue().endswith("\n")
+
+
+def test_computed_tokens_stand_beside_those_of_the_data(clock, monkeypatch):
+    out = stream(True, monkeypatch)
+    LiveLine("bottom", 40, out, clock).update(line(1, tokens_computed=512))
+    assert "  512 tok/s (256 computed)  1.02k tokens  " in out.getvalue()
 
 
 def test_unknown_figures_are_left_out(clock, monkeypatch):

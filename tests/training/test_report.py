@@ -30,7 +30,8 @@ SHOWN = (
 def step(stage, i, n):
     return {
         "stage": stage, "step": i, "steps": n, "loss": 2.0 + math.exp(-i), "grad_norm": 1.0,
-        "learning_rate": 1e-4 / i, "tokens": 1000, "supervised": 300, "tokens_seen": 1000 * i,
+        "learning_rate": 1e-4 / i, "tokens": 1000,
+        "tokens_computed": 700, "supervised": 300, "tokens_seen": 1000 * i,
         "seconds": 2.0, "tokens_per_second": 500.0 if i < n else 9.0,
         "mfu": 0.4 if stage == "top" else None, "memory_bytes": 10**9 * (3 if i == 2 else 1),
     }  # fmt: skip
@@ -150,7 +151,7 @@ def test_what_changed_and_how_it_went(run):
         cells(report, "training loss, first -> last 5 % of the steps")
         == [f"{first:.3f} -> 2.000"] * 2
     )
-    assert cells(report, "tokens") == ["40.0k, 12.0k of them supervised"] * 2
+    assert cells(report, "tokens") == ["40.0k, 28.0k computed, 12.0k of them supervised"] * 2
     assert cells(report, "tokens/s, median") == ["500", "500"]
     assert cells(report, "MFU, median") == ["unknown", "40.0 %"]
     assert cells(report, "peak memory") == ["3.00 GB", "3.00 GB"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from xplus_fast.cli import main
+from xplus_fast.data.packed import PackedDataset
 from xplus_fast.training import checkpoints
 from xplus_fast.training.optimizer import AdamW
 
@@ -256,7 +257,9 @@ def test_a_run_goes_on_with_the_same_steps_under_another_plan(workplace, capsys,
     assert tokens(run) == counted and len(counted) == 12
     assert [x for *_, x in losses(run)] == pytest.approx([x for *_, x in whole], rel=1e-4)
 
-    monkeypatch.setattr("xplus_fast.training.run._rows", lambda r, corpus, p: corpus.train)
+    packed = PackedDataset.packed
+    smaller = lambda self, tokens, shares=1: packed(self, tokens - 100, shares)  # noqa: E731
+    monkeypatch.setattr(PackedDataset, "packed", smaller)
     assert xplus("train", recipe, *options) == 2
     assert "its steps an epoch is no longer what the run began with" in capsys.readouterr().err
 

@@ -89,12 +89,17 @@ def load_corpus(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The figures of a corpus in a few lines of text: all but where it lies."""
+    """The figures of a corpus in a few lines of text: all but where it lies.
+
+    saved: the share of its tokens that another sequence's stand for in a step, where it is known.
+    """
     tags = ", ".join(f"{tag} {n:,}" for tag, n in summary["tags"].items())
     lines = [
         f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
         f" {summary['supervised']:,} of them supervised",
     ]
+    if summary.get("saved"):
+        lines.append(f"prompts computed once: {summary['saved']:.0%} of tokens")
     lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
     for name, files in summary["files"].items():
         left = summary["left"][name]

@@ -28,7 +28,8 @@ class LiveLine:
         self.stage, self.steps, self.clock = stage, steps, clock
         self.stream = stream if stream is not None else sys.stderr  # the one of now, not of import
         self.tty = self.stream.isatty()
-        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds of a step
+        # tokens of a step, those computed, seconds
+        self.recent: deque[tuple[int, int, float]] = deque(maxlen=_RECENT)
         self.seen_at: float | None = None  # when the last update came
         self.written_at = float("-inf")  # when the last plain line was written
         self.drawn = 0  # characters standing on the terminal's line
@@ -39,7 +40,7 @@ class LiveLine:
         now = self.clock()
         elapsed = line["seconds"] if self.seen_at is None else now - self.seen_at
         self.seen_at = now
-        self.recent.append((line["tokens"], elapsed))
+        self.recent.append((line["tokens"], line["tokens_computed"], elapsed))
         fields = self._fields(line)
         if self.tty:
             # One column stays free: writing the last one wraps on some terminals
@@ -68,13 +69,14 @@ class LiveLine:
 
     def _fields(self, line: dict[str, Any]) -> list[str]:
         """What is shown, the most wanted first: a narrow terminal loses the last ones."""
-        tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
+        tokens, computed, seconds = (sum(column) for column in zip(*self.recent, strict=True))
         speed = tokens / seconds if seconds > 0 else line["tokens_per_second"]
+        apart = f" ({si(speed * computed / tokens)} computed)" if computed != tokens else ""
         eta = (self.steps - line["step"]) * seconds / len(self.recent)
         fields = [
             f"{self.stage} {line['step']}/{self.steps}",
             f"loss {line['loss']:.3f}",
-            f"{si(speed)} tok/s",
+            f"{si(speed)} tok/s{apart}",
             f"{si(line['tokens_seen'])} tokens",
             f"eta {duration(eta)}",
         ]

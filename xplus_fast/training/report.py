@@ -192,13 +192,15 @@ def _training(steps: Steps, about: dict[str, Any]) -> str:
             return [line[key] for line in lines if line[key] is not None]
 
         loss, mfu, memory = of("loss"), of("mfu"), of("memory_bytes")
+        tokens, computed = of("tokens"), of("tokens_computed")
+        once = f"{si(sum(computed))} computed, " if computed != tokens else ""
         end = max(1, len(lines) // 20)  # the loss of one step says little
         header.append(stage)
         columns.append(
             [
                 str(len(lines)),
                 f"{fmean(loss[:end]):.3f} -> {fmean(loss[-end:]):.3f}",
-                f"{si(sum(of('tokens')))}, {si(sum(of('supervised')))} of them supervised",
+                f"{si(sum(tokens))}, {once}{si(sum(of('supervised')))} of them supervised",
                 si(median(of("tokens_per_second"))),
                 f"{100 * median(mfu):.1f} %" if mfu else "unknown",
                 f"{max(memory) / 1e9:.2f} GB" if memory else "unknown",

@@ -133,10 +133,8 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         if not restart:
             look_at(run, recipe)
     tokenizer = load_tokenizer(base)
-    corpora = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
+    corpora, works = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
-    rows = [_rows(recipe, corpus, place) for corpus in corpora]
-    works = [look_at_work(r, shared=recipe.data.shared_prompts) for r in rows]
     _, where, named = plan_recipe(here, here=card, works=works)
     plans = [plan for _, plan in share(named, place)]
     whole = dry_run or where.card is not None
@@ -147,7 +145,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     if place.first:
         if restart:
             throw_away(run)
-        steps = [len(r) // r.shares for r in rows]
+        steps = [len(c.train) // place.processes for c in corpora]
         claim(run, recipe, base, corpora, steps, [frozen_formats(plan) for plan in plans])
     barrier(place)
 
@@ -182,7 +180,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
             say(f"stage {name}: trained before, taken from {done}")
         else:
             memory = _train_stage(
-                recipe, i, model, rows[i], works[i], plan, run, place, tokenizer, heldout
+                recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout
             )
         weights.cover(read_header(done / "trained.safetensors"))
         forget_changes(model)
@@ -288,8 +286,8 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, rows: PackedDataset, work: Work, plan: Plan, run: Path,
-    place: Place, tokenizer: Any, heldout: dict[str, Any],
+    recipe: Recipe, index: int, model: Any, rows: PackedDataset, plan: Plan, run: Path, place: Place,
+    tokenizer: Any, heldout: dict[str, Any],
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
@@ -300,11 +298,9 @@ def _train_stage(
     barrier(place)
     if place.first:
         steps = len(rows) // place.processes
-        once = f"; prompts computed once: {work.saved:.0%} of them" if work.saved else ""
         print(
             f"stage {name}: {steps:,} {'steps' if steps > 1 else 'step'} an epoch, of about"
-            f" {rows.total_tokens / steps:,.0f} tokens (asked for: {options.tokens_per_step:,})"
-            + once,
+            f" {rows.total_tokens / steps:,.0f} tokens (asked for: {options.tokens_per_step:,})",
             flush=True,
         )
     arguments = TrainingArguments(
@@ -378,23 +374,18 @@ def _train_stage(
     return memory
 
 
-def _rows(recipe: Recipe, corpus: Corpus, place: Place) -> PackedDataset:
-    """A corpus in optimizer steps, each in a share for every process.
-
-    It looks at data alone and at no plan: a run goes on with the same steps under another budget.
-    """
-    return corpus.train.packed(recipe.training.tokens_per_step, place.processes)
-
-
 def _load_corpora(
     recipe: Recipe, tokenizer: Any, vocabulary: int, say: Any, place: Place
-) -> list[Corpus]:
-    """One corpus a stage; stages without sources of their own share that of `data.sources`.
+) -> tuple[list[Corpus], list[Work]]:
+    """One corpus a stage, in rows of an optimizer step, and what there is to do in them.
 
-    The first one holds pairs out, the others keep the same ones out.
+    Stages without sources of their own share that of `data.sources`. The first one holds pairs
+    out, the others keep the same ones out. Steps look at data alone and at no plan: a run goes on
+    with the same ones under another budget.
     """
     loaded: dict[Any, Corpus] = {}
-    corpora = []
+    works: dict[Any, Work] = {}
+    keys = []
     for i, stage in enumerate(recipe.stages):
         sources = recipe.data.sources if stage.sources is None else stage.sources
         if not sources:
@@ -408,17 +399,20 @@ def _load_corpora(
             data = recipe.data if first is None else replace(recipe.data, heldout=0)
             if not place.first:
                 barrier(place)  # the first process makes the corpus, the others find it
-            loaded[key] = load_corpus(
+            corpus = load_corpus(
                 sources, data, tokenizer, seed=recipe.seed, show=place.first, keep_out=held,
                 vocabulary=vocabulary,
             )  # fmt: skip
             if place.first:
                 barrier(place)
-            summary = loaded[key].summary
+            rows = corpus.train.packed(recipe.training.tokens_per_step, place.processes)
+            works[key] = look_at_work(rows, shared=data.shared_prompts)
+            summary = {**corpus.summary, "saved": works[key].saved}
+            loaded[key] = replace(corpus, train=rows, summary=summary)
             say(describe(summary))
             say(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
-        corpora.append(loaded[key])
-    return corpora
+        keys.append(key)
+    return [loaded[key] for key in keys], [works[key] for key in keys]
 
 
 def _show_first(corpus: Corpus, tokenizer: Any, say: Any) -> None:
