@@ -224,6 +224,8 @@ def _seconds(
 def _plan(r: Request, layout: Layout, update: UpdateLayout, tokens: int) -> Plan:
     b = r.batch(tokens)
     device, host = account(r.shape, layout, update, b, context=r.context)
+    if r.hidden is not None and r.card is not None:  # of a micro-batch, on their way
+        host["hidden states"] = b.tokens * r.hidden.token_bytes
     work, top = r.work, len(layout.layers) - 1
     necessary = necessary_flops(r.shape, r.layers, r.also, work).total / work.data_tokens
     again = sum(

@@ -15,8 +15,8 @@ Legend: T rows computed, H hidden.
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.data.packed import ITEMS, STARTS, TOKENS
-from xplus_fast.files import make_folder, remove, sweep, working_in, write_json
+from xplus_fast.files import make_folder, remove, speaking, sweep, working_in, write_json
 from xplus_fast.manifest import read_manifest
 from xplus_fast.model.frozen import format_of, tensors_of
 from xplus_fast.model.host_memory import zeros_on_host
@@ -152,15 +152,19 @@ class HiddenCaches:
         self.place, self.say = place, say
         self._open: dict[str, tuple[int, HiddenCache]] = {}  # name -> the last stage, the states
 
-    def hold(self, where: str) -> Any:
+    @contextmanager
+    def hold(self, where: str) -> Iterator[None]:
         """A lock on the folder of this option, for all that is done in it.
 
         Raises `UserError` if it is another's, or cannot be written.
         """
         if where in (OFF, HOST):
-            return nullcontext()
-        sweep(Path(where), NAMES)
-        return working_in(Path(where))
+            yield
+            return
+        with working_in(Path(where)):
+            with speaking(Path(where)):
+                sweep(Path(where), NAMES)
+            yield
 
     def open(self, stage: int, wanted: Hidden | None, model: Any) -> HiddenCache | None:
         """A stage's, whose model is laid out as it trains; those that none wants any more go.

@@ -62,11 +62,12 @@ class PlannedTrainer(XPlusTrainer):
         self.plan, self.say, self.hidden = plan, say, hidden
         if hidden is not None:
             hidden.store.say = say
-            options["data_collator"] = hidden.ahead(options["data_collator"])
         self.memory: dict[str, int] = {}  # bytes by purpose at the peak, where a GPU tells
         self._step_batches: list[Any] = []
         self._spared = 0  # FLOPs, in these
         super().__init__(*args, update=plan.update, **options)
+        if hidden is not None:
+            self.data_collator = hidden.ahead(self.data_collator)
         set_activations(self.model, plan.layout, plan.micro_batch_tokens)
         self._peak = PeakWatch(self)
         self.add_callback(self._peak)
