@@ -286,8 +286,8 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, rows: PackedDataset, plan: Plan, run: Path, place: Place,
-    tokenizer: Any, heldout: dict[str, Any],
+    recipe: Recipe, index: int, model: Any, rows: PackedDataset, plan: Plan, run: Path,
+    place: Place, tokenizer: Any, heldout: dict[str, Any],
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
