@@ -312,7 +312,8 @@ def test_bytes_that_a_step_has_to_move():
 
 @pytest.mark.parametrize("name, layers", [("bottom 4", range(4)), ("top 15", range(21, 36))])
 def test_the_documents_bytes_and_flops_are_computed(name, layers):
-    shape, work = shape_of(make_config("8B")), assumed_work(False).at(16384)
+    shape, work = shape_of(make_config("8B")), assumed_work(True)
+    work = work.at(round(16384 * (1 - work.saved)))
     moved = profile.necessary_bytes(
         shape, layers, tokens=work.tokens, supervised=work.supervised, element=2,
         update=UpdateLayout(),
