@@ -60,7 +60,7 @@ def test_every_contestant_runs_or_says_why(smoke):
             assert row["why"] and row["status"] == "not run", (name, row)
     ran = {name for (name, _), r in by_name.items() if r["status"] == "ok"}
     assert {"ours, bf16", "ours, int8 frozen", "ours, fp8 frozen", "ours, nf4 frozen",
-            "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile",
+            "ours, 24 GB", "ours, prompts apart", "stock Trainer", "tuned", "tuned + compile",
             "full fine-tuning"} <= ran  # fmt: skip
     liger = by_name["tuned + Liger", "pairs"]
     assert liger["why"] in ("needs CUDA", "not importable here"), liger

@@ -45,7 +45,7 @@ def test_nearly_all_that_directions_share_is_saved(corpus, qwen_tokenizer, micro
             by_direction[direction].append(ids[a:own].astype(">u4").tobytes())
         for texts in by_direction.values():
             could += (len(texts) - 1) * common(texts)
-        batch = PackCollator()([row])
+        batch = PackCollator(shared_prefixes=True)([row])
         parts = split_batch(batch, micro_batch)
         assert all(p["input_ids"].shape[1] <= micro_batch for p in parts)
         works = [work_of(p["layout"]) for p in parts]

@@ -137,7 +137,7 @@ def measure(model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: boo
     Raises `UserError` where no row has a supervised token, and for a gradient that is not finite.
     """
     assert is_prepared(model)
-    start, collate = time.perf_counter(), PackCollator()
+    start, collate = time.perf_counter(), PackCollator(shared_prefixes=True)
     squares, losses, tokens, supervised = [], [], 0, 0
     bar = tqdm(
         total=total, desc="gradients", unit="row", disable=None if show else True, leave=False,
