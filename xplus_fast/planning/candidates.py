@@ -22,7 +22,8 @@ from xplus_fast.model.layout import (
 )
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work
-from xplus_fast.planning.memory import CONTEXT, Batch, matrices
+from xplus_fast.planning.memory import CONTEXT, matrices
+from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
 
 # Formats that "auto" prefers: the loss curve of the demo's model stays within 1 % (docs/memory.md)

@@ -18,7 +18,8 @@ from xplus_fast.model.layout import FORMATS, Layout, Policy, UpdateLayout, unite
 from xplus_fast.planning.candidates import Request, candidates, fp8_fits, stride, with_policies
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work, necessary_flops, recompute_flops
-from xplus_fast.planning.memory import MARGIN, Batch, account, peak_moment, standing
+from xplus_fast.planning.memory import MARGIN, account, peak_moment, standing
+from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.planning.speed import step_seconds
 
