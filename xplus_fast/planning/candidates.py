@@ -124,7 +124,7 @@ def micro_batches(r: Request, auto: bool, most: int | None) -> list[int]:
         return [int(r.memory.micro_batch_tokens)]
     if not auto:
         return [r.pack_tokens]
-    rows = max(1, r.computed_per_step // r.pack_tokens)
+    rows = math.ceil(r.computed_per_step / r.pack_tokens)
     # micro-batches of one size where there are such: a smaller last one leaves the device idle
     counts = [n for n in range(rows, 0, -1) if rows % n == 0 or n & (n - 1) == 0]
     return [n * r.pack_tokens for n in counts if n * r.pack_tokens <= (most or math.inf)]
