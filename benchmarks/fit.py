@@ -41,7 +41,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.load import load_model
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, local_card
-from xplus_fast.planning.flops import SENTENCE
+from xplus_fast.planning.flops import SENTENCE, assumed_work
 from xplus_fast.planning.from_recipe import USABLE, free_memory
 from xplus_fast.planning.plan import LADDER, Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
@@ -301,6 +301,7 @@ def make_plan(case: Case, card: Card | None, host: int | None = None) -> Plan:
     return plan_stage(
         shape, resolve_layers(case.layers, shape.layers), (), case.memory, card=card,
         dtype_bytes=case.dtype.itemsize, pack_tokens=case.pack, tokens_per_step=case.step,
+        work=assumed_work(False),  # sentences of random tokens share nothing
         budget=budget, host=host or free_memory(),
     )  # fmt: skip
 

@@ -58,7 +58,9 @@ PRODUCTS = {"aten::mm": 0, "aten::_scaled_mm": 0, "aten::addmm": 1}
 def product_part(name: str, inputs: Sequence[Sequence[int]], shape: Shape) -> str | None:
     """Of which weight a product is, forward, dX or dW, by its sizes; None: of none, or no product.
 
-    Each of the three has the weight's two sizes among its three, beside the number of rows.
+    Each of the three has the weight's two sizes among its three, beside the number of rows. In the
+    last layer k and v have products of their own, and q too: where it is as large as o, it is
+    counted there.
     """
     first = PRODUCTS.get(name)
     if first is None or [len(i) for i in inputs[first : first + 2]] != [2, 2]:
@@ -66,12 +68,13 @@ def product_part(name: str, inputs: Sequence[Sequence[int]], shape: Shape) -> st
     (a, b), (_, c) = inputs[first : first + 2]
     weights = {k: v for k, v in shape.packed_shapes().items() if len(v) == 2}
     weights["head"] = (shape.vocabulary, shape.hidden)
+    weights["qkv, last layer"] = (2 * shape.kv_heads * shape.head_dim, shape.hidden)
     for part, (rows, columns) in weights.items():
         left = [a, b, c]
         if rows in left:
             left.remove(rows)
             if columns in left:
-                return part
+                return part.partition(",")[0]
     return None
 
 

@@ -233,7 +233,9 @@ def _train(
                 logging_nan_inf_filter=False, save_strategy="no", report_to=[],
                 disable_tqdm=True, remove_unused_columns=False, seed=setup.recipe.seed,
             ),
-            train_dataset=setup.rows, data_collator=PackCollator(), **options,
+            # a stock model knows no shared prompts
+            train_dataset=setup.rows,
+            data_collator=PackCollator(shared_prefixes=cls is XPlusTrainer), **options,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -26,6 +26,7 @@ from xplus_fast.data.corpus import PackCollator
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.load import load_model
 from xplus_fast.planning.cards import Card
+from xplus_fast.planning.flops import assumed_work
 from xplus_fast.planning.from_recipe import USABLE, free_memory
 from xplus_fast.planning.plan import plan_stage
 from xplus_fast.planning.selection import resolve_layers
@@ -82,16 +83,19 @@ def _arguments(folder: str, device: torch.device, steps: int, micro: int, **more
 
 def _ours(
     scale: Scale, layers: str, device: torch.device, card: Card | None, *, budget: int = 0,
-    **memory: Any,
+    shared: bool = True, **memory: Any,
 ) -> Callable[[Steps, str], Any]:  # fmt: skip
-    """Ours: planned for the card (or a budget), packed rows, one process."""
+    """Ours: planned for the card (or a budget), packed rows, one process.
+
+    shared: whether prompts are computed once in a micro-batch.
+    """
     config = make_config(scale.model)
     shape = shape_of(config)
     room = int(card.memory * USABLE) if card else None
     plan = plan_stage(
         shape, resolve_layers(layers, shape.layers), (), MemoryConfig(**memory),
         card=card, dtype_bytes=2, pack_tokens=scale.row, tokens_per_step=scale.step,
-        budget=budget or room, host=free_memory(),
+        budget=budget or room, host=free_memory(), work=assumed_work(shared),
     )  # fmt: skip
     if budget:
         cap(device, budget)
@@ -99,20 +103,14 @@ def _ours(
     model = load_model(weights, config, plan.layout, dtype=torch.bfloat16, device=device)
 
     def trainer(steps: Steps, folder: str) -> Any:
-        rows = [
-            {
-                "input_ids": torch.cat([s.ids for s in row]),
-                "labels": torch.cat([s.labels for s in row]),
-                "lengths": [len(s) for s in row],
-            }
-            for step in steps for row in step
-        ]  # fmt: skip
-        together = max(1, plan.micro_batch_tokens // scale.row)
-        count = scale.step // scale.row // together
-        batches = [rows[i : i + together] for i in range(0, len(rows), together)]
+        batches = [
+            [{"input_ids": s.ids, "labels": s.labels} for row in step for s in row]
+            for step in steps
+        ]  # whole steps: the plan splits them
+        collate = PackCollator(shared_prefixes=shared)
         return _Ours(
-            model, _arguments(folder, device, len(steps), count), train_dataset=batches,
-            data_collator=lambda items: PackCollator()(items[0]), plan=plan, activations=None,
+            model, _arguments(folder, device, len(steps), 1), train_dataset=batches,
+            data_collator=lambda items: collate(items[0]), plan=plan, activations=None,
             say=lambda line: None,
         )  # fmt: skip
 
@@ -289,8 +287,12 @@ CONTESTANTS: dict[str, Contestant] = {
         " fused AdamW", _stock,
     ),
     "tuned": Contestant(_TUNED.format("4096"), _stock, (("rows", 1),)),
+    "ours, prompts apart": Contestant(
+        "the same, prompts computed for every sentence", _ours,
+        (("frozen", "bf16"), ("placement", "device"), ("head", "bf16"), ("shared", False)),
+    ),
     "ours, fp8 frozen": Contestant(
-        "the same, frozen layers and head in FP8", _ours,
+        "as the first, frozen layers and head in FP8", _ours,
         (("frozen", "fp8"), ("placement", "device"), ("head", "fp8")), "fp8", 0.02,
     ),
     "ours, 24 GB": Contestant(
@@ -313,11 +315,11 @@ CONTESTANTS: dict[str, Contestant] = {
         (("rows", 1), ("whole", True)), alike=False,
     ),
     "ours, int8 frozen": Contestant(
-        "the same, frozen layers in INT8", _ours, (("frozen", "int8"), ("placement", "device")),
+        "as the first, frozen layers in INT8", _ours, (("frozen", "int8"), ("placement", "device")),
         loose=0.01,
     ),
     "ours, nf4 frozen": Contestant(
-        "the same, frozen layers in NF4", _ours, (("frozen", "nf4"), ("placement", "device")),
+        "as the first, frozen layers in NF4", _ours, (("frozen", "nf4"), ("placement", "device")),
         loose=0.05,
     ),
     "Unsloth": Contestant(

@@ -118,4 +118,4 @@ def _real_lengths() -> list[list[int]]:
 def necessary_work(step: list[list[Sequence]]) -> Work:
     """What there is to do in a step, whoever does it: what sequences share, once."""
     rows = [{"input_ids": s.ids, "labels": s.labels} for row in step for s in row]
-    return work_of(PackCollator()(rows)["layout"])
+    return work_of(PackCollator(shared_prefixes=True)(rows)["layout"])

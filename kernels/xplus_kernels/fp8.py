@@ -64,12 +64,18 @@ def dequantize_fp8_ref(rows: Fp8Rows, out: Tensor) -> Tensor:
 
 @jit
 def amax_bits(x):
-    """x [ROWS, COLUMNS] fp32 -> the bits of its rows' max |x| [ROWS, 1], as int32.
+    """x [ROWS, COLUMNS] fp32 -> the bits of its rows' max |x|, as int32: [ROWS, 1], of one row a
+    scalar.
 
     Without the sign, floats lie in the order of their bits, NaN above all: a maximum of floats
-    would drop NaN.
+    would drop NaN. A scalar has no layout: where two tiles of a row have two, Triton 3.9 would
+    bring the wide one into the other's, through shared memory, to compare [1, 1] with [1, 1].
     """
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if x.shape[0] == 1:
+        return tl.max(bits)
+    else:
+        return tl.max(bits, 1, keep_dims=True)
 
 
 @jit

@@ -70,7 +70,7 @@ def _swiglu_fp8_kernel(
     x_ptr += row * x_row
     a = tl.max_contiguous(tl.arange(0, MAIN)[None, :], (1, 8))  # by 8: see fp8.py
     y_a = _silu_mul(x_ptr, a, x_col, a < F, F)
-    bits = amax_bits(y_a)  # [1, 1]
+    bits = amax_bits(y_a)  # of one row: a scalar
     if REST:
         b = tl.max_contiguous(MAIN + tl.arange(0, REST)[None, :], (1, 8))
         y_b = _silu_mul(x_ptr, b, x_col, b < F, F)
@@ -109,7 +109,7 @@ def _swiglu_backward_fp8_kernel(
     dgate_a, dup_a = _scaled_gradients(
         dy_ptr, x_ptr, c_ptr, a, dy_col, x_col, c_col, a < F, F
     )  # fmt: skip
-    bits = tl.maximum(amax_bits(dgate_a), amax_bits(dup_a))  # [1, 1]
+    bits = tl.maximum(amax_bits(dgate_a), amax_bits(dup_a))  # of one row: a scalar
     if REST:
         b = tl.max_contiguous(MAIN + tl.arange(0, REST)[None, :], (1, 8))
         dgate_b, dup_b = _scaled_gradients(

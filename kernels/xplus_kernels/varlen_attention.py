@@ -14,11 +14,13 @@ sum over exp(scale * q k.T), so that any one's backward goes with any one's forw
 flash-attn 2's backward make dk and dv for every query head ([T, N, D] each) before they sum a
 group. Everything else, fp32 and fp64 on CUDA too, takes the reference (`attention_reference.py`).
 
-Read in their sources, and run on no GPU yet: all of them align a causal mask to the end of the keys
-(flash-attn 2 since 2.1, PyTorch's copy of it with it), and where a sequence has no queries, their
-backward stores zeros in its dk and dv (flash-attn 2 and PyTorch in flash_bwd_kernel.h, flash-attn 3
-by store_zero in flash_bwd_kernel_sm90.h, flash-attn 4 at head dims up to 128; 256 is not asked of
-it). Where a sequence has queries and no keys they disagree: flash-attn 2 says lse = +inf.
+Read in one copy of each source, and run on no GPU yet. A causal mask is aligned to the end of the
+keys: flash-attn 2 (since 2.1, its README) and PyTorch (mask.h of each), 3 (hopper/mask.h), 4
+(cute/mask.py). Where a sequence has no queries, the backward's dk and dv are zeros: 2 and PyTorch
+store them (flash_bwd_kernel.h); 3 (store_zero in hopper/epilogue_bwd.hpp) and 4 on capability 10
+(flash_bwd_sm100.py) store them or, with fewer key than query heads, add nothing to accumulators
+that begin as zeros. 4's on capability 9 was not read, nor head dim 256, which is not asked of it.
+Where a sequence has queries and no keys they disagree: lse is +inf in 2, -inf in 3; 4 not read.
 """
 
 import importlib

@@ -60,7 +60,7 @@ def test_every_contestant_runs_or_says_why(smoke):
             assert row["why"] and row["status"] == "not run", (name, row)
     ran = {name for (name, _), r in by_name.items() if r["status"] == "ok"}
     assert {"ours, bf16", "ours, int8 frozen", "ours, fp8 frozen", "ours, nf4 frozen",
-            "ours, 24 GB", "stock Trainer", "tuned", "tuned + compile",
+            "ours, 24 GB", "ours, prompts apart", "stock Trainer", "tuned", "tuned + compile",
             "full fine-tuning"} <= ran  # fmt: skip
     liger = by_name["tuned + Liger", "pairs"]
     assert liger["why"] in ("needs CUDA", "not importable here"), liger
@@ -312,7 +312,8 @@ def test_bytes_that_a_step_has_to_move():
 
 @pytest.mark.parametrize("name, layers", [("bottom 4", range(4)), ("top 15", range(21, 36))])
 def test_the_documents_bytes_and_flops_are_computed(name, layers):
-    shape, work = shape_of(make_config("8B")), assumed_work(False).at(16384)
+    shape, work = shape_of(make_config("8B")), assumed_work(True)
+    work = work.at(round(16384 * (1 - work.saved)))
     moved = profile.necessary_bytes(
         shape, layers, tokens=work.tokens, supervised=work.supervised, element=2,
         update=UpdateLayout(),
@@ -357,7 +358,8 @@ def test_profile_groups_what_a_step_computes(tmp_path, capsys):
     found = json.loads((tmp_path / "profile.json").read_text())
     groups, products = found["groups"], found["products"]
     # six layers forward, two of them dX and dW: in one micro-batch
-    assert {products[part]["calls"] for part in ("o", "gate_up", "down")} == {10}
+    assert {products[part]["calls"] for part in ("gate_up", "down")} == {10}
+    assert products["o"]["calls"] >= 10  # in so small a block others have its sizes
     assert products["head"]["seconds"] > 0
     assert groups["GEMMs"]["seconds"] > 0 < groups["attention"]["calls"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

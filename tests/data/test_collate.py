@@ -56,7 +56,7 @@ def plain(sequences: list[tuple[list[int], int]]) -> Counter:
 def test_two_that_begin_alike_by_hand():
     head = list(range(8))
     rows = [row([([*head, 20, 30, 31], 9), ([9, 9], 1)]), row([([*head, 21, 40], 9)])]
-    batch = PackCollator()(rows)
+    batch = PackCollator(shared_prefixes=True)(rows)
     assert batch["input_ids"].tolist() == [[*head, 20, 30, 31, 21, 40, 9, 9]]
     assert batch["position_ids"].tolist() == [[*range(8), 8, 9, 10, 8, 9, 0, 1]]
     none = [-100] * 9
@@ -78,7 +78,7 @@ def test_two_that_begin_alike_by_hand():
 def test_nothing_is_lost_and_nothing_else_is_there(seed):
     sequences = corpus(seed)
     rows = [row(sequences[:13]), row(sequences[13:])]
-    batch = PackCollator()(rows)
+    batch = PackCollator(shared_prefixes=True)(rows)
     assert contents(batch) == plain(sequences)
     layout = batch["layout"]
     assert layout.data_tokens == sum(len(ids) for ids, _ in sequences) > layout.edges[-1]
@@ -103,23 +103,23 @@ def test_without_sharing_the_order_stays():
         assert batch["input_ids"][0].tolist() == [t for ids, _ in sequences for t in ids]
         assert not len(batch["layout"].members)
     apart = [([i, *ids], n + 1) for i, (ids, n) in enumerate(sequences, 1000)]
-    batch = PackCollator()([row(apart)])  # nothing to share
+    batch = PackCollator(shared_prefixes=True)([row(apart)])  # nothing to share
     assert batch["input_ids"][0].tolist() == [t for ids, _ in apart for t in ids]
 
 
 def test_a_prefix_ends_before_what_predicts_an_answer():
     ids = list(range(20))
-    batch = PackCollator()([row([(ids, 12), (ids, 12), (ids, 10), (ids, 20)])])
+    batch = PackCollator(shared_prefixes=True)([row([(ids, 12), (ids, 12), (ids, 10), (ids, 20)])])
     assert batch["layout"].members.tolist() == [4]
     assert batch["layout"].lengths.tolist() == [9, 11, 11, 11, 11]  # 9 predicts token 10
     # everything is supervised: nothing can be shared
-    batch = PackCollator()([row([(ids, 0), (ids, 1)])])
+    batch = PackCollator(shared_prefixes=True)([row([(ids, 0), (ids, 1)])])
     assert not len(batch["layout"].members)
 
 
 def test_parts_are_as_few_as_their_groups_allow_and_even():
     sequences = corpus(3, n=400, directions=4)
-    batch = PackCollator()([row(sequences)])
+    batch = PackCollator(shared_prefixes=True)([row(sequences)])
     total = batch["input_ids"].shape[1]
     for tokens in (512, 1024, 2048):
         sizes = [p["input_ids"].shape[1] for p in split_batch(batch, tokens)]

@@ -40,6 +40,13 @@ def test_rows_have_a_sequence_for_each_process(least: int) -> None:
         assert offsets[-1] == n and (np.diff(offsets) >= least).all()
 
 
+def test_rows_are_the_same_for_any_number_of_processes() -> None:
+    for seed in range(30):
+        lengths = np.random.default_rng(seed).integers(5, 60, 500)
+        one = cut(lengths, 1000)
+        assert all((cut(lengths, 1000, least) == one).all() for least in (2, 8))
+
+
 @pytest.mark.parametrize("directions", [2, 32])
 def test_every_stretch_has_the_mix_of_the_whole(directions: int) -> None:
     rng = np.random.default_rng(directions)

@@ -17,6 +17,7 @@ from tests.tiny import (
     stock_loss,
     tiny_model,
 )
+from xplus_fast.data.collate import PackCollator
 from xplus_fast.model.block import KEEP
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.training.optimizer import AdamW
@@ -130,3 +131,52 @@ def test_twenty_steps_lower_the_loss_and_leave_the_frozen_layers(dtype, selectio
     assert losses[-1] < 0.8 * losses[0]
     parameters = dict(made.named_parameters())
     assert all(torch.equal(parameters[name], t) for name, t in frozen.items())
+
+
+def shared_batches():
+    """The same sequences with their common first tokens once, and apart."""
+    g = torch.Generator().manual_seed(1)
+    heads = [torch.randint(0, 320, (n,), generator=g) for n in (40, 17)]
+    rows = []
+    for i, n in enumerate((30, 5, 130, 64, 2)):
+        ids = torch.cat((heads[i % 2], torch.tensor([i]), torch.randint(0, 320, (n,), generator=g)))
+        labels = ids.masked_fill(torch.arange(len(ids)) < len(ids) - (n + 1) // 2, -100)
+        rows.append({"input_ids": ids, "labels": labels})
+    return [
+        {
+            k: v.to(DEVICE) if torch.is_tensor(v) else v
+            for k, v in PackCollator(shared_prefixes=on)(rows).items()
+        }
+        for on in (True, False)
+    ]
+
+
+def shared_run(dtype, policy, one):
+    made = prepare_model(model(dtype, DEVICE), SELECTIONS["joint"], activations=policy)
+    loss = made(**one).loss
+    loss.backward()
+    return loss.item(), gradients(made)
+
+
+@pytest.mark.parametrize("policy", KEEP)
+def test_shared_prompts_give_what_they_give_apart(policy):
+    shared, apart = shared_batches()
+    assert len(shared["layout"].members) == 2
+    loss, mine = shared_run(torch.float32, policy, shared)
+    expected, theirs = shared_run(torch.float32, policy, apart)
+    assert loss == pytest.approx(expected, rel=5e-6)
+    for name, gradient in theirs.items():
+        assert difference(mine[name], gradient) <= 5e-5, name
+
+
+def test_shared_prompts_err_no_more_in_bf16():
+    if common.backend.INTERPRET:
+        pytest.skip("needs hardware: the interpreter's bf16 is wrong")
+    shared, apart = shared_batches()
+    _, true = shared_run(torch.float32, "keep", apart)
+    (_, mine), (_, theirs) = (shared_run(torch.bfloat16, "keep", one) for one in (shared, apart))
+    errors = [
+        [difference(found[name].float(), gradient) for name, gradient in true.items()]
+        for found in (mine, theirs)
+    ]
+    assert sum(errors[0]) <= 1.1 * sum(errors[1])

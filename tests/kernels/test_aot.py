@@ -154,3 +154,20 @@ def test_registered_kernel(
     key: tuple[str, int, int], case: AotCase, everything: dict[tuple[str, int, int], Compiled]
 ) -> None:
     assert problems(case, key[2], everything[key]) == []
+
+
+def test_a_row_quantized_alone_stays_in_the_layout_it_was_loaded_in(
+    everything: dict[tuple[str, int, int], Compiled],
+) -> None:
+    # Its maximum takes a word a warp of shared memory. More would be its elements, moved into
+    # another layout: registers, and with them programs an SM, before anything spills.
+    cases = registered_cases()
+    rows = [
+        (cases[key[0]][key[1]], made)
+        for key, made in everything.items()
+        if key[0] in ("fp8", "swiglu_fp8")
+    ]
+    alone = [(c, m) for c, m in rows if "MAIN" in c.constexprs and c.constexprs.get("ROWS", 1) == 1]
+    assert {"quantize_fp8 weight 14B bf16", "swiglu_fp8 14B bf16"} <= {c.name for c, _ in alone}
+    moved = {c.name: m.shared_bytes for c, m in alone if m.shared_bytes > 4 * c.num_warps}
+    assert moved == {}

@@ -62,7 +62,7 @@ def shared_batch(prefix=40, lengths=(20, 33, 9, 51)):
         ids = torch.cat((head, torch.tensor([300 + i]), torch.randint(0, 300, (n,), generator=g)))
         labels = ids.masked_fill(torch.arange(len(ids)) < prefix + n // 2, -100)
         rows.append({"input_ids": ids, "labels": labels})
-    return PackCollator()(rows)
+    return PackCollator(shared_prefixes=True)(rows)
 
 
 def test_what_is_saved_by_hand():

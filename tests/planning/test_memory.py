@@ -15,14 +15,13 @@ from xplus_fast.model.layout import FORMATS, LayerLayout, Layout, UpdateLayout
 from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.planning.memory import (
-    Batch,
     account,
-    kept_bytes,
     layer_bytes,
     peak_moment,
     scratch_bytes,
     update_buffers,
 )
+from xplus_fast.planning.replay import Batch, kept_bytes
 
 MID = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, head_dim=32)
 SELECTIONS = {"bottom": [0, 1], "middle": [2, 3], "top": [4, 5], "joint": [0, 4, 5]}
@@ -196,12 +195,12 @@ def test_constants_are_the_kernels_own():
     """They are copied, for a plan needs no torch."""
     from importlib import import_module
 
-    from xplus_fast.planning import memory
+    from xplus_fast.planning import memory, replay
     from xplus_fast.training import host_state
 
     head = import_module("xplus_kernels.linear_cross_entropy")
     for name in ("LOGITS_BYTES", "LEAST_ROWS", "HEAD_TILES"):
-        assert getattr(memory, name) == getattr(head, name)
+        assert getattr(replay, name) == getattr(head, name)
     assert memory.UPDATE_CHUNK == host_state.CHUNK
     for name in ("int8", "nf4"):
         assert import_module(f"xplus_kernels.{name}").BLOCK == 64  # of `layer_bytes`

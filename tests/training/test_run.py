@@ -221,21 +221,34 @@ def test_kill_at_any_moment_and_go_on(workplace):
 def test_torchrun_gives_the_losses_of_one_process(workplace):
     """Two processes that share each step, in micro-batches, against one that takes it whole."""
     recipe, two = workplace / "recipe.yaml", workplace / "two"
-    step = "training.tokens_per_step=1000"
+    step = "training.tokens_per_step=2500"
     assert xplus("train", recipe, step, "training.report_to=[tensorboard]") == 0
     assert len(list((workplace / "run").glob("*/runs/*/events*"))) == 2  # a stage, one
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     other = [step, f"output={two}", "memory.micro_batch_tokens=192"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "xplus_fast.cli", "train", recipe, *other],
-        env=environment, cwd=workplace, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+
+    def torchrun():
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", "xplus_fast.cli", "train", recipe, *other],
+            env=environment, cwd=workplace, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    done = torchrun()
     assert done.returncode == 0, done.stderr[-3000:]
     one = [x for _, _, x in losses(workplace / "run")]
     assert [x for _, _, x in losses(two)] == pytest.approx(one, rel=1e-5)
     assert (two / "report.md").exists()
     assert xplus("export", two, workplace / "out") == 0
+
+    # cut off in a later epoch, it goes on with the same sequences
+    epoch = json.loads((two / "high/checkpoint-4/trainer_state.json").read_text())["epoch"]
+    assert epoch > 1 and epoch % 1
+    logged = losses(two)
+    for name in ("final", "checkpoint-6"):
+        shutil.rmtree(two / "high" / name)
+    assert torchrun().returncode == 0
+    assert losses(two) == logged
 
 
 def test_a_run_goes_on_with_the_same_steps_under_another_plan(workplace, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tests.tiny import VOCABULARY, difference, select, tiny_model
 from xplus_fast import XPlusTrainer
+from xplus_fast.data.collate import PackCollator
 from xplus_fast.errors import UserError
 from xplus_fast.training.optimizer import AdamW
 
@@ -205,6 +206,58 @@ def test_evaluation_and_compute_metrics_work(tmp_path):
         results[-1]["loss_only"] = trainer.evaluate()["eval_loss"]
     for key in ("eval_loss", "eval_accuracy", "loss_only"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-5)
+
+
+def asked_alike(n=32):
+    """Sentences that begin with one of three prompts."""
+    g = torch.Generator().manual_seed(2)
+    prompts = torch.randint(0, VOCABULARY, (3, 14), generator=g).tolist()
+    return [
+        {
+            "input_ids": prompts[i % 3] + row["input_ids"],
+            "labels": [-100] * 14 + row["labels"],
+        }
+        for i, row in enumerate(sentences(n))
+    ]
+
+
+def test_our_collator_shares_prompts_here_and_nowhere_else(tmp_path):
+    rows = asked_alike()
+    stock = train(Trainer, select(tiny_model(), [1, 2]), tmp_path, rows=rows)
+    collator = PackCollator()
+    ours = train(XPlusTrainer, tiny_model(), tmp_path, rows=rows, collator=collator, layers=[1, 2])
+    assert losses(ours) == pytest.approx(losses(stock), rel=1e-4)
+    for line in ours.state.log_history[:-1]:
+        assert line["tokens_computed"] < 0.9 * line["tokens"]
+    # a library's own model would read a row with a prefix as something else
+    assert not len(collator(rows)["layout"].members)
+    apart = PackCollator(shared_prefixes=False)
+    plain = train(XPlusTrainer, tiny_model(), tmp_path, rows=rows, collator=apart, layers=[1, 2])
+    assert losses(plain) == pytest.approx(losses(stock), rel=1e-4)
+    assert all(i["tokens_computed"] == i["tokens"] for i in plain.state.log_history[:-1])
+
+
+def test_metrics_of_batches_with_shared_prompts(tmp_path):
+    """Logits are of whole sequences, whatever the loss was computed from."""
+    seen = []
+
+    def metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"labels": float((prediction.label_ids != -100).sum())}
+
+    for shared in (True, False):
+        trainer = XPlusTrainer(
+            tiny_model(), arguments(tmp_path, per_device_eval_batch_size=8),
+            eval_dataset=asked_alike(8), data_collator=PackCollator(shared_prefixes=shared),
+            compute_metrics=metrics,
+        )  # fmt: skip
+        seen.append(trainer.evaluate()["eval_loss"])
+    assert seen[1] == pytest.approx(seen[3], rel=1e-5)
+    for logits, labels in (seen[0], seen[2]):
+        assert (
+            logits.shape[1] == labels.shape[1] == sum(len(r["input_ids"]) for r in asked_alike(8))
+        )
+    assert sorted(seen[0][1][0].tolist()) == sorted(seen[2][1][0].tolist())
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):

@@ -20,13 +20,15 @@ from xplus_fast.model.packing import PackLayout, send
 class PackCollator:
     """Rows -> one batch of a single row, in the form that variable-length attention takes.
 
-    shared_prefixes: whether tokens that sequences begin with in common are there once; the losses
-    and gradients are the same. Trainer's `remove_unused_columns` spares the columns that it reads.
+    shared_prefixes: whether tokens that sequences begin with in common are there once, which only a
+    prepared model understands; its losses and gradients are the same. None: where `XPlusTrainer`
+    takes the collator, and not elsewhere. Trainer's `remove_unused_columns` spares the columns that
+    it reads.
     """
 
     columns = ("input_ids", "labels", "lengths")
 
-    def __init__(self, *, shared_prefixes: bool = True) -> None:
+    def __init__(self, *, shared_prefixes: bool | None = None) -> None:
         self.shared_prefixes = shared_prefixes
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -81,13 +81,10 @@ class PackedDataset(Dataset):
 
 
 class RowSampler(Sampler[int]):
-    """All items of a `PackedDataset`: rows in random order, another one each epoch."""
+    """All items of a `PackedDataset`: rows in random order, another one each `epoch`."""
 
     def __init__(self, rows: int, shares: int, seed: int) -> None:
         self.rows, self.shares, self.seed, self.epoch = rows, shares, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.rows * self.shares

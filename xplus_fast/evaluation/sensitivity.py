@@ -40,7 +40,8 @@ from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import is_prepared
 from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.from_recipe import USABLE, free_memory
-from xplus_fast.planning.memory import CONTEXT, Batch, account, layer_parameters
+from xplus_fast.planning.memory import CONTEXT, account, layer_parameters
+from xplus_fast.planning.replay import Batch
 from xplus_fast.training.host_state import norms_of
 from xplus_fast.training.place import device_name, find_place
 
@@ -137,7 +138,7 @@ def measure(model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: boo
     Raises `UserError` where no row has a supervised token, and for a gradient that is not finite.
     """
     assert is_prepared(model)
-    start, collate = time.perf_counter(), PackCollator()
+    start, collate = time.perf_counter(), PackCollator(shared_prefixes=True)
     squares, losses, tokens, supervised = [], [], 0, 0
     bar = tqdm(
         total=total, desc="gradients", unit="row", disable=None if show else True, leave=False,

@@ -23,7 +23,8 @@ from xplus_fast.model.layout import (
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Hidden
-from xplus_fast.planning.memory import CONTEXT, Batch, matrices
+from xplus_fast.planning.memory import CONTEXT, matrices
+from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
 
 # Formats that "auto" prefers: the loss curve of the demo's model stays within 1 % (docs/memory.md)
@@ -125,7 +126,7 @@ def micro_batches(r: Request, auto: bool, most: int | None) -> list[int]:
         return [int(r.memory.micro_batch_tokens)]
     if not auto:
         return [r.pack_tokens]
-    rows = max(1, r.computed_per_step // r.pack_tokens)
+    rows = math.ceil(r.computed_per_step / r.pack_tokens)
     # micro-batches of one size where there are such: a smaller last one leaves the device idle
     counts = [n for n in range(rows, 0, -1) if rows % n == 0 or n & (n - 1) == 0]
     return [n * r.pack_tokens for n in counts if n * r.pack_tokens <= (most or math.inf)]

@@ -19,7 +19,8 @@ from xplus_fast.planning.candidates import Request, candidates, fp8_fits, stride
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work, necessary_flops, recompute_flops
 from xplus_fast.planning.hidden import Hidden
-from xplus_fast.planning.memory import MARGIN, Batch, account, peak_moment, standing
+from xplus_fast.planning.memory import MARGIN, account, peak_moment, standing
+from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.planning.speed import step_seconds
 

@@ -12,13 +12,13 @@ from xplus_fast.model.layout import LayerLayout, Layout, UpdateLayout
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, layer_gemms, recompute_flops
 from xplus_fast.planning.memory import (
-    Batch,
     beside_parameters,
     layer_bytes,
     layer_parameters,
     matrices,
     state_bytes,
 )
+from xplus_fast.planning.replay import Batch
 
 GEMM, GEMM_FP8, ATTENTION, BANDWIDTH = 0.7, 0.6, 0.35, 0.8  # shares of a data sheet's figure
 LAUNCH = 100e-6  # seconds a layer and direction: launches, small kernels

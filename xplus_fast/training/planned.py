@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from xplus_fast.data.collate import split_batch
 from xplus_fast.data.packed import PackedDataset, RowSampler
@@ -77,7 +78,9 @@ class PlannedTrainer(XPlusTrainer):
         if not isinstance(rows, PackedDataset):
             return super()._get_train_sampler(train_dataset)
         # shares of a row stay together: each process takes one
-        return RowSampler(len(rows) // rows.shares, rows.shares, self.args.seed)
+        sampler = RowSampler(len(rows) // rows.shares, rows.shares, self.args.seed)
+        self.add_callback(_Epoch(sampler))
+        return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_batches = []
@@ -147,3 +150,13 @@ class PlannedTrainer(XPlusTrainer):
             f" micro-batches of {found.micro_batch_tokens:,} tokens, {policies(found)};"
             " the step is repeated, its batch is the same"
         )
+
+
+class _Epoch(TrainerCallback):
+    """Tells the sampler its epoch; accelerate does not in a resumed one of several processes."""
+
+    def __init__(self, sampler: RowSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.epoch = state.global_step // self.sampler.rows  # a row is a step

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from xplus_fast.data.collate import unshared
+from xplus_fast.data.collate import PackCollator, unshared
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
@@ -77,6 +77,9 @@ class XPlusTrainer(SavingTrainer):
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)
+        collator = self.data_collator
+        if isinstance(collator, PackCollator) and collator.shared_prefixes is None:
+            self.data_collator = PackCollator(shared_prefixes=True)
         self._check_update()
         self.meter = Meter(shape_of(self.model.config))  # type: ignore[union-attr]
         self.add_callback(_Begin(self))
