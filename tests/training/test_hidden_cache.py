@@ -1,5 +1,6 @@
 """What frozen layers give, kept: whose it is, where each token's lies, and that it is the same."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from xplus_fast.planning.flops import below_flops, work_of
 from xplus_fast.planning.hidden import Hidden
 from xplus_fast.training import hidden_cache
 from xplus_fast.training.hidden_cache import HiddenCache, HiddenCaches, made_of
-from xplus_fast.training.hidden_store import InFolder, InMemory
+from xplus_fast.training.hidden_store import CHECKS, STATES, InFolder, InMemory
 from xplus_fast.training.place import Place
 
 # --- whose states they are
@@ -66,9 +67,9 @@ def test_each_part_of_whose_they_are_counts_alone(part, prepared, tmp_path, monk
     before = identity(prepared)
     caches = HiddenCaches(PLACE, print)
     states = np.arange(384, dtype=np.uint8)[None]
-    caches.open(0, wanted(tmp_path), prepared).store.write([(3, 1)], states)
-    assert caches.open(0, wanted(tmp_path), prepared).store.has([(3, 1)])
-    assert HiddenCaches(PLACE, print).open(0, wanted(tmp_path), prepared).store.has([(3, 1)])
+    caches.of_stage(0, wanted(tmp_path), prepared).store.write([(3, 1)], states)
+    assert caches.of_stage(0, wanted(tmp_path), prepared).store.has([(3, 1)])
+    assert HiddenCaches(PLACE, print).of_stage(0, wanted(tmp_path), prepared).store.has([(3, 1)])
     capsys.readouterr()
     change = CHANGES[part](prepared, monkeypatch)
     change = change if isinstance(change, dict) else {}
@@ -79,7 +80,7 @@ def test_each_part_of_whose_they_are_counts_alone(part, prepared, tmp_path, monk
         assert [key for key in after if after[key] != before[key]] == [name]
     now = replace(wanted(tmp_path), **change)
     for each in (caches, HiddenCaches(PLACE, print)):
-        store = each.open(0, now, prepared).store
+        store = each.of_stage(0, now, prepared).store
         assert not store.has([(3, 1)]) and not store.checks.any()
     assert f"of other {name}" in capsys.readouterr().out.replace("level, weights, formats", "level")
 
@@ -200,6 +201,53 @@ def test_starting_from_a_layer_changes_no_bit(kind, level, trained_layers):
             first = gemms
     work = replace(work_of(batch["layout"]), pairs=0)
     assert first - gemms == below_flops(shape_of(model.config), work, level)
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES = {  # and how many of the 40 tokens are lost by it
+    "a bit of a state": (lambda f: flip(f / STATES, 500), {10}),
+    "a bit of a checksum": (lambda f: flip(f / CHECKS, 41), {10}),
+    "states cut off within one": (lambda f: os.truncate(f / STATES, 30 * 48 + 5), {*range(30, 40)}),
+    "states cut off between two": (lambda f: os.truncate(f / STATES, 30 * 48), {*range(30, 40)}),
+    "no states": (lambda f: (f / STATES).unlink(), {*range(40)}),
+    "zeros": (lambda f: (f / STATES).write_bytes(bytes(40 * 48)), {*range(40)}),
+    "states of another place": (
+        lambda f: (f / STATES).write_bytes((f / STATES).read_bytes()[48:] + bytes(48)),
+        {*range(40)},
+    ),
+    "checksums cut off": (lambda f: os.truncate(f / CHECKS, 100), {*range(25, 40)}),
+    "no checksums": (lambda f: (f / CHECKS).unlink(), {*range(40)}),
+    "more": (lambda f: (f / CHECKS).write_bytes((f / CHECKS).read_bytes() + b"x" * 99), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_is_damaged_is_not_there(case, tmp_path):
+    damage, lost = DAMAGES[case]
+    states = np.random.default_rng(0).integers(0, 256, (40, 48), np.uint8)
+    order = [(20, 20), (0, 20)]  # of places, which are not the order of rows
+    InFolder(tmp_path, 40, 48).write(order, states)
+    damage(tmp_path)
+    store, said = InFolder(tmp_path, 40, 48), []
+    store.say = said.append
+    for _ in range(2):  # found by looking at each, and known from then on
+        there = set()
+        for i in range(40):
+            out = np.zeros((1, 48), np.uint8)
+            if store.has([(i, 1)]) and store.read([(i, 1)], out):
+                assert np.array_equal(out[0], states[(i + 20) % 40])
+                there.add(i)
+        assert there == set(range(40)) - lost
+    silent = case in ("checksums cut off", "no checksums", "more")  # as if it had not been written
+    assert len(said) == (not silent)
+    store.write(order, states)
+    out = np.zeros_like(states)
+    assert InFolder(tmp_path, 40, 48).read(order, out) and np.array_equal(out, states)
 
 
 def test_states_in_bf16_come_back_as_they_were(tmp_path):

@@ -166,7 +166,7 @@ class HiddenCaches:
                 sweep(Path(where), NAMES)
             yield
 
-    def open(self, stage: int, wanted: Hidden | None, model: Any) -> HiddenCache | None:
+    def of_stage(self, stage: int, wanted: Hidden | None, model: Any) -> HiddenCache | None:
         """A stage's, whose model is laid out as it trains; those that none wants any more go.
 
         wanted: as planned. Raises `UserError` for a folder that cannot be used.

@@ -183,7 +183,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
             load_tensors(model, read_final(done, name, stage_shapes(shape, ids, stage.also))[0])
             say(f"stage {name}: trained before, taken from {done}")
         else:
-            kept = hidden.open(i, plan.request.hidden, model)
+            kept = hidden.of_stage(i, plan.request.hidden, model)
             memory = _train_stage(
                 recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout, kept
             )
