@@ -180,6 +180,8 @@ def test_what_needs_every_row_is_refused():
     batch = PackCollator(shared_prefixes=True)(rows("several"))
     with pytest.raises(ValueError, match="layout: "):
         model(**batch, return_logits=True)
+    with pytest.raises(ValueError, match="layout: .* shift_labels"):
+        model(**batch, shift_labels=batch["labels"])
     with pytest.raises(ValueError, match="layout: of 108 tokens"):
         model(**{**batch, "input_ids": batch["input_ids"][:, 1:], "labels": batch["labels"][:, 1:]})
 

@@ -84,9 +84,7 @@ class PlannedTrainer(XPlusTrainer):
         todo = [inputs]
         while True:
             try:
-                loss = self._run(model, todo, *args, **kwargs)
-                self.meter.add(inputs)
-                return loss
+                return self._run(model, todo, *args, **kwargs)
             except RuntimeError as e:
                 if not ran_out(e):
                     raise
@@ -104,6 +102,8 @@ class PlannedTrainer(XPlusTrainer):
             apart = nullcontext() if part is last else self.accelerator.no_sync(model)
             with apart:
                 losses.append(self._forward_backward(model, part, *args, **kwargs))
+        for part in parts[-1]:  # a group that was cut was computed with its prefix in each
+            self.meter.add(part)
         # each is its share of the step's mean
         return torch.stack(losses[-len(parts[-1]) :]).sum()
 
