@@ -3,9 +3,11 @@
 Both take the same sentences, 16 a step, from the same weights: stock as one padded batch, ours
 packed into one row. A step is what Trainer does for one: forward, backward, clipping, AdamW,
 zero_grad. Ours is timed in four ways: with what sentences begin with in common computed once and
-the last layer's rows that predict nothing left out, with one of these alone, and with neither. All
-are interleaved step by step, so that a machine whose speed drifts treats them alike; what is
-reported is the ratio. Before any time is taken, all must give the same loss and gradient norm.
+the last layer's rows that predict nothing left out, with one of these alone, and with neither; and,
+where there are frozen layers below those that train, as in a second epoch, with what these gave
+read from a folder (`data.cache_hidden`). All are interleaved step by step, so that a machine whose
+speed drifts treats them alike; what is reported is the ratio. Before any time is taken, all must
+give the same loss and gradient norm.
 
     python -m benchmarks.cpu_step        (after `make demo`, or `make bench`)
 """
@@ -27,8 +29,13 @@ from benchmarks.environment import describe_environment
 from xplus_fast import XPlusTrainer
 from xplus_fast.config import load_recipe
 from xplus_fast.data.corpus import PackCollator, load_corpus
+from xplus_fast.files import scratch
 from xplus_fast.model import prepare
+from xplus_fast.model.families import shape_of
 from xplus_fast.planning.selection import describe_layers, resolve_layers
+from xplus_fast.training.hidden_cache import HiddenCache, Part
+from xplus_fast.training.hidden_store import InFolder
+from xplus_fast.training.place import Place
 
 SENTENCES = 16  # a step
 
@@ -48,7 +55,8 @@ def main() -> int:
     sentences = _sentences(corpus.train, SENTENCES * (options.steps + 1))
     result: dict[str, Any] = {**describe_environment(), "selections": {}}
     for stage in recipe.stages:
-        found = _compare(recipe.model, stage.layers, sentences, options.steps)
+        with scratch("cpu-step-") as folder:
+            found = _compare(recipe.model, stage.layers, sentences, options.steps, folder)
         result["selections"][str(stage.layers)] = found
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -74,6 +82,13 @@ def table(result: dict[str, Any]) -> str:
             + " | ".join(cells)
             + " |"
         )
+        if "later" in s["ratios"]:
+            more = f"{s['seconds']['later']:.2f} s, {s['ratios']['later']['median']:.2f}x"
+            lines.append(
+                f"| {spec}, second epoch with the cached hidden states | the same | the same |"
+                f" {'- | ' * (len(names) - 1)}{more}; {s['later_ratio']['median']:.2f}x of the"
+                " first epoch |"
+            )
     device = result["device"]
     lines += [
         "",
@@ -85,6 +100,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 WAYS = {  # prompts once, and the last layer's rows
+    "later": (True, True),  # and what enters the lowest trained layer is there
     "ours": (True, True),
     "shared": (True, False),
     "pruned": (False, True),
@@ -92,7 +108,9 @@ WAYS = {  # prompts once, and the last layer's rows
 }
 
 
-def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[str, Any]:
+def _compare(
+    model: str, spec: Any, sentences: list[dict], steps: int, folder: Path
+) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     for name, cls in (("stock", Trainer), ("ours", XPlusTrainer)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -108,13 +126,17 @@ def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[s
         trainers[name] = cls(loaded, arguments)
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1
-    times: dict[str, list[float]] = {"stock": [], **{name: [] for name in WAYS}}
+    ways = list(WAYS) if layers[0] else [name for name in WAYS if name != "later"]
+    times: dict[str, list[float]] = {name: [] for name in ["stock", *ways]}
     tokens, padded, computed = [], [], []
+    hidden = _hidden(trainers["ours"].model, layers[0], sentences, folder)
     for step in range(steps + 1):
         rows = sentences[step * SENTENCES : (step + 1) * SENTENCES]
         collated = {on: PackCollator(shared_prefixes=on)(rows) for on in (True, False)}
-        batches = {name: collated[shared] for name, (shared, _) in WAYS.items()}
+        batches = {name: collated[WAYS[name][0]] for name in ways}
         batches["stock"] = _pad(rows)
+        if "later" in ways:
+            batches["later"] |= {"below": _keep(hidden, trainers["ours"].model, batches["ours"])}
         seen = {}
         for name in list(times) if step % 2 else reversed(times):
             whole = name == "stock" or WAYS[name][1]
@@ -132,9 +154,9 @@ def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[s
             padded.append(batches["stock"]["input_ids"].numel())
             computed.append(batches["ours"]["input_ids"].numel())
     ratios = {
-        name: [a / b for a, b in zip(times["stock"], times[name], strict=True)] for name in WAYS
+        name: [a / b for a, b in zip(times["stock"], times[name], strict=True)] for name in ways
     }
-    return {
+    result: dict[str, Any] = {
         "layers": describe_layers(layers),
         "steps": steps,
         "tokens": statistics.mean(tokens),
@@ -146,6 +168,26 @@ def _compare(model: str, spec: Any, sentences: list[dict], steps: int) -> dict[s
             for name, r in ratios.items()
         },
     }
+    if "later" in ways:
+        r = [a / b for a, b in zip(times["ours"], times["later"], strict=True)]
+        result["later_ratio"] = {"median": statistics.median(r), "least": min(r), "most": max(r)}
+    return result
+
+
+def _hidden(model: Any, level: int, sentences: list[dict], folder: Path) -> HiddenCache:
+    """An empty cache for the states of the sentences."""
+    width = shape_of(model.config).hidden * 4
+    store = InFolder(folder, sum(row["lengths"][0] for row in sentences), width)
+    return HiddenCache(level, width, store, {}, Place(torch.device("cpu"), torch.float32, 0, 1))
+
+
+def _keep(hidden: HiddenCache, model: Any, batch: dict[str, Any]) -> Part:
+    """As the first epoch does, untimed; returns what the second one begins with."""
+    first = hidden.of(batch["layout"])
+    with torch.no_grad():
+        model(**batch, below=first)
+    first.keep()
+    return hidden.of(batch["layout"])
 
 
 def _all_rows(*_: Any) -> None:
@@ -174,7 +216,11 @@ def _sentences(dataset: Any, n: int) -> list[dict]:
             for i, y in zip(ids, labels, strict=True)
         ]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n]
-    return [rows[i] for i in order]
+    chosen, place = [], 0
+    for i in order:
+        chosen.append({**rows[i], "places": [place]})
+        place += rows[i]["lengths"][0]
+    return chosen
 
 
 def _pad(rows: list[dict]) -> dict[str, torch.Tensor]:

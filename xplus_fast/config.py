@@ -65,6 +65,9 @@ class DataConfig:
     pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # of the longest sequence; of one row
     shared_prompts: bool = True  # compute the tokens that sequences begin with in common once
     on_error: Literal["stop", "skip"] = "stop"
+    # what leaves the frozen layers below the lowest trained one, kept for later epochs and stages:
+    # off, host (in memory), or a folder
+    cache_hidden: Path_ = "off"
     cache: Path_ = "~/.cache/xplus-fast"
 
 
@@ -163,11 +166,13 @@ def resolved(recipe: Recipe) -> Recipe:
 
     hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", recipe.model, re.ASCII)
     here = not hub or resolve(recipe.model).parent.is_dir()  # as `resolve_model` has it
+    hidden = recipe.data.cache_hidden
     data = replace(
         recipe.data,
         sources=[known(s) for s in recipe.data.sources],
         retention=[known(s) for s in recipe.data.retention],
         cache=str(resolve(recipe.data.cache)),
+        cache_hidden=hidden if hidden in ("off", "host") else str(resolve(hidden)),
     )
     stages = [
         replace(stage, sources=stage.sources and [known(s) for s in stage.sources])
@@ -208,6 +213,8 @@ def _check(recipe: Recipe) -> None:
             f"training.tokens_per_step: {recipe.training.tokens_per_step} is less than one row of"
             f" data.pack_tokens, {recipe.data.pack_tokens}"
         )
+    if not recipe.data.cache_hidden:
+        raise UserError("data.cache_hidden: off, host or a folder is wanted")
     _check_memory(recipe)
     check_fields(recipe.data.prompt, "data.prompt", ("src", "tgt", "text"), "text")
 

@@ -103,6 +103,35 @@ class NewFile(io.RawIOBase):
         self.close()
 
 
+class PlacedFile:
+    """A file that is read and written at any place, and never whole: what is in it proves itself.
+
+    All methods raise `OSError`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def read(self, offset: int, out: memoryview) -> int:
+        """Fill `out` with the bytes from `offset` on; returns how many there were."""
+        done = 0
+        while done < len(out) and (n := os.preadv(self._handle, [out[done:]], offset + done)):
+            done += n
+        return done
+
+    def write(self, offset: int, data: memoryview) -> None:
+        os.lseek(self._handle, offset, os.SEEK_SET)
+        _write(self._handle, data)
+
+    def expect(self, offset: int, size: int) -> None:
+        """Tell the system that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
 def write_file(file: Path, pieces: Iterable[Bytes], *, hashed: bool = False) -> NewFile:
     """Write a file of a folder that is itself new; returns it, closed, for its size and digest.
 

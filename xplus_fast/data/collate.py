@@ -1,7 +1,8 @@
 """Rows of sequences -> one batch of a single row, its sequences' common first tokens there once.
 
 A row is {"input_ids" int64 [T], "labels" int64 [T], "lengths" [S]}: S sequences one after another,
-`labels` equal to `input_ids` where the loss counts and -100 elsewhere (not shifted).
+`labels` equal to `input_ids` where the loss counts and -100 elsewhere (not shifted). With "places"
+[S], each sequence's place in the data, a token can be found again in another epoch.
 """
 
 from bisect import bisect_left
@@ -56,11 +57,14 @@ class PackCollator:
         assert ends[-1] == len(ids) == len(labels) and lengths.min() > 0
         labels[torch.from_numpy(ends - lengths)] = -100  # nothing stands before a first token
         spans = [[(b - n, b)] for n, b in zip(lengths.tolist(), ends.tolist(), strict=True)]
+        places = None
+        if all("places" in row for row in rows):
+            places = np.array([p for row in rows for p in row["places"]], np.int64)
         groups = [Group(0, (i,)) for i in range(len(spans))]
         if self.shared_prefixes:
             found = group_sequences(ids.numpy(), labels.numpy() != -100, lengths)
             groups = found if any(g.prefix for g in found) else groups  # else in their order
-        return _lay_out(ids, labels, (labels != -100).numpy(), spans, groups)
+        return _lay_out(ids, labels, (labels != -100).numpy(), spans, groups, places)
 
 
 def group_sequences(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray) -> list[Group]:
@@ -81,12 +85,14 @@ Spans = list[tuple[int, int]]  # pieces of a source that make a sequence
 
 
 def _lay_out(
-    ids: Tensor, labels: Tensor, supervised: np.ndarray, spans: list[Spans], groups: list[Group]
-) -> dict[str, Any]:
+    ids: Tensor, labels: Tensor, supervised: np.ndarray, spans: list[Spans], groups: list[Group],
+    places: np.ndarray | None,
+) -> dict[str, Any]:  # fmt: skip
     """A batch of the sequences of `groups`, taken from a source.
 
     ids, labels: int64 [source], on any device; supervised: bool [source], the same on the host.
     spans: the pieces of the source that make each sequence, the first one's beginning -100.
+    places: int64, of each sequence in the data. A prefix has that of its first suffix.
     """
     shared = [g for g in groups if g.prefix]
     pieces: list[Spans] = [_cut(spans[g.members[0]], 0, g.prefix) for g in shared]
@@ -100,7 +106,13 @@ def _lay_out(
     counted = supervised[at]
     edges = np.concatenate([[0], np.cumsum(lengths)])
     predicts = np.append(counted[1:], False)
-    layout = PackLayout(lengths, np.array([len(g.members) for g in shared], np.int64), predicts)
+    starts = None
+    if places is not None:
+        of = [g.members[0] for g in shared] + [i for g in shared for i in g.members]
+        of += [i for g in groups if not g.prefix for i in g.members]
+        starts = places[of] + np.array(begins, np.int64)
+    members = np.array([len(g.members) for g in shared], np.int64)
+    layout = PackLayout(lengths, members, predicts, starts)
     offsets = np.repeat(np.array(begins, np.int64) - edges[:-1], lengths)
     host = [at, np.arange(len(at)) + offsets, np.flatnonzero(predicts), edges]
     index, positions, rows, cu = (send(torch.from_numpy(x), ids.device) for x in host)
@@ -139,7 +151,7 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     layout: PackLayout = batch["layout"]
     if batch["input_ids"].shape[1] <= tokens:
         return [batch]
-    groups, spans = _sequences(layout)
+    groups, spans, places = _sequences(layout)
     lengths = [sum(b - a for a, b in piece) for piece in spans]
     fewest = len(partition(groups, lengths, tokens))
     even = bisect_left(
@@ -150,11 +162,11 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
         return [batch]
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     supervised = np.insert(layout.predicts[:-1], 0, False)
-    return [_lay_out(ids, labels, supervised, spans, part) for part in parts]
+    return [_lay_out(ids, labels, supervised, spans, part, places) for part in parts]
 
 
-def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans]]:
-    """A layout's groups, and the pieces of its row that make each sequence."""
+def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans], np.ndarray | None]:
+    """A layout's groups, the pieces of its row that make each sequence, and their places."""
     edges = layout.edges.tolist()
     groups, spans = list[Group](), list[Spans]()
     for g, (a, b) in enumerate(zip(layout.groups[:-1], layout.groups[1:], strict=True)):
@@ -164,4 +176,10 @@ def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans]]:
     for s in range(int(layout.groups[-1]), len(layout.lengths)):
         groups.append(Group(0, (len(spans),)))
         spans.append([(edges[s], edges[s + 1])])
-    return groups, spans
+    if layout.starts is None:
+        return groups, spans, None
+    before = np.zeros(len(layout.lengths), np.int64)  # tokens of its prefix
+    before[layout.groups[0] : layout.groups[-1]] = np.repeat(
+        layout.lengths[: len(layout.members)], layout.members
+    )
+    return groups, spans, (layout.starts - before)[layout.groups[0] :]

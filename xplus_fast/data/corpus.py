@@ -129,7 +129,7 @@ def _key(
 ) -> str:  # fmt: skip
     """Hash of everything that decides what a corpus holds."""
     options = asdict(data)
-    for name in ("sources", "retention", "cache", "shared_prompts"):
+    for name in ("sources", "retention", "cache", "cache_hidden", "shared_prompts"):
         del options[name]
     digest = hashlib.blake2b(digest_size=16)
     away = sorted({(e.key, e.mirror) for e in others})

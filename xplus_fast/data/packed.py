@@ -49,7 +49,12 @@ class PackedDataset(Dataset):
     @cached_property
     def rows(self) -> np.ndarray:
         """int64 [rows + 1]: row i holds items[rows[i]:rows[i + 1]]."""
-        return cut(np.diff(self.starts)[self.items], self.row_tokens, self.shares)
+        return cut(np.diff(self.places), self.row_tokens, self.shares)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [n + 1], of tokens in the order of items."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.starts)[self.items])])
 
     def packed(self, tokens: int, shares: int = 1) -> "PackedDataset":
         """The same sequences in rows of another size."""
@@ -57,7 +62,7 @@ class PackedDataset(Dataset):
 
     @property
     def total_tokens(self) -> int:
-        return int(np.diff(self.starts)[self.items].sum())
+        return int(self.places[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the files, not copies them
@@ -70,15 +75,17 @@ class PackedDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row, part = divmod(index, self.shares)
-        items = self.items[self.rows[row] : self.rows[row + 1]]
-        spans = [slice(self.starts[s], self.starts[s + 1]) for s in items]
+        within = slice(self.rows[row], self.rows[row + 1])
+        spans = [slice(self.starts[s], self.starts[s + 1]) for s in self.items[within]]
         sequences = [(self.tokens[s], self.supervised[s]) for s in spans]
+        places = self.places[within].tolist()
         if self.shares > 1:
             ids, supervised = (np.concatenate(x) for x in zip(*sequences, strict=True))
             lengths = np.array([len(i) for i, _ in sequences])
             groups = group_sequences(ids, supervised, lengths)
-            sequences = [sequences[i] for i in share(groups, lengths.tolist(), self.shares)[part]]
-        return _row(sequences)
+            ours = share(groups, lengths.tolist(), self.shares)[part]
+            sequences, places = [sequences[i] for i in ours], [places[i] for i in ours]
+        return {**_row(sequences), "places": places}
 
 
 class RowSampler(Sampler[int]):

@@ -39,6 +39,7 @@ class PackLayout:
     lengths: np.ndarray  # int64 [S]
     members: np.ndarray  # int64 [G]
     predicts: np.ndarray  # bool [T]: rows whose next token is supervised
+    starts: np.ndarray | None = None  # int64 [S]: places of first tokens in the data, if known
 
     @cached_property
     def edges(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -178,8 +178,20 @@ def _select(model: Any, layers: set[int], also: set[str]) -> None:
 ENGINE = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
     "num_items_in_batch", "supervised_rows", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-    "max_length_k", "layout", "use_cache",
+    "max_length_k", "layout", "below", "use_cache",
 }  # fmt: skip
+
+
+class Below(Protocol):
+    """What enters a layer, where all below it is frozen: known from before, or kept for later."""
+
+    level: int  # the layer
+
+    def get(self) -> Tensor | None:
+        """It [T, H], if it is known."""
+
+    def put(self, x: Tensor) -> None:
+        """It [T, H], computed."""
 
 
 def _wrap(module: nn.Module, forward: Any) -> Any:
@@ -218,14 +230,19 @@ def _embed(model: Any, given: dict[str, Any]) -> tuple[Tensor, Pack, tuple[int, 
 
 def _run_blocks(
     model: Any, x: Tensor, pack: Pack, *, last: LastRows | None = None,
-    collect: list[Tensor] | None = None,
+    collect: list[Tensor] | None = None, first: int = 0, below: Below | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [T, H] -> hidden states before the final norm: [T, H], or [R, H] of the `last` rows."""
+    """x [T, H] -> hidden states before the final norm: [T, H], or [R, H] of the `last` rows.
+
+    first: the layer that x enters. below: takes what enters a layer above it.
+    """
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
     lowest = trains.index(True) if True in trains else len(trains)
-    for i, block in enumerate(model.layers):
+    for i, block in list(enumerate(model.layers))[first:]:
         if collect is not None:
             collect.append(x)
+        if below is not None and i == below.level > first:
+            below.put(x)
         only = last if i == len(trains) - 1 else None
         if i < lowest and not x.requires_grad:
             with torch.no_grad():
@@ -240,20 +257,25 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
 
     Beside Hugging Face's arguments, `num_items_in_batch` (the divisor of the summed loss),
     `shift_labels` ([B, S], already shifted), `supervised_rows` ([R] int64, the rows of the
-    flattened batch that predict something, so that the device is not asked for them), and `layout`
-    (the `PackLayout` of a row, without `shift_labels`). With `return_logits`, or whatever else the
-    engine does not make, all goes the library's own way.
+    flattened batch that predict something, so that the device is not asked for them), `layout`
+    (the `PackLayout` of a row, without `shift_labels`), and `below` (what enters a layer, for a
+    pack without padding). With `return_logits`, or whatever else the engine does not make, all goes
+    the library's own way.
     """
     asked = {k for k, v in given.items() if v is not None and v is not False}
     asked -= {"return_dict"} if given.get("return_dict") else set()
     asked -= {"logits_to_keep"} if type(given.get("logits_to_keep")) is int else set()
     if given.get("labels") is None or asked - ENGINE or given.get("return_dict") is False:
-        own = ("return_logits", "supervised_rows", "layout")
+        own = ("return_logits", "supervised_rows", "layout", "below")
         layout = given.get("layout")
         if layout is not None and len(layout.members):
             raise ValueError("layout: shared prefixes are computed with labels, and give a loss")
         return type(self).forward(self, **{k: v for k, v in given.items() if k not in own})
     check_modules([self.model.norm, self.lm_head])
+    below: Below | None = given.get("below")
+    known = None if below is None else below.get()
+    if known is not None:
+        given = {**given, "input_ids": None, "inputs_embeds": known[None]}
     x, pack, _ = _embed(self.model, given)
     labels, shifted = given["labels"], given.get("shift_labels")
     mask = given.get("attention_mask")
@@ -270,7 +292,8 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     elif layout is None:
         rows = rows.sort().values  # as ours are
     last = last_rows(pack, rows, layout)
-    x = _run_blocks(self.model, x, pack, last=last)
+    first = below.level if below is not None and known is not None else 0
+    x = _run_blocks(self.model, x, pack, last=last, first=first, below=below)
     divisor = given.get("num_items_in_batch")
     if divisor is None:
         divisor = rows.numel()

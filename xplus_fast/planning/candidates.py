@@ -22,6 +22,7 @@ from xplus_fast.model.layout import (
 )
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work
+from xplus_fast.planning.hidden import Hidden
 from xplus_fast.planning.memory import CONTEXT, matrices
 from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
@@ -46,6 +47,7 @@ class Request:
     tokens_per_step: int  # of the data
     work: Work = field(default_factory=lambda: assumed_work(True))  # of such data, in any amount
     formats: tuple[Format, ...] = FAITHFUL  # what "auto" may give frozen layers
+    hidden: Hidden | None = None  # what is kept of the layers below
 
     @property
     def lowest(self) -> int:

@@ -122,6 +122,12 @@ def layer_gemms(
     return total
 
 
+def below_flops(shape: Shape, work: Work, level: int) -> int:
+    """FLOPs of the forward of the layers below one."""
+    attention = 4 * shape.heads * shape.head_dim * work.pairs
+    return level * (layer_gemms(shape, work) + attention)
+
+
 def recompute_flops(shape: Shape, policy: str, work: Work, *, last: bool = False) -> int:
     """FLOPs that a layer's backward repeats because its forward did not keep what they gave.
 

@@ -15,6 +15,7 @@ from xplus_fast.model.pretrained import config_shape
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
 from xplus_fast.planning.flops import Work, assumed_work
+from xplus_fast.planning.hidden import Rows, on_host, plan_hidden
 from xplus_fast.planning.plan import Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
 
@@ -35,12 +36,12 @@ class Where:
 
 def plan_recipe(
     recipe: Recipe, *, budget: str = "", card: str = "", host: str = "", here: Card | None = None,
-    works: Sequence[Work] = (),
+    works: Sequence[Work] = (), read: Sequence[Rows] = (),
 ) -> tuple[Shape, Where, list[tuple[str, Plan]]]:  # fmt: skip
     """Each stage's name and plan; what is given here goes before the recipe's `memory`.
 
     here: the card of this machine, where the caller knows it better than nvidia-smi tells.
-    works: of each stage's data, where they have been read; else assumed.
+    works: of each stage's data, where they have been read; else assumed. read: of the same.
 
     Raises `UserError` for a model, card or size that is not known, and where nothing fits.
     """
@@ -50,15 +51,19 @@ def plan_recipe(
         memory = replace(memory, card=card)
     where = find_where(recipe, memory.card, budget or memory.budget, host or memory.host, here)
     element = {"float32": 4, "bfloat16": 2}.get(recipe.dtype, 2 if where.card else 4)
+    kept = plan_hidden(recipe, shape, element, read)
     plans = []
     for i, stage in enumerate(recipe.stages):
         ids = resolve_layers(stage.layers, shape.layers)
         try:
+            room = where.host
+            if taken := on_host(kept, i, free_memory() if room is None else room):
+                room = room and room - taken
             plan = plan_stage(
                 shape, ids, stage.also, memory, card=where.card, dtype_bytes=element,
                 pack_tokens=recipe.data.pack_tokens,
                 tokens_per_step=recipe.training.tokens_per_step,
-                budget=where.budget, host=where.host,
+                budget=where.budget, host=room, hidden=kept[i],
                 work=works[i] if works else assumed_work(recipe.data.shared_prompts),
             )  # fmt: skip
         except UserError as e:

@@ -18,6 +18,7 @@ from xplus_fast.model.layout import FORMATS, Layout, Policy, UpdateLayout, unite
 from xplus_fast.planning.candidates import Request, candidates, fp8_fits, stride, with_policies
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work, necessary_flops, recompute_flops
+from xplus_fast.planning.hidden import Hidden
 from xplus_fast.planning.memory import MARGIN, account, peak_moment, standing
 from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import resolve_layers
@@ -65,6 +66,7 @@ def plan_stage(
     budget: int | None = None,
     host: int | None = None,
     work: Work | None = None,
+    hidden: Hidden | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -78,6 +80,7 @@ def plan_stage(
         tokens_per_step: of the data, in one optimizer step.
         budget, host: bytes on the device and of pinned host memory; None: unlimited.
         work: of such data, in any amount; None: assumed.
+        hidden: what is kept of the layers below; not counted here.
 
     Raises:
         UserError: nothing fits, or a pin that this model or selection does not allow.
@@ -85,7 +88,7 @@ def plan_stage(
     request = Request(
         shape, tuple(sorted(layers)), united(tuple(also), tied=shape.tied), memory, card, budget,
         host, dtype_bytes,
-        pack_tokens, tokens_per_step, work or assumed_work(True),
+        pack_tokens, tokens_per_step, work or assumed_work(True), hidden=hidden,
     )  # fmt: skip
     _check(request)
     found = search(request)
@@ -222,6 +225,8 @@ def _seconds(
 def _plan(r: Request, layout: Layout, update: UpdateLayout, tokens: int) -> Plan:
     b = r.batch(tokens)
     device, host = account(r.shape, layout, update, b, context=r.context)
+    if r.hidden is not None and r.card is not None:  # of a micro-batch, on their way
+        host["hidden states"] = b.tokens * r.hidden.token_bytes
     work, top = r.work, len(layout.layers) - 1
     necessary = necessary_flops(r.shape, r.layers, r.also, work).total / work.data_tokens
     again = sum(
@@ -310,7 +315,11 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         f.name: _plain(getattr(plan, f.name))
         for f in dataclasses.fields(plan)
         if f.name != "request"
-    } | {"device_total": plan.device_total, "host_total": plan.host_total}
+    } | {
+        "device_total": plan.device_total,
+        "host_total": plan.host_total,
+        "hidden_states": _plain(plan.request.hidden),
+    }
 
 
 def _plain(value: Any) -> Any:

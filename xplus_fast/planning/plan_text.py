@@ -8,10 +8,12 @@ from xplus_fast.planning.flops import (
     ANSWER,
     PROMPT,
     SENTENCE,
+    below_flops,
     total_parameters,
     trained_parameters,
 )
 from xplus_fast.planning.from_recipe import Where
+from xplus_fast.planning.hidden import describe_hidden
 from xplus_fast.planning.memory import CONTEXT, MARGIN
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.selection import describe_layers
@@ -66,6 +68,16 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
         _row("step", f"{r.tokens_per_step:,} tokens{once} in {batches} of up to"
              f" {plan.micro_batch_tokens:,}")
     )  # fmt: skip
+    if r.hidden is not None:
+        lines.append(_row("kept", describe_hidden(r.hidden)))
+        spared = below_flops(r.shape, r.work, r.hidden.level) / r.work.data_tokens
+        less = (plan.flops_per_token - spared) / 1e9
+        lines.append(
+            _row("", f"what enters layer {r.hidden.level}; {less:.1f} GFLOP a token where it is"
+                 " there already")
+        )  # fmt: skip
+        if r.hidden.bytes is None:
+            lines.append(_row("", "`train --dry-run` reads the data, and says how many GB"))
     for i, (ids, what) in enumerate(_ranges(plan)):
         lines.append(_row("layers" if not i else "", f"{ids:<8} {what}"))
     plain = "fp32" if r.element == 4 else "bf16"

@@ -13,9 +13,11 @@ from xplus_fast.data.collate import split_batch
 from xplus_fast.data.packed import PackedDataset, RowSampler
 from xplus_fast.errors import UserError
 from xplus_fast.model.load import set_activations
+from xplus_fast.planning.flops import below_flops, work_of
 from xplus_fast.planning.plan import Plan, leaner
 from xplus_fast.planning.plan_text import policies
 from xplus_fast.planning.selection import describe_layers
+from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.memory_log import PeakWatch, ran_out
 from xplus_fast.training.trainer import XPlusTrainer, bare_optimizer
 
@@ -50,16 +52,23 @@ class PlannedTrainer(XPlusTrainer):
     Args:
         plan: of this stage; the model has been laid out by it.
         say: takes a line for the user.
+        hidden: what enters the lowest trained layer, kept from one epoch to the next.
         Everything else goes to `XPlusTrainer`.
     """
 
     def __init__(
-        self, *args: Any, plan: Plan, say: Callable[[str], None] = print, **options: Any
-    ) -> None:
-        self.plan, self.say = plan, say
+        self, *args: Any, plan: Plan, say: Callable[[str], None] = print,
+        hidden: HiddenCache | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.say, self.hidden = plan, say, hidden
+        if hidden is not None:
+            hidden.store.say = say
         self.memory: dict[str, int] = {}  # bytes by purpose at the peak, where a GPU tells
         self._step_batches: list[Any] = []
+        self._spared = 0  # FLOPs, in these
         super().__init__(*args, update=plan.update, **options)
+        if hidden is not None:
+            self.data_collator = hidden.ahead(self.data_collator)
         set_activations(self.model, plan.layout, plan.micro_batch_tokens)
         self._peak = PeakWatch(self)
         self.add_callback(self._peak)
@@ -96,16 +105,29 @@ class PlannedTrainer(XPlusTrainer):
     def _run(self, model: Any, batches: list[Any], *args: Any, **kwargs: Any) -> Tensor:
         """The last batch's loss, all of them run."""
         parts = [split_batch(batch, self.plan.micro_batch_tokens) for batch in batches]
-        last, losses = parts[-1][-1], []
+        last, losses, self._spared = parts[-1][-1], [], 0
         for part in (part for batch in parts for part in batch):
             # processes may have another number of parts: gradients meet once
             apart = nullcontext() if part is last else self.accelerator.no_sync(model)
             with apart:
-                losses.append(self._forward_backward(model, part, *args, **kwargs))
+                losses.append(self._compute(model, part, *args, **kwargs))
         for part in parts[-1]:  # a group that was cut was computed with its prefix in each
             self.meter.add(part)
+        self.meter.spare(self._spared)
         # each is its share of the step's mean
         return torch.stack(losses[-len(parts[-1]) :]).sum()
+
+    def _compute(self, model: Any, part: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch's loss, from what its frozen layers gave before if that is there."""
+        if self.hidden is None:
+            return self._forward_backward(model, part, *args, **kwargs)
+        below = self.hidden.of(part["layout"])
+        loss = self._forward_backward(model, part | {"below": below}, *args, **kwargs)
+        if below.found:
+            work = work_of(part["layout"])
+            self._spared += below_flops(self.meter.shape, work, below.level)
+        below.keep()
+        return loss
 
     def _step_down(self, said: str) -> None:
         if self.args.device.type == "cuda":

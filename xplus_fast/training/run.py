@@ -58,6 +58,7 @@ from xplus_fast.training.checkpoints import (
     read_final,
     write_checkpoint,
 )
+from xplus_fast.training.hidden_cache import HiddenCache, HiddenCaches, read_rows
 from xplus_fast.training.memory_log import ran_out
 from xplus_fast.training.peers import watched
 from xplus_fast.training.place import (
@@ -135,14 +136,17 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     tokenizer = load_tokenizer(base)
     corpora, works = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
-    _, where, named = plan_recipe(here, here=card, works=works)
+    read = [read_rows(*x, place) for x in zip(corpora, works, strict=True)]
+    _, where, named = plan_recipe(here, here=card, works=works, read=read)
     plans = [plan for _, plan in share(named, place)]
     whole = dry_run or where.card is not None
     say(describe_plans(recipe.model, shape, where, named, whole=whole, known=True))
     texts = read_text(recipe.data.retention) if recipe.data.retention else []
     if dry_run:
         return "dry run: nothing was trained"
+    hidden = HiddenCaches(place, say)
     if place.first:
+        held.enter_context(hidden.hold(recipe.data.cache_hidden))
         if restart:
             throw_away(run)
         steps = [len(c.train) // place.processes for c in corpora]
@@ -179,8 +183,9 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
             load_tensors(model, read_final(done, name, stage_shapes(shape, ids, stage.also))[0])
             say(f"stage {name}: trained before, taken from {done}")
         else:
+            kept = hidden.open(i, plan.request.hidden, model)
             memory = _train_stage(
-                recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout
+                recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout, kept
             )
         weights.cover(read_header(done / "trained.safetensors"))
         forget_changes(model)
@@ -287,7 +292,7 @@ class _RunLog(TrainerCallback):
 
 def _train_stage(
     recipe: Recipe, index: int, model: Any, rows: PackedDataset, plan: Plan, run: Path,
-    place: Place, tokenizer: Any, heldout: dict[str, Any],
+    place: Place, tokenizer: Any, heldout: dict[str, Any], hidden: HiddenCache | None,
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
@@ -336,7 +341,7 @@ def _train_stage(
         cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
     log = _RunLog(run, name)
     trainer = PlannedTrainer(
-        model, arguments, plan=plan, say=log.say,
+        model, arguments, plan=plan, say=log.say, hidden=hidden,
         train_dataset=rows, callbacks=[log],
         data_collator=PackCollator(shared_prefixes=recipe.data.shared_prompts),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from xplus_fast.options import dump_options, first_difference, to_dict
 
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
+PLACES = ("cache", "cache_hidden")  # of `data`
 COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
 STEPS, FORMATS = "steps an epoch", "frozen format"
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
@@ -128,7 +129,8 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
         tree["training"].pop(key)
     tree["memory"] = {key: tree["memory"][key] for key in COMPUTED}
     tree.pop("output")
-    tree["data"].pop("cache")
+    for key in PLACES:
+        tree["data"].pop(key)
     return tree
 
 

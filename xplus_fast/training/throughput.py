@@ -35,6 +35,7 @@ class Meter:
     def start(self) -> None:
         """Begin to count and to time."""
         self._known = NOTHING  # of batches that know their work
+        self._spared = 0  # FLOPs of it whose results were there
         self._asked: list[Tensor] = []  # of others
         self._since = time.perf_counter()
 
@@ -54,6 +55,10 @@ class Meter:
         else:
             self._asked.append(count_work(inputs))
 
+    def spare(self, flops: int) -> None:
+        """Of what was added, so much was not computed."""
+        self._spared += flops
+
     def read(
         self, device: torch.device, layers: Collection[int], also: Collection[str]
     ) -> dict[str, Any]:
@@ -62,16 +67,17 @@ class Meter:
         layers, also: which trained.
         """
         assert self.peak is not None
-        counts = torch.tensor(astuple(self._known), device=device)
+        counts = torch.tensor([*astuple(self._known), self._spared], device=device)
         for asked in self._asked:
-            counts += asked
+            counts[:-1] += asked
         seconds = time.perf_counter() - self._since
         processes = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             processes = torch.distributed.get_world_size()
-        work = Work(*counts.tolist())
-        flops = necessary_flops(self.shape, layers, also, work).total
+        *known, spared = counts.tolist()
+        work = Work(*known)
+        flops = necessary_flops(self.shape, layers, also, work).total - spared
         tokens = work.data_tokens
         self.seen += tokens
         self.start()
