@@ -22,14 +22,16 @@ demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages
 	$(BIN)/xplus-fast export runs/demo build/demo/exported
 	$(BIN)/xplus-fast verify build/demo/model build/demo/exported
 
-# One thread: the tests' tensors are too small to share. Triton decides at import whether it
-# interprets, so those tests are a run of their own; those for a GPU are rehearsed on the CPU.
+# One thread: the tests' tensors are too small to share; two files at a time. Triton decides at
+# import whether it interprets, so those tests are a run of their own; those for a GPU are rehearsed
+# on the CPU.
+TWO := -n 2 --dist loadfile
 test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
-	  $(BIN)/python -m pytest tests/kernels/interpreter
+	  $(BIN)/python -m pytest $(TWO) tests/kernels/interpreter
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-	  $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/kernels/interpreter
-	OMP_NUM_THREADS=1 XPLUS_REHEARSE=cpu $(BIN)/python -m pytest tests/gpu
+	  $(BIN)/python -m pytest $(TWO) --ignore=tests/gpu --ignore=tests/kernels/interpreter
+	OMP_NUM_THREADS=1 XPLUS_REHEARSE=cpu $(BIN)/python -m pytest $(TWO) tests/gpu
 
 test-faults: $(VENV)/dev.stamp  ## kill and fail every operation on files once: most of an hour
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign build/faults

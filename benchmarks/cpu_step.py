@@ -136,7 +136,8 @@ def _compare(
         batches = {name: collated[WAYS[name][0]] for name in ways}
         batches["stock"] = _pad(rows)
         if "later" in ways:
-            batches["later"] |= {"below": _keep(hidden, trainers["ours"].model, batches["ours"])}
+            below = _keep(hidden, trainers["ours"].model, batches["ours"])
+            batches["later"] = {**batches["later"], "below": below}
         seen = {}
         for name in list(times) if step % 2 else reversed(times):
             whole = name == "stock" or WAYS[name][1]

@@ -39,7 +39,7 @@ from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, make_steps, 
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
-from xplus_fast.planning.flops import Work, necessary_flops
+from xplus_fast.planning.flops import Work, layer_gemms, necessary_flops
 from xplus_fast.planning.selection import resolve_layers
 
 ROOT = Path(__file__).parents[1]
@@ -279,8 +279,9 @@ def _limit(shape: Shape, row: dict[str, Any], limits: dict[str, Any]) -> float:
     frozen = CONTESTANTS[row["contestant"]].rate == "fp8" and "fp8_flops" in limits
     if not frozen:
         return flops.total / bf16
-    weights = sum(math.prod(s) for s in shape.packed_shapes().values() if len(s) == 2)
-    own = 6 * work.tokens * weights * len(layers)  # trained layers: forward, dX and dW
+    last = shape.layers - 1 in layers
+    own = layer_gemms(shape, work) * (len(layers) - last)
+    own = 3 * (own + layer_gemms(shape, work, last=True) * last)  # forward, dX and dW
     return (flops.linear - own) / limits["fp8_flops"] + (flops.total - flops.linear + own) / bf16
 
 

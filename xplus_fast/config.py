@@ -88,7 +88,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    tokens_per_step: Count = 65536  # of one optimizer step; accumulated over packed rows
+    tokens_per_step: Count = 65536  # of the data, in one optimizer step
     weight_decay: Annotated[float, AtLeast0] = 0.01
     max_grad_norm: Annotated[float, AtLeast0] = 1.0
     adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
@@ -119,7 +119,7 @@ class MemoryConfig:
     bits: Literal[32, 8] = 32  # of exp_avg and exp_avg_sq
     master: bool = True  # fp32 copy of bf16 weights; without it, stochastic rounding
     activations: Literal["auto", "keep", "recompute_mlp", "recompute", "offload"] = "auto"
-    micro_batch_tokens: str | int = "auto"  # tokens of one forward: rows of data.pack_tokens
+    micro_batch_tokens: str | int = "auto"  # of one forward: n * data.pack_tokens
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Batches where shared first tokens are there once: what is in them, and in parts of them."""
 
 import itertools
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from xplus_fast.data.collate import PackCollator, split_batch, unshared
+from xplus_fast.data.collate import PackCollator, split_batch
 
 
 def row(sequences: list[tuple[list[int], int]]) -> dict:
@@ -69,9 +70,6 @@ def test_two_that_begin_alike_by_hand():
     # 8, 3, 2 and 2 tokens by themselves, and 5 of suffixes to 8 of their prefix
     assert layout.pairs == 36 + 6 + 3 + 3 + 5 * 8
     assert layout.last_pairs == 6 + 3 + 3 + 5 * 8
-    apart = unshared(batch)
-    assert apart["input_ids"].shape == (1, 23) and contents(apart) == contents(batch)
-    assert not len(apart["layout"].members)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -93,7 +91,6 @@ def test_nothing_is_lost_and_nothing_else_is_there(seed):
         single = [p for p in parts if p["input_ids"].shape[1] > tokens]
         assert all(sum(contents(p).values()) == 1 for p in single)
         assert split_batch(parts[0], tokens)[0] is parts[0]
-    assert contents(unshared(batch)) == plain(sequences)
 
 
 def test_without_sharing_the_order_stays():
@@ -125,3 +122,20 @@ def test_parts_are_as_few_as_their_groups_allow_and_even():
         sizes = [p["input_ids"].shape[1] for p in split_batch(batch, tokens)]
         assert len(sizes) <= -(-total // tokens) + 1 and max(sizes) <= tokens
         assert sum(sizes) - total <= 20 * len(sizes)  # a cut group's prefix twice
+
+
+def test_thousands_of_sequences_are_cut_at_once():
+    sequences = corpus(5, n=4000, directions=8)
+    batch = PackCollator(shared_prefixes=True)([row(sequences)])
+    start = time.perf_counter()
+    assert len(split_batch(batch, 4096)) > 10
+    assert time.perf_counter() - start < 2  # 0.1 s here
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [({"input_ids": [1, 2]}, "labels"), ({"input_ids": [], "labels": []}, "tokens")],
+)
+def test_a_row_with_nothing_in_it_is_named(bad, what):
+    with pytest.raises(ValueError, match=f"row 1 of a batch: without {what}"):
+        PackCollator()([{"input_ids": [1, 2], "labels": [1, 2]}, bad])

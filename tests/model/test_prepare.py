@@ -243,6 +243,7 @@ def test_divisor_and_rows_of_the_caller():
     assert half.item() == pytest.approx(mean.item() / 2, rel=1e-6)
     rows = (batch["labels"][0] != -100).nonzero()[:, 0] - 1
     assert torch.equal(ours(**batch, supervised_rows=rows).loss, mean)
+    assert torch.equal(ours(**batch, supervised_rows=rows.flip(0)).loss, mean)  # in any order
 
 
 def test_nothing_supervised_is_loss_zero_and_gradients_zero():

@@ -180,6 +180,8 @@ def test_what_needs_every_row_is_refused():
     batch = PackCollator(shared_prefixes=True)(rows("several"))
     with pytest.raises(ValueError, match="layout: "):
         model(**batch, return_logits=True)
+    with pytest.raises(ValueError, match="layout: .* shift_labels"):
+        model(**batch, shift_labels=batch["labels"])
     with pytest.raises(ValueError, match="layout: of 108 tokens"):
         model(**{**batch, "input_ids": batch["input_ids"][:, 1:], "labels": batch["labels"][:, 1:]})
 
@@ -220,8 +222,9 @@ def block_setup(family: str, pack: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", KEEP)
-@pytest.mark.parametrize("pack", ["shared", "hole", "alone"])
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(
+    ("pack", "pruned"), [("shared", False), ("shared", True), ("hole", True), ("alone", True)]
+)
 def test_gradcheck(family, policy, pack, pruned):
     shape, weights, made, last, x = block_setup(family, pack)
     present = [w.requires_grad_() for w in weights if w is not None]
@@ -232,9 +235,8 @@ def test_gradcheck(family, policy, pack, pruned):
         spec = BlockSpec(shape, policy, offload=Offload())
         return BlockFunction.apply(x, spec, made, last if pruned else None, *args)
 
-    assert torch.autograd.gradcheck(
-        block, (x.requires_grad_(), *present), fast_mode=pack != "shared"
-    )
+    whole = family == "qwen3" and pack == "shared"  # every entry, else along random directions
+    assert torch.autograd.gradcheck(block, (x.requires_grad_(), *present), fast_mode=not whole)
 
 
 @pytest.mark.parametrize("asked", ["x", *WEIGHTS])

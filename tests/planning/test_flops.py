@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import KINDS, SELECTIONS, packed_batch, padded_batch, tiny_model
-from xplus_fast.data.collate import PackCollator, unshared
+from xplus_fast.data.collate import PackCollator
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.planning.flops import (
@@ -54,7 +54,7 @@ def test_the_engine_computes_what_is_necessary(kind, selection, form):
     assert expected.attention < counted["attention"] < 2 * expected.attention
 
 
-def shared_batch(prefix=40, lengths=(20, 33, 9, 51)):
+def shared_batch(prefix=40, lengths=(20, 33, 9, 51), shared=True):
     """Sequences that begin alike; the second half of the rest of each is supervised."""
     g = torch.Generator().manual_seed(0)
     head, rows = torch.randint(0, 300, (prefix,), generator=g), []
@@ -62,7 +62,7 @@ def shared_batch(prefix=40, lengths=(20, 33, 9, 51)):
         ids = torch.cat((head, torch.tensor([300 + i]), torch.randint(0, 300, (n,), generator=g)))
         labels = ids.masked_fill(torch.arange(len(ids)) < prefix + n // 2, -100)
         rows.append({"input_ids": ids, "labels": labels})
-    return PackCollator(shared_prefixes=True)(rows)
+    return PackCollator(shared_prefixes=shared)(rows)
 
 
 def test_what_is_saved_by_hand():
@@ -83,7 +83,7 @@ def test_what_is_saved_by_hand():
 def test_sharing_saves_its_share_of_the_flops(selection):
     layers = SELECTIONS[selection]
     shared, model = shared_batch(), prepare_model(tiny_model(), layers)
-    apart = unshared(shared)
+    apart = shared_batch(shared=False)
     assert work(apart).saved == 0 and work(apart).data_tokens == work(shared).data_tokens
     linear = [necessary(model, layers, (), b).linear for b in (shared, apart)]
     counted = [count(model, b) for b in (shared, apart)]

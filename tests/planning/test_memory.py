@@ -42,8 +42,7 @@ def counted(batch, steps=1) -> Batch:
 @pytest.mark.parametrize("policy", ["keep", "recompute_mlp", "recompute"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("sizes", [{}, MID], ids=["tiny", "mid"])
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("steps", "shared"), [(1, False), (2, False), (1, True)])
 def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps, shared):
     layers = SELECTIONS[selection]
     model = prepare_model(tiny_model(**sizes), layers, activations=policy)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import gradients, tiny_model
-from xplus_fast.data.collate import PackCollator, split_batch, unshared
+from xplus_fast.data.collate import PackCollator, split_batch
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import LayerLayout, Layout
@@ -139,7 +139,8 @@ def test_every_row_has_the_place_of_a_token_like_it(shared, tokens):
     batch = PackCollator(shared_prefixes=shared)(rows)
     assert (len(batch["layout"].members) > 0) == shared
     used = []
-    for part in [*split_batch(batch, tokens), unshared(batch)]:
+    apart = PackCollator(shared_prefixes=False)(rows)
+    for part in [*split_batch(batch, tokens), apart]:
         layout = part["layout"]
         runs = zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True)
         places = np.concatenate([np.arange(a, a + n) for a, n in runs])

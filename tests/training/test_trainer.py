@@ -238,26 +238,74 @@ def test_our_collator_shares_prompts_here_and_nowhere_else(tmp_path):
 
 
 def test_metrics_of_batches_with_shared_prompts(tmp_path):
-    """Logits are of whole sequences, whatever the loss was computed from."""
+    """Logits, labels and inputs are those of the sequences as they are, in their order."""
     seen = []
 
     def metrics(prediction):
-        seen.append((prediction.predictions, prediction.label_ids))
-        return {"labels": float((prediction.label_ids != -100).sum())}
+        seen.append([prediction.predictions, prediction.label_ids, prediction.inputs])
+        return {}
 
+    rows = asked_alike(8)
     for shared in (True, False):
         trainer = XPlusTrainer(
-            tiny_model(), arguments(tmp_path, per_device_eval_batch_size=8),
-            eval_dataset=asked_alike(8), data_collator=PackCollator(shared_prefixes=shared),
+            tiny_model(),
+            arguments(
+                tmp_path, per_device_eval_batch_size=8, include_for_metrics=["inputs"],
+            ),
+            eval_dataset=rows, data_collator=PackCollator(shared_prefixes=shared),
             compute_metrics=metrics,
         )  # fmt: skip
-        seen.append(trainer.evaluate()["eval_loss"])
-    assert seen[1] == pytest.approx(seen[3], rel=1e-5)
-    for logits, labels in (seen[0], seen[2]):
-        assert (
-            logits.shape[1] == labels.shape[1] == sum(len(r["input_ids"]) for r in asked_alike(8))
-        )
-    assert sorted(seen[0][1][0].tolist()) == sorted(seen[2][1][0].tolist())
+        loss = trainer.evaluate()["eval_loss"]
+        found = trainer.predict(rows)
+        assert found.label_ids[0].tolist() == [
+            y for row in rows for y in [-100, *row["labels"][1:]]
+        ]
+        trainer.compute_metrics = None
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        assert trainer.data_collator.shared_prefixes is shared
+    tokens = sum(len(r["input_ids"]) for r in rows)
+    for logits, labels, inputs in seen:
+        assert logits.shape[1] == labels.shape[1] == inputs.shape[1] == tokens
+
+
+class Doubling(PackCollator):
+    def __call__(self, rows):
+        return super().__call__([*rows, *rows])
+
+
+def test_a_collator_made_of_ours_is_called(tmp_path):
+    rows = asked_alike()
+    trainer = train(
+        XPlusTrainer, tiny_model(), tmp_path, rows=rows, collator=Doubling(), layers=[1]
+    )
+    first = trainer.state.log_history[0]
+    assert first["tokens_computed"] < 0.8 * first["tokens"] and first["tokens"] % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0},
+        {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: (
+            torch.nn.functional.cross_entropy(
+                outputs.logits[0, :-1], labels[0, 1:], reduction="sum"
+            ) / num_items_in_batch
+        )},
+    ],
+    ids=lambda o: next(iter(o)),
+)  # fmt: skip
+def test_prompts_stay_apart_where_sharing_would_change_the_loss(tmp_path, options):
+    curves = []
+    for shared in (None, False):
+        given = {k: v for k, v in options.items() if k == "compute_loss_func"}
+        changes = {k: v for k, v in options.items() if k not in given}
+        trainer = XPlusTrainer(
+            tiny_model(), arguments(tmp_path, max_steps=3, **changes), train_dataset=asked_alike(),
+            data_collator=PackCollator(shared_prefixes=shared), layers=[1, 2], **given,
+        )  # fmt: skip
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[0] == curves[1]
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):

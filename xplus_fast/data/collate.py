@@ -39,8 +39,13 @@ class PackCollator:
         cu_seq_lens_q and _k int32 [S + 1]; max_length_q and _k, Python ints; supervised_rows int64
         [R]: the t whose hidden state predicts a supervised token t + 1 of the same sequence;
         layout, a `PackLayout`.
-        A row without "lengths" is one sequence.
+        A row without "lengths" is one sequence. Raises `ValueError` for a row without tokens or
+        without labels.
         """
+        for i, row in enumerate(rows):
+            if "labels" not in row or not len(row["input_ids"]):
+                what = "labels" if "labels" not in row else "tokens"
+                raise ValueError(f"row {i} of a batch: without {what}")
         ids, labels = (
             torch.cat([torch.as_tensor(row[name], dtype=torch.int64) for row in rows])
             for name in ("input_ids", "labels")
@@ -140,8 +145,8 @@ def _cut(spans: Spans, first: int, past: int | None) -> Spans:
 def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """A batch of `PackCollator` in several, each of at most `tokens` or of a single sequence.
 
-    As few as there can be along its groups, and the longest of them as short as it can be. A batch
-    that needs no split comes back as it is.
+    Filled one after another along its groups, and as even as so many can be. A batch that needs no
+    split comes back as it is.
     """
     layout: PackLayout = batch["layout"]
     if batch["input_ids"].shape[1] <= tokens:
@@ -158,16 +163,6 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     supervised = np.insert(layout.predicts[:-1], 0, False)
     return [_lay_out(ids, labels, supervised, spans, part, places) for part in parts]
-
-
-def unshared(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of `PackCollator` with every sequence whole: as a library's own forward takes it."""
-    if not len(batch["layout"].members):
-        return batch
-    groups, spans, places = _sequences(batch["layout"])
-    alone = [Group(0, (i,)) for g in groups for i in g.members]
-    supervised = np.insert(batch["layout"].predicts[:-1], 0, False)
-    return _lay_out(batch["input_ids"][0], batch["labels"][0], supervised, spans, alone, places)
 
 
 def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans], np.ndarray | None]:

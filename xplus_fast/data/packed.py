@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from xplus_fast.config import DataConfig
 from xplus_fast.data.chat import Encoded, beyond_vocabulary, encode
-from xplus_fast.data.collate import PackCollator, group_sequences
+from xplus_fast.data.collate import PackCollator, group_sequences, split_batch
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.packing import cut
 from xplus_fast.data.prefixes import share
@@ -44,9 +45,16 @@ class PackedDataset(Dataset):
             raise UserError(
                 f"data: {len(self.items)} sequences to train on, fewer than processes ({shares})"
             )
-        lengths = np.diff(self.starts)[self.items]
-        self.places = np.concatenate([[0], np.cumsum(lengths)])  # of tokens, in the order of items
-        self.rows = cut(lengths, tokens, shares)  # [rows + 1]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int64 [rows + 1]: row i holds items[rows[i]:rows[i + 1]]."""
+        return cut(np.diff(self.places), self.row_tokens, self.shares)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [n + 1], of tokens in the order of items."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.starts)[self.items])])
 
     def packed(self, tokens: int, shares: int = 1) -> "PackedDataset":
         """The same sequences in rows of another size."""
@@ -94,15 +102,16 @@ class RowSampler(Sampler[int]):
             yield from range(row * self.shares, (row + 1) * self.shares)
 
 
-def look_at_work(rows: PackedDataset, *, shared: bool, most: int = 16) -> Work:
+def look_at_work(rows: PackedDataset, tokens: int, *, shared: bool, most: int = 16) -> Work:
     """What there is to do in such rows: counted in a few of them, or in all if they are few.
 
-    shared: whether tokens that sequences begin with in common are computed once.
+    tokens: of a micro-batch; in larger ones it is less. shared: whether tokens that sequences begin
+    with in common are computed once.
     """
     collate = PackCollator(shared_prefixes=shared)
     chosen = np.unique(np.linspace(0, len(rows) - 1, most).astype(np.int64))
-    works = [work_of(collate([rows[int(i)]])["layout"]) for i in chosen]
-    return functools.reduce(operator.add, works)
+    parts = [p for i in chosen for p in split_batch(collate([rows[int(i)]]), tokens)]
+    return functools.reduce(operator.add, [work_of(part["layout"]) for part in parts])
 
 
 def pack_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[dict]:

@@ -2,7 +2,7 @@
 
 A step's loss can be compared with the next one's only if both hold the same mix of kinds
 (translation directions, say). So each kind's sequences stand at even distances in the order, from
-its first to its last, and a stretch of n holds of a kind what its share of n is, give or take one.
+its first to its last, and a stretch of n holds of a kind what its share of n is, give or take two.
 Which sequence of a kind stands where is random.
 """
 

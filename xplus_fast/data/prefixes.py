@@ -120,24 +120,25 @@ def partition(groups: Sequence[Group], lengths: Sequence[int], tokens: int) -> l
     the room that is left.
     """
     alone = sorted((g.members[0] for g in groups if not g.prefix), key=lambda i: lengths[i])
-    queue = [(g, i) for g in groups if g.prefix for i in g.members]
+    shared = [g for g in groups if g.prefix]
+    queue = [(n, i) for n, g in enumerate(shared) for i in g.members]
     parts, at = [], 0
     while at < len(queue) or alone:
-        part: dict[Group, list[int]] = {}
+        part: dict[int, list[int]] = {}  # group's number -> members
         single: list[int] = []
         room = _fill(single, alone, lengths, tokens, above=tokens // 4)
         while at < len(queue):
-            group, i = queue[at]
-            wanted = lengths[i] - (group.prefix if group in part else 0)
+            n, i = queue[at]
+            wanted = lengths[i] - (shared[n].prefix if n in part else 0)
             if wanted > room and (part or single):
                 break
-            part.setdefault(group, []).append(i)
+            part.setdefault(n, []).append(i)
             room -= wanted
             at += 1
         _fill(single, alone, lengths, room, above=0)
         if not part and not single:
             single.append(alone.pop())  # longer than a part
-        made = [Group(g.prefix if len(m) > 1 else 0, tuple(m)) for g, m in part.items()]
+        made = [Group(shared[n].prefix if len(m) > 1 else 0, tuple(m)) for n, m in part.items()]
         parts.append(made + [Group(0, (i,)) for i in single])
     return parts
 

@@ -66,9 +66,11 @@ def measure(
     bar = tqdm(total=work, disable=quiet, ascii=True, leave=False, dynamic_ncols=True)
     with greedy(model, tokenizer, config.max_new_tokens), bar:
         for tag in tags:
-            result["loss"][tag], _ = _loss(model, rows[tag], bar, f"held-out {tag}")
+            result["loss"][tag], _ = _loss(
+                model, rows[tag], bar, f"held-out {tag}", data.shared_prompts
+            )
         if retention:
-            loss, tokens = _loss(model, texts, bar, "retention")
+            loss, tokens = _loss(model, texts, bar, "retention", data.shared_prompts)
             result["retention"] = {"loss": loss, "tokens": tokens}
         for tag, examples in chosen.items():
             # Thinking is off whatever data.think says: a base Qwen3 would think through its budget
@@ -88,12 +90,15 @@ def measure(
     return result
 
 
-def _loss(model: Any, rows: list[dict[str, Any]], bar: Any, what: str) -> tuple[float, int]:
+def _loss(
+    model: Any, rows: list[dict[str, Any]], bar: Any, what: str, shared: bool
+) -> tuple[float, int]:
     """Mean loss over all supervised tokens of some packed rows, in nats; and their number."""
     bar.set_description_str(what)
     # With a cache Hugging Face's models no longer see where one packed sequence ends
     model.config.use_cache = False
-    collate = PackCollator(shared_prefixes=is_prepared(model))  # a stock model knows none
+    # a stock model knows no shared prefixes
+    collate = PackCollator(shared_prefixes=shared and is_prepared(model))
     total, count = 0.0, 0
     for row in rows:
         batch = {

@@ -109,7 +109,9 @@ def analyse(
     try:
         loaded = load_model(Weights(files), config, layout, **kind)
         picked = (corpus.train[int(i)] for i in chosen)
-        seen = measure(loaded, picked, total=len(chosen), show=show)
+        seen = measure(
+            loaded, picked, total=len(chosen), show=show, shared=recipe.data.shared_prompts
+        )
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"{str(e).split('. ')[0]}; take smaller rows (data.pack_tokens of a recipe)"
@@ -132,13 +134,17 @@ def analyse(
     return seen, about
 
 
-def measure(model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: bool) -> Sensitivity:
+def measure(
+    model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: bool, shared: bool = True
+) -> Sensitivity:
     """One pass of a prepared model over packed rows (see `PackedDataset`), all layers training.
+
+    shared: whether tokens that sequences begin with in common are computed once.
 
     Raises `UserError` where no row has a supervised token, and for a gradient that is not finite.
     """
     assert is_prepared(model)
-    start, collate = time.perf_counter(), PackCollator(shared_prefixes=True)
+    start, collate = time.perf_counter(), PackCollator(shared_prefixes=shared)
     squares, losses, tokens, supervised = [], [], 0, 0
     bar = tqdm(
         total=total, desc="gradients", unit="row", disable=None if show else True, leave=False,
@@ -156,7 +162,7 @@ def measure(model: Any, rows: Iterator[dict[str, Any]], *, total: int, show: boo
                 squares.append(watch.take())
                 if not (math.isfinite(losses[-1]) and np.isfinite(squares[-1]).all()):
                     raise UserError(f"row {i}: its loss is {losses[-1]}, a gradient not finite")
-                tokens, supervised = tokens + batch["input_ids"].shape[1], supervised + n
+                tokens, supervised = tokens + batch["layout"].data_tokens, supervised + n
             bar.update()
     if not losses:
         raise UserError(f"no token is supervised in any of {total} rows: nothing pulls at a layer")

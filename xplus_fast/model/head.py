@@ -11,10 +11,9 @@ import xplus_kernels as ops
 class LossFunction(torch.autograd.Function):
     """The stack's last hidden states -> loss; all gradients are made in the forward.
 
-    x [T, H]; norm [H]; head [V, H],
-    or FP8 rows of it; rows [R] int64, which rows predict something, or None: x has these alone;
-    targets [R] int64, what; divisor, by which the summed cross-entropy is divided. Returns a scalar
-    in fp32.
+    x [T, H]; norm [H]; head [V, H], or FP8 rows of it; rows [R] int64, which rows predict
+    something, or None: x has these alone; targets [R] int64, what; divisor, by which the summed
+    cross-entropy is divided. Returns a scalar in fp32.
     """
 
     @staticmethod

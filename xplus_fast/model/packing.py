@@ -28,7 +28,7 @@ import xplus_kernels as ops
 from xplus_fast.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackLayout:
     """How a row of T tokens is made up, known on the host: no figure is asked of the device.
 

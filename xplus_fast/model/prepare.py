@@ -258,8 +258,9 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     Beside Hugging Face's arguments, `num_items_in_batch` (the divisor of the summed loss),
     `shift_labels` ([B, S], already shifted), `supervised_rows` ([R] int64, the rows of the
     flattened batch that predict something, so that the device is not asked for them), `layout`
-    (the `PackLayout` of a row), and `below` (what enters a layer, for a pack without padding). With
-    `return_logits`, or whatever else the engine does not make, all goes the library's own way.
+    (the `PackLayout` of a row, without `shift_labels`), and `below` (what enters a layer, for a
+    pack without padding). With `return_logits`, or whatever else the engine does not make, all goes
+    the library's own way.
     """
     asked = {k for k, v in given.items() if v is not None and v is not False}
     asked -= {"return_dict"} if given.get("return_dict") else set()
@@ -283,10 +284,14 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
         targets = next_tokens(flat, pack.row_ends)
     else:
         targets = unpad_labels(shifted, mask, pack, shifted=True)
-    rows = given.get("supervised_rows")
+    rows, layout = given.get("supervised_rows"), given.get("layout")
+    if layout is not None and shifted is not None:
+        raise ValueError("layout: it says what `labels` predict; shift_labels are something else")
     if rows is None or pack.at is not None:
         rows = (targets != -100).nonzero()[:, 0]
-    last = last_rows(pack, rows, given.get("layout"))
+    elif layout is None:
+        rows = rows.sort().values  # as ours are
+    last = last_rows(pack, rows, layout)
     first = below.level if below is not None and known is not None else 0
     x = _run_blocks(self.model, x, pack, last=last, first=first, below=below)
     divisor = given.get("num_items_in_batch")

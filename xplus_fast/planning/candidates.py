@@ -60,12 +60,14 @@ class Request:
 
     def batch(self, tokens: int) -> Batch:
         steps = math.ceil(self.computed_per_step / tokens)
+        if self.tokens_per_step > tokens:  # a step may share less than others
+            steps = max(2, steps)
         fp8 = self.card is None or self.card.fp8_gemm
         # of the rows any may predict something: memory is there for all of them
-        suffixes = tokens if self.work.saved else 0
+        shared = tokens if self.work.saved else 0
         return Batch(
             tokens, tokens, tokens, self.element, steps, fp8, self.card is not None,
-            suffixes=suffixes,
+            prefixes=shared, suffixes=shared,
         )  # fmt: skip
 
     @property

@@ -93,9 +93,7 @@ class PlannedTrainer(XPlusTrainer):
         todo = [inputs]
         while True:
             try:
-                loss = self._run(model, todo, *args, **kwargs)
-                self.meter.add(inputs)
-                return loss
+                return self._run(model, todo, *args, **kwargs)
             except RuntimeError as e:
                 if not ran_out(e):
                     raise
@@ -113,6 +111,8 @@ class PlannedTrainer(XPlusTrainer):
             apart = nullcontext() if part is last else self.accelerator.no_sync(model)
             with apart:
                 losses.append(self._compute(model, part, *args, **kwargs))
+        for part in parts[-1]:  # a group that was cut was computed with its prefix in each
+            self.meter.add(part)
         self.meter.spare(self._spared)
         # each is its share of the step's mean
         return torch.stack(losses[-len(parts[-1]) :]).sum()

@@ -411,7 +411,7 @@ def _load_corpora(
             if place.first:
                 barrier(place)
             rows = corpus.train.packed(recipe.training.tokens_per_step, place.processes)
-            works[key] = look_at_work(rows, shared=data.shared_prompts)
+            works[key] = look_at_work(rows, data.pack_tokens, shared=data.shared_prompts)
             summary = {**corpus.summary, "saved": works[key].saved}
             loaded[key] = replace(corpus, train=rows, summary=summary)
             say(describe(summary))

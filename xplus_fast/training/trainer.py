@@ -7,9 +7,11 @@ and nothing else, in safetensors and JSON, and resuming from it is exact; a step
 right stops the run with its reason.
 """
 
+import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from xplus_fast.data.collate import PackCollator, unshared
+from xplus_fast.data.collate import PackCollator
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
@@ -51,6 +53,8 @@ class XPlusTrainer(SavingTrainer):
         also: what trains beside them: "embedding", "final_norm", "head".
         activations: what blocks keep for the backward, see `prepare_model`.
         update: how AdamW keeps its states, and where; seeded by the arguments' `seed`.
+        data_collator: as Trainer's; a `PackCollator` that leaves it open computes tokens that
+            sequences begin with in common once.
         Everything else goes to `transformers.Trainer`.
 
     Raises:
@@ -77,9 +81,8 @@ class XPlusTrainer(SavingTrainer):
         if model is not None:
             self._prepare(model)
         super().__init__(model, args, *positional, **options)
-        collator = self.data_collator
-        if isinstance(collator, PackCollator) and collator.shared_prefixes is None:
-            self.data_collator = PackCollator(shared_prefixes=True)
+        if isinstance(self.data_collator, PackCollator):
+            self._share_prefixes(self.data_collator)
         self._check_update()
         self.meter = Meter(shape_of(self.model.config))  # type: ignore[union-attr]
         self.add_callback(_Begin(self))
@@ -99,6 +102,17 @@ class XPlusTrainer(SavingTrainer):
         prepare_model(model, ids, also=also, activations=activations)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing trains: every parameter is frozen and no layers are selected")
+
+    def _share_prefixes(self, collator: PackCollator) -> None:
+        """Let a collator of ours share first tokens, if it leaves that to us.
+
+        Not where a loss is made of logits, nor where noise makes tokens differ in each sequence.
+        """
+        args = self.args
+        apart = args.label_smoothing_factor or args.neftune_noise_alpha or self.compute_loss_func
+        if collator.shared_prefixes is None:
+            self.data_collator = collator = copy.copy(collator)  # the caller's stays as it is
+            collator.shared_prefixes = not apart
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -276,13 +290,32 @@ class XPlusTrainer(SavingTrainer):
         **kwargs: Any,
     ) -> Any:
         if not prediction_loss_only:  # compute_metrics wants logits, which the engine never makes
-            inputs = unshared(inputs) if "layout" in inputs else inputs
             inputs = {**inputs, "return_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.paused():
-            return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        loss_only = prediction_loss_only
+        loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+        with self.meter.paused(), nullcontext() if loss_only else self._whole_sequences():
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, *args, **kwargs
+            )
+
+    @contextmanager
+    def _whole_sequences(self) -> Iterator[None]:
+        """Who wants logits wants them of the sequences as they are, in their order."""
+        collator = self.data_collator
+        if not isinstance(collator, PackCollator):
+            yield
+            return
+        before, collator.shared_prefixes = collator.shared_prefixes, False
+        try:
+            yield
+        finally:
+            collator.shared_prefixes = before
 
 
 def describe_selection(model: Any) -> str:
