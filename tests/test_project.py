@@ -180,6 +180,11 @@ def test_console_script_and_packages_exist() -> None:
 def test_readme_shows_the_figures_of_the_results_file() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "cpu_step.json").read_text())
     assert cpu_step.table(results) in (ROOT / "README.md").read_text()
+    all_, computed = (results["selections"]["top:8"][k] for k in ("tokens", "computed_tokens"))
+    said = (
+        f"{1 - computed / all_:.0%} ({all_:,.0f} tokens a step, {computed:,.0f} of them computed)"
+    )
+    assert said.replace("%", " %", 1) in (ROOT / "docs" / "performance.md").read_text()
 
 
 # --- make

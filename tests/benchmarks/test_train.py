@@ -25,7 +25,7 @@ from benchmarks.train_workloads import (
 )
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import UpdateLayout
-from xplus_fast.planning.flops import assumed_work, necessary_flops
+from xplus_fast.planning.flops import assumed_work, layer_gemms, necessary_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,7 +321,16 @@ def test_the_documents_bytes_and_flops_are_computed(name, layers):
     flops = necessary_flops(shape, layers, (), work)
     cells = [*moved.values(), sum(moved.values()), flops.total / 1e3]
     row = " | ".join(f"{cell / 1e9:.0f}" for cell in cells)
-    assert f"| {name} of 36 | {row} |" in (ROOT / "docs/performance.md").read_text()
+    document = (ROOT / "docs/performance.md").read_text()
+    assert f"| {name} of 36 | {row} |" in document
+    apart, n = assumed_work(False), len(layers)
+    units = 36 + 36 - min(layers) + n  # forward, dX, dW
+    one = necessary_flops(
+        shape, layers, (), replace(apart, queries=apart.tokens, supervised=apart.tokens)
+    )
+    assert one.linear == units * layer_gemms(shape, apart)
+    ours = flops.linear / (layer_gemms(shape, apart) / apart.data_tokens * work.data_tokens)
+    assert f"dW = {units} | {ours:.1f} |" in document
 
 
 def test_compare_flags_what_became_worse(smoke, tmp_path, capsys):

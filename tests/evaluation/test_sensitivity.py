@@ -83,6 +83,37 @@ def test_in_fp32_equals_gradients_that_were_kept():
         np.testing.assert_allclose(seen.squares[b], by_part(gradients(model)), rtol=1e-6)
 
 
+def test_prompts_that_are_shared_change_nothing():
+    """Neither norms nor losses, nor how many tokens were looked at."""
+
+    def alike(seed):
+        g = torch.Generator().manual_seed(seed)
+        head, ids = torch.randint(0, 300, (20,), generator=g), []
+        for i in range(4):
+            ids.append(torch.cat((head, torch.tensor([300 + i]), torch.arange(5 + i))))
+        whole, lengths = torch.cat(ids), [len(i) for i in ids]
+        place = torch.cat([torch.arange(n) for n in lengths])
+        return {
+            "input_ids": whole,
+            "labels": whole.masked_fill(place < 23, -100),
+            "lengths": lengths,
+        }
+
+    shared, apart = (
+        measure(
+            prepare_model(tiny_model().double()),
+            map(alike, range(3)),
+            total=3,
+            show=False,
+            shared=on,
+        )
+        for on in (True, False)
+    )
+    np.testing.assert_allclose(shared.squares, apart.squares, rtol=1e-9)
+    np.testing.assert_allclose(shared.losses, apart.losses, rtol=1e-9)
+    assert (shared.tokens, shared.supervised) == (apart.tokens, apart.supervised)
+
+
 def test_no_more_than_one_layers_gradients_live(monkeypatch):
     """Counted over the storages of all weight gradients, whenever a layer has made its own."""
     live: dict[int, tuple[weakref.ref, int]] = {}

@@ -91,8 +91,12 @@ def test_the_parts_of_one_attention():
 
 
 def test_no_rows():
-    out, lse, *others = inputs(0, 4, 16, MAIN_DTYPE)
-    ops.merge_attention(out, lse, *others)
+    """Of a pack, whose other rows stay as they are."""
+    out, lse, *others = inputs(6, 4, 16, MAIN_DTYPE)
+    before = out.clone(), lse.clone()
+    none = slice(3, 3)
+    ops.merge_attention(out[none], lse[:, none], others[0][none], others[1][:, none])
+    assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
 
 
 def test_waits_for_nothing():

@@ -26,7 +26,7 @@ class PackCollator:
     it reads.
     """
 
-    columns = ("input_ids", "labels", "lengths")
+    columns = ("input_ids", "labels", "lengths", "places")
 
     def __init__(self, *, shared_prefixes: bool | None = None) -> None:
         self.shared_prefixes = shared_prefixes
