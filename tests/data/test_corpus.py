@@ -26,6 +26,7 @@ from xplus_fast.data.corpus import (
     pack_examples,
     pack_texts,
 )
+from xplus_fast.data.packed import RowSampler
 from xplus_fast.data.readers import Reading, read_examples
 from xplus_fast.errors import UserError
 
@@ -312,6 +313,26 @@ def test_small_sets_in_memory(data: DataConfig, small_tokenizer: Any, tmp_path: 
         labels, ids = row["labels"].tolist(), row["input_ids"].tolist()
         assert labels[0] == -100 and labels[1:] == ids[1:]
     assert pack_texts([], small_tokenizer, 6) == []
+
+
+def test_processes_share_each_row(data: DataConfig, small_tokenizer: Any, tmp_path: Path) -> None:
+    train = load(write(tmp_path / "x.jsonl", PAIRS), data, small_tokenizer).train
+    whole, shared = train.packed(512), train.packed(512, 3)
+    assert len(shared) == 3 * len(whole)
+    for i, row in enumerate(whole):
+        parts = [shared[3 * i + p] for p in range(3)]
+        assert all(part["lengths"] for part in parts)
+        places = [p for part in parts for p in part["places"]]
+        assert sorted(places) == sorted(row["places"])
+    order = RowSampler(len(whole), 3, seed=0)
+    first = list(order)
+    assert sorted(first) == list(range(len(shared)))
+    assert all(first[i] % 3 == i % 3 and first[i] // 3 == first[i - i % 3] // 3 for i in first)
+    assert list(order) == first
+    order.epoch = 1
+    assert list(order) != first and sorted(order) == sorted(first)
+    with pytest.raises(UserError, match="120 sequences to train on, fewer than processes .121."):
+        train.packed(512, 121)
 
 
 def test_workers_map_the_same_files(data: DataConfig, small_tokenizer: Any, tmp_path: Path) -> None:
