@@ -41,6 +41,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
 from xplus_fast.planning.flops import Work, layer_gemms, necessary_flops
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.training.planned import PlannedTrainer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/train.json"
@@ -237,10 +238,19 @@ def _measure(
             "tokens_per_s": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
             "split": clock.split(warm),  # of the median step
             "peak": clock.peak(),
+            "planned": planned(trainer),
             "joules": clock.joules,  # of the timed steps together
             "clocks": clocks(device),
         }
     return found
+
+
+def planned(trainer: Any) -> int | None:
+    """Bytes that our plan said would be allocated at the peak; None of a peer."""
+    if not isinstance(trainer, PlannedTrainer):
+        return None
+    beside = ("margin", "CUDA context")  # of the allocator
+    return sum(n for what, n in trainer.plan.device_bytes.items() if what not in beside)
 
 
 def judge(rows: list[dict[str, Any]], scale: Scale, limits: dict[str, Any]) -> None:

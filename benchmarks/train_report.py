@@ -26,6 +26,8 @@ def table(result: dict[str, Any]) -> str:
         ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x" if rival else "-"
         peak = row["peak"]
         memory = f"{peak['allocated'] / 1e9:.1f} ({peak['reserved'] / 1e9:.1f})" if peak else "-"
+        if peak and row.get("planned"):
+            memory += f"; planned {row['planned'] / 1e9:.1f}"
         share = f"{row['share']:.0%}" if "share" in row and not result["smoke"] else "-"
         seconds = statistics.median(row["seconds"])
         joules = row["joules"]
