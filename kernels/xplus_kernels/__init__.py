@@ -14,6 +14,7 @@ from xplus_kernels.frozen_linear import (
     frozen_linear,
     frozen_linear_dx,
     frozen_rows,
+    linear,
     multiplies_in_fp8,
     scratch_bytes,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "frozen_linear",
     "frozen_linear_dx",
     "frozen_rows",
+    "linear",
     "linear_cross_entropy",
     "merge_attention",
     "multiplies_in_fp8",
