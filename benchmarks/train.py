@@ -41,6 +41,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
 from xplus_fast.planning.flops import Work, layer_gemms, necessary_flops
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.training.place import set_allocator
 from xplus_fast.training.planned import PlannedTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,8 @@ def _spawn(
 def run_child(name: str, scale: Scale, stage: str, mixes: Sequence[str]) -> dict[str, Any]:
     """One contestant at one stage: built once, then every mix."""
     device = torch.device("cuda", 0) if scale.model != "tiny" else torch.device("cpu")
+    if device.type == "cuda":
+        set_allocator()  # for all, as `xplus-fast train` does
     try:
         return {"status": "ok", "mixes": _measure(CONTESTANTS[name], scale, stage, mixes, device)}
     except CannotRun as e:
