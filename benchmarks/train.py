@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("8B", "14B"), default="8B")
     parser.add_argument("--stages", default="stage1,stage2", help=f"of {', '.join(STAGES)}")
-    parser.add_argument("--mixes", default="", help="of pairs, full; default: pairs")
+    parser.add_argument("--mixes", default="", help="of pairs, full, 1k; default: pairs")
     parser.add_argument("--only", default="", help="contestants, comma-separated (by their starts)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after these")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("train: no CUDA GPU here; --smoke runs every contestant on the CPU", file=sys.stderr)
         return 2
     stages = [s for s, _ in scale.stages if options.smoke or s in options.stages.split(",")]
-    # a toy runs both in no time
-    mixes = (options.mixes or (",".join(MIXES) if options.smoke else "pairs")).split(",")
+    # a toy runs two in no time ("1k" is made as "full" is)
+    mixes = (options.mixes or ("pairs,full" if options.smoke else "pairs")).split(",")
     names = list(CONTESTANTS)
     if options.only:
         asked = [o.strip() for o in options.only.replace(", ", "\0").split(",")]
