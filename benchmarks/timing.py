@@ -9,6 +9,7 @@ between two uses of a set more than twice the L2 cache has gone by.
 
 import ctypes
 import math
+import statistics
 import subprocess
 import time
 from collections import deque
@@ -22,6 +23,7 @@ Call = Callable[[], Any]
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 MOST_SETS = 24
 LEAST_PAUSE, MOST_PAUSE = 2e-4, 2e-2  # seconds
+SUSTAINED = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
 def measure_limits(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:
     """What a card does at best, a second: copy_bytes, bf16_flops, fp8_flops where it has them.
 
-    A copy of 1 GiB moves 2 GiB; the GEMMs are 8192^3, by cuBLAS and torch._scaled_mm.
+    A copy of 1 GiB moves 2 GiB; the GEMMs are 8192^3, by cuBLAS and torch._scaled_mm, after a
+    pause each; bf16_flops_sustained is what the same GEMM does when nothing else has been done for
+    `SUSTAINED` seconds, at the clock that the card's power leaves it.
     """
     elements, n = (2**20, 256) if tiny else (2**30, 8192)
     source = torch.zeros(elements, dtype=torch.uint8, device=device)
@@ -156,7 +160,24 @@ def measure_limits(device: torch.device, *, tiny: bool = False) -> dict[str, Any
         )
         if name != "copy_bytes":
             limits[f"clocks_after_{name.removesuffix('_flops')}"] = clocks(device)
+    gemm = calls["bf16_flops"][0]
+    limits["bf16_flops_sustained"] = work["bf16_flops"] / _sustained(gemm, device, tiny=tiny)
+    limits["clocks_sustained"] = clocks(device)
     return limits
+
+
+def _sustained(call: Call, device: torch.device, *, tiny: bool) -> float:
+    """Seconds of a call that is made over and over: the median of the last third of the time."""
+    many, taken = 2 if tiny else 20, []
+    start = time.perf_counter()
+    while time.perf_counter() - start < (0.02 if tiny else SUSTAINED):
+        begin = time.perf_counter()
+        for _ in range(many):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append((time.perf_counter() - begin) / many)
+    return statistics.median(taken[-max(1, len(taken) // 3) :])
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

@@ -47,10 +47,14 @@ def note(result: dict[str, Any]) -> str:
     toy = (
         "A toy model, to prove the benchmark: its figures mean nothing. " if result["smoke"] else ""
     )
+    limits = result["limits"]
+    rates = f"The limit is {limits['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16"
+    if sustained := limits.get("bf16_flops_sustained"):
+        rates += f" ({sustained / 1e12:.0f} when it goes on for seconds)"
     return (
         f"{toy}Qwen3-{result['model']} of random weights, {result['tokens_per_step']:,} tokens a"
         f" step, medians of {result['timed']} steps; real tokens, padding not counted."
-        f" {result['device']['name']}; {versions}; commit {result['commit']}."
+        f" {rates}. {result['device']['name']}; {versions}; commit {result['commit']}."
     )
 
 

@@ -52,6 +52,7 @@ SCENARIOS = {
     s.name: s
     for s in (
         Scenario("train", ("train", "recipe.yaml")),
+        Scenario("train-hidden", ("train", "hidden.yaml")),
         Scenario("restart", ("train", "recipe.yaml", "--restart", "stages.0.name=deep", "seed=1"),
                  after="train"),
         # a restart that was killed, gone on with as a run: it is the new one or, thrown away before
@@ -94,6 +95,8 @@ class Stage:
             name = str(file.relative_to(self.root))
             if file.parent.name.startswith("checkpoint-"):
                 continue  # which of them are left says only when the rest was removed
+            if file.relative_to(self.root).parts[0] == "hidden":
+                continue  # what is in it is what there was time and room for
             # an old run names the folder in which its state was made
             places = rb"/(stage(-\d+)?|shared/making)"
             stages = re.escape(str(self.root.parent).encode()) + places
@@ -132,19 +135,25 @@ def make_shared(shared: Path) -> None:
 
 def _recipes(shared: Path) -> dict[str, Any]:
     pairs = str(shared / "pairs.jsonl")
+    data = {"sources": [{"path": pairs}], "heldout": 2, "pack_tokens": 128, "cache": "cache"}
     return {
         "recipe": {
             "model": str(shared / "model"),
             "output": "run",
-            "data": {
-                "sources": [{"path": pairs}], "heldout": 2, "pack_tokens": 128, "cache": "cache",
-            },
+            "data": data,
             "stages": [
                 {"layers": "bottom:1", "name": "low", "learning_rate": 1e-3, "steps": 2},
                 {"layers": "top:1", "name": "high", "learning_rate": 1e-3, "steps": 3},
             ],
             "training": {"tokens_per_step": 128, "save_steps": 1, "save_total_limit": 2},
             "evaluation": {"translate": 1, "samples": 1, "max_new_tokens": 2, "every": 2, "few": 1},
+        },
+        "hidden": {  # the first epoch keeps what enters the trained layer, the others take it
+            "model": str(shared / "model"),
+            "output": "run",
+            "data": {**data, "heldout": 0, "cache_hidden": "hidden"},
+            "stages": [{"layers": "top:1", "learning_rate": 1e-3, "epochs": 2}],
+            "training": {"tokens_per_step": 1024, "save_steps": 2},
         },
         "evaluate": {
             "output": "verdict",
