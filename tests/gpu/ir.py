@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 
 class Event:
@@ -37,9 +38,15 @@ def scaled_mm(
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
-def backward(loss: Tensor, *given: Any, **options: Any) -> None:
-    """torch's own steps out of ttsem's "cuda is the CPU", and hooks and functions run with it."""
-    torch.autograd.backward(loss, *given, **options)
+def stay_in_backward() -> None:
+    """ttsem's "cuda is the CPU", which torch leaves for the time of a backward, holds there too."""
+    mode, run = _get_current_function_mode_stack()[-1], torch.autograd._engine_run_backward
+
+    def under_mode(*args: Any, **options: Any) -> Any:
+        with mode:
+            return run(*args, **options)
+
+    torch.autograd._engine_run_backward = under_mode
 
 
 def install() -> None:
@@ -53,7 +60,7 @@ def install() -> None:
         "cudart": lambda: SimpleNamespace(cudaHostRegister=done, cudaHostUnregister=done),
     }.items():
         setattr(torch.cuda, name, value)
-    torch._scaled_mm = scaled_mm  # type: ignore[assignment]
-    torch.Tensor.pin_memory = lambda x: x  # type: ignore[assignment,method-assign]
-    torch.Tensor.backward = backward  # type: ignore[assignment,method-assign]
+    torch._scaled_mm = scaled_mm
+    torch.Tensor.pin_memory = lambda x: x
+    stay_in_backward()
     torch.backends.cuda.is_flash_attention_available = lambda: False  # even if built with CUDA
