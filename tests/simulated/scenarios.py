@@ -30,6 +30,7 @@ from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.place import Place
 from xplus_fast.training.planned import PlannedTrainer
 
+real_gemm_rate = throughput.gemm_rate
 DTYPE = torch.bfloat16
 HOSTED = {"states": "host", "gradients": "host"}
 TRAINED = [2, 3]
@@ -82,19 +83,24 @@ def on_host(model: Any) -> dict[str, torch.Tensor]:
 # --- the engine alone
 
 
+def backward(model: Any, *, seed: int, longest: int = 14) -> torch.Tensor:
+    batch = packed_batch([5, 9, longest], seed=seed)
+    batch = {name: x.to(DEVICE) for name, x in batch.items()}
+    loss = model(**batch, num_items_in_batch=torch.tensor(20.0, device=DEVICE)).loss
+    loss.backward()
+    return loss.detach()
+
+
 def steps(
     model: Any, update: dict[str, Any], *, number: int = 2, clip: bool = True
 ) -> list[torch.Tensor]:
     """Optimizer steps of two micro-batches, as a script would make them -> losses."""
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, **update)
     found = []
+    torch.cuda.reset_peak_memory_stats()
     for step in range(number):
         for micro in range(2):
-            batch = packed_batch([5, 9, 14 + micro], seed=10 * step + micro)
-            batch = {name: x.to(DEVICE) for name, x in batch.items()}
-            loss = model(**batch, num_items_in_batch=torch.tensor(20.0, device=DEVICE)).loss
-            loss.backward()
-            found.append(loss.detach())
+            found.append(backward(model, seed=10 * step + micro, longest=14 + micro))
         if clip:
             norm = optimizer.grad_norm()
             optimizer.gradient_scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
@@ -107,15 +113,20 @@ def steps(
     return found
 
 
+def relaid(model: Any, folder: Path, wanted: Layout) -> Any:
+    """A stage's model, in the layout of the next one."""
+    weights = Weights(CheckpointFiles.open(folder))
+    arrange(model, wanted, weights, dtype=DTYPE, device=DEVICE)
+    return model
+
+
 def engine(folder: Path, *layouts: Layout, update: dict[str, Any] | None = None, **options: Any
            ) -> Result:  # fmt: skip
     """A stage for each layout, of one model."""
     model = load(folder, layouts[0])
     found = steps(model, update or {}, **options)
     for wanted in layouts[1:]:
-        weights = Weights(CheckpointFiles.open(folder))
-        arrange(model, wanted, weights, dtype=DTYPE, device=DEVICE)
-        found += steps(model, update or {}, **options)
+        found += steps(relaid(model, folder, wanted), update or {}, **options)
     return [loss.item() for loss in found], on_host(model)
 
 
@@ -134,16 +145,18 @@ def plan(folder: Path, **memory: Any) -> Plan:
 
 def make_trainer(model_folder: Path, folder: Path, *, memory: dict[str, Any] | None = None,
                  say: Callable[[str], None] = print, hidden: Any = None, rows: Any = None,
-                 **changes: Any) -> PlannedTrainer:  # fmt: skip
+                 callbacks: Sequence[Any] = (), **changes: Any) -> PlannedTrainer:  # fmt: skip
     """memory: what of `MemoryConfig` is pinned. changes: of the arguments."""
     made = plan(model_folder, **memory or {})
     model = load(model_folder, made.layout)
     set_activations(model, made.layout, made.micro_batch_tokens)
-    options = dict(use_cpu=False, max_steps=3, dataloader_pin_memory=False, bf16=False)
+    options = dict(use_cpu=False, max_steps=3, logging_nan_inf_filter=False,
+                   remove_unused_columns=False)  # fmt: skip
     rows = sentences() if rows is None else rows
     trainer = PlannedTrainer(
         model, arguments(folder, **{**options, **changes}), plan=made, say=say, hidden=hidden,
         train_dataset=rows, eval_dataset=rows[:6], data_collator=PackCollator(),
+        callbacks=list(callbacks),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer

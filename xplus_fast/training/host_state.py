@@ -98,7 +98,7 @@ class Shuttle:
             return
         here, arriving, leaving = Lane.current(self._device), self._arriving, self._leaving
         slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)]
-        free = [here.mark(), here.mark()]
+        free = [here.mark()] * 2
 
         def bring(i: int) -> tuple[dict[str, Tensor], Any]:
             arriving.wait(free[i % 2])

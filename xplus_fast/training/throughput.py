@@ -13,6 +13,7 @@ from xplus_fast.model.families import Shape
 from xplus_fast.planning.flops import Work, necessary_flops, work_of
 
 NOTHING = Work(0, 0, 0, 0, 0, 0)
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is timed
 
 
 class Meter:
@@ -121,7 +122,7 @@ def count_work(inputs: dict[str, Any]) -> Tensor:
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here and now: the best of a few."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = SIDE[device.type]
     own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")
