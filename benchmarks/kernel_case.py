@@ -114,7 +114,7 @@ def error(outputs: Outputs, truth: Outputs, bound: float) -> tuple[float, str]:
     """Relative error in the 2-norm, the worst output's; and what is wrong, empty where nothing.
 
     Wrong is an output whose error passes `bound`, or an element that is off by more than 8 bounds
-    of (its own size + the root mean square).
+    of (its own size + the root mean square, the output's or its row's, which is larger).
     """
     if len(outputs) != len(truth):
         return math.inf, f"{len(outputs)} outputs, not {len(truth)}"
@@ -124,6 +124,8 @@ def error(outputs: Outputs, truth: Outputs, bound: float) -> tuple[float, str]:
             return math.inf, f"output {i} has shape {list(o.shape)}, not {list(t.shape)}"
         o, t = o.float(), t.float()
         off, rms = (o - t).abs(), t.square().mean().sqrt()
+        if t.dim() > 1:  # dk of a token that many attend to errs by its own size
+            rms = t.square().mean(-1, keepdim=True).sqrt().maximum(rms)
         relative = float(off.norm() / t.norm().clamp(min=1e-30))
         elements = bool((off <= 8 * bound * (t.abs() + rms)).all())
         if not (relative <= bound and elements) and not wrong:  # so written that NaN is wrong

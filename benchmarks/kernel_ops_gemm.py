@@ -126,9 +126,9 @@ def _lengths(pack: str, size: Size, T: int) -> list[int]:
 
 def _attention(pack: str) -> Callable[[Size, int, str], Case]:
     def case(size: Size, T: int, way: str) -> Case:
-        """eager: PyTorch's scaled_dot_product_attention, a sequence at a time."""
-        from xplus_kernels import varlen_attention as ours
-        from xplus_kernels import varlen_attention_backward as ours_backward
+        """ours: what a block of our model calls for such a pack; varlen: the flash kernels that are
+        there; eager: PyTorch's scaled_dot_product_attention, a sequence at a time."""
+        import xplus_kernels as ops
 
         lengths = _lengths(pack, size, T)
         known: dict[str, Any] = {"max_seqlen": max(lengths), "scale": size.D**-0.5}
@@ -141,22 +141,35 @@ def _attention(pack: str) -> Callable[[Size, int, str], Case]:
                 "q": q, "k": k, "v": v, "dout": dout, "cu": bounds, "leaves": ("q", "k", "v")
             }  # fmt: skip
 
-        def ours_bind(i: Inputs) -> Callable[[], Outputs]:
-            q, k, v, dout, cu = (i[name] for name in ("q", "k", "v", "dout", "cu"))
+        def bind_of(short: bool) -> Callable[[Inputs], Callable[[], Outputs]]:
+            def bind(i: Inputs) -> Callable[[], Outputs]:
+                q, k, v, dout, cu = (i[name] for name in ("q", "k", "v", "dout", "cu"))
+                if short:
+                    sees = ops.sees_causally(cu, cu, T, T)
+                    options: tuple[Any, dict[str, Any]] = (sees, {"scale": known["scale"]})
+                    run, run_back = ops.short_attention, ops.short_attention_backward
+                else:
+                    options = (cu, known)
+                    run, run_back = ops.varlen_attention, ops.varlen_attention_backward
+                of, more = options
 
-            def back(out: Tensor, lse: Tensor) -> Outputs:
-                return ours_backward(dout, q, k, v, out, lse, cu, **known)
+                def back(out: Tensor, lse: Tensor) -> Outputs:
+                    return run_back(dout, q, k, v, out, lse, of, **more)
 
-            def full() -> Outputs:
-                out, lse = ours(q, k, v, cu, **known)
-                return out, *back(out, lse)
+                def full() -> Outputs:
+                    out, lse = run(q, k, v, of, **more)
+                    return out, *back(out, lse)
 
-            if way == "forward":
-                return lambda: ours(q, k, v, cu, **known)[:1]
-            if way == "full":
-                return full
-            saved = ours(q, k, v, cu, **known)
-            return lambda: back(*saved)
+                if way == "forward":
+                    return lambda: run(q, k, v, of, **more)[:1]
+                if way == "full":
+                    return full
+                saved = run(q, k, v, of, **more)
+                return lambda: back(*saved)
+
+            return bind
+
+        short = ops.wants_sees(torch.device("cuda"), max(lengths))
 
         def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = [
@@ -189,7 +202,8 @@ def _attention(pack: str) -> Callable[[Size, int, str], Case]:
         return Case(
             f"varlen_attention {pack}", way, size.name, T, make,
             {
-                "ours": Provider(ours_bind),
+                "ours": Provider(bind_of(short)),
+                **({"varlen": Provider(bind_of(False))} if short else {}),
                 "eager": Provider(by_autograd(way, sdpa, take, ("dout",))),
             },
             truth, "bf16_flops", T, BOUND, flops=products * 2 * size.N * size.D * pairs,

@@ -29,6 +29,17 @@ from xplus_kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
+from xplus_kernels.short_attention import (
+    CHUNK,
+    NOBODY,
+    Prefixes,
+    Sees,
+    sees_causally,
+    short_attention,
+    short_attention_backward,
+    takes_short,
+    wants_sees,
+)
 from xplus_kernels.swiglu import swiglu, swiglu_backward
 from xplus_kernels.swiglu_fp8 import swiglu_backward_fp8, swiglu_fp8
 from xplus_kernels.varlen_attention import (
@@ -38,12 +49,16 @@ from xplus_kernels.varlen_attention import (
 )
 
 __all__ = [
+    "CHUNK",
     "Bf16Weight",
     "Fp8Rows",
     "Fp8Weight",
     "FrozenWeight",
     "Int8Weight",
+    "NOBODY",
     "Nf4Weight",
+    "Prefixes",
+    "Sees",
     "WeightRows",
     "adamw_update",
     "add_rms_norm",
@@ -70,11 +85,16 @@ __all__ = [
     "rms_norm_fp8",
     "rope_tables",
     "scratch_bytes",
+    "sees_causally",
+    "short_attention",
+    "short_attention_backward",
     "swiglu",
     "swiglu_backward",
     "swiglu_backward_fp8",
     "swiglu_fp8",
+    "takes_short",
     "transpose_fp8",
     "varlen_attention",
     "varlen_attention_backward",
+    "wants_sees",
 ]

@@ -138,6 +138,8 @@ def adamw_update_ref(
     s: dict[str, float],
 ) -> None:  # fmt: skip
     """`adamw_update` in PyTorch, bit for bit but for the compiler's fused multiply-adds."""
+    if grad_scale is not None and not grad_scale.isfinite():
+        return
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     p = (param if master is None else master).to(wide)
     g = grad.to(wide)
@@ -205,12 +207,16 @@ def _adamw_kernel(
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     o_x = block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    grad_scale = 1.0
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr)
+        n = tl.where(tl.abs(grad_scale) < float("inf"), n, 0)  # else nothing is read or written
     m_x = o_x < n
     m_block = block * 256 < n
 
     g = tl.load(g_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
-        g = g * tl.load(grad_scale_ptr)
+        g = g * grad_scale
     if master_ptr is not None:
         p = tl.load(master_ptr + o_x, mask=m_x, other=0.0)
     else:
@@ -302,7 +308,7 @@ def adamw_update(
         lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
         master: fp32 like param in shape, or None.
         grad_scale: [] fp32 on param's device, by which grad is multiplied: clipping that waits
-            for nothing.
+            for nothing. Where it is not finite, nothing is changed.
         exp_avg_absmax, exp_avg_sq_absmax: [ceil(n / 256)] fp32 (zeros to start with), where the
             states are uint8.
         seed: at least 0, under 2^64; parameter: at least 0, under 2^32, another for every tensor.

@@ -70,7 +70,9 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
         raise TypeError(f"weight: dtype {weight.dtype}; allowed: bfloat16, float16, float32")
     check_blocks("weight", weight.shape)
     blocks = weight.detach().contiguous().view(-1, BLOCK).float()
-    scale = blocks.abs().amax(1).clamp_(min=FLOOR) / LARGEST
+    absmax = blocks.abs().amax(1).clamp_(min=FLOOR)
+    # by a tensor: PyTorch divides by a number on the CPU, and multiplies by 1 / number on CUDA
+    scale = absmax / torch.full_like(absmax, LARGEST)
     # absmax / (absmax / 127) may round to above 127
     codes = (blocks / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
     return Int8Weight(codes.to(torch.int8).view(weight.shape), scale)

@@ -206,3 +206,14 @@ def test_waits_for_nothing():
     common.waits_for_nothing(
         lambda: run(made, grad, 1, grad_scale=scale), lambda: run(plain, grad, 1)
     )
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype, eight_bit, master", KINDS)
+def test_a_scale_that_is_not_finite_changes_nothing(dtype, eight_bit, master, scale):
+    made = tensors(5123, dtype, eight_bit=eight_bit, master=master, device=DEVICE)
+    grad = randn(5123, dtype=dtype).to(DEVICE)
+    run(made, grad, 1)
+    before = {k: t if t is None else t.clone() for k, t in made.items()}
+    run(made, grad, 2, grad_scale=torch.tensor(scale, device=DEVICE))
+    assert all(t is None or torch.equal(t, before[k]) for k, t in made.items())

@@ -63,6 +63,22 @@ def test_merge_attention(heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_short_attention(dtype):
+    cu = torch.tensor([0, 3, 5, 12], dtype=torch.int32, device=DEVICE)
+    sees = ops.sees_causally(cu, cu, 12, 12)
+    shared = torch.full((2, 12), ops.NOBODY, dtype=torch.int32, device=DEVICE)
+    shared[1] = 0
+    shared[0, 3:], shared[1, 3:] = 0, 3
+    chunks = [[0, 3, 0, 3], [0, 3, 3, 9], [0, 3, 9, 12]]
+    tables = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (chunks, [0, 3]))
+    shared = ops.Prefixes(shared, *tables, longest=3, keys=3)
+    for given in (sees, ops.Sees(sees.keys, sees.queries, shared)):
+        q, k = randn(12, 5, 16, dtype=dtype), randn(12, 1, 16, dtype=dtype)
+        out, lse = ops.short_attention(q, k, k, given, scale=0.25)
+        finite(out, lse, *ops.short_attention_backward(out, q, k, k, out, lse, given, scale=0.25))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [17, 9001])
 def test_linear_cross_entropy(vocabulary, dtype):
     x, w = randn(T, 16, dtype=dtype), randn(vocabulary, 16, dtype=dtype)

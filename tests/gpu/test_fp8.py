@@ -38,7 +38,13 @@ def assert_same_bits(mine, theirs):
     assert torch.equal(mine.scale.isnan(), theirs.scale.isnan())
     assert torch.equal(mine.scale.nan_to_num(0), theirs.scale.nan_to_num(0))
     assert mine.data.dtype == fp8.FP8 and mine.data.is_contiguous()
-    assert torch.equal(mine.data.view(torch.uint8), theirs.data.view(torch.uint8))
+    assert torch.equal(codes_of(mine), codes_of(theirs))
+
+
+def codes_of(rows):
+    """Its bytes; a NaN is a NaN, whatever its sign."""
+    codes = rows.data.view(torch.uint8)
+    return codes.masked_fill((codes & 0x7F) == 0x7F, 0x7F)
 
 
 def assert_nearest(rows, x):
@@ -50,6 +56,14 @@ def assert_nearest(rows, x):
     back = rows.data.double() * rows.scale.double()[:, None]
     half_step = torch.maximum(x.abs() * 2.0**-4, rows.scale.double()[:, None] * 2.0**-10)
     assert ((back - x).abs() <= half_step * (1 + 1e-5)).all()
+
+
+def assert_nearest_rows(mine, theirs):
+    """Scales but for a last bit; codes but for some that it tips over, to their neighbour."""
+    torch.testing.assert_close(mine.scale, theirs.scale, rtol=1e-6, atol=0)
+    a, b = (codes_of(x).int() for x in (mine, theirs))
+    off = (a - b).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
 
 
 def on_cpu(rows):
@@ -135,12 +149,14 @@ def check_norms(t, width, dtype):
     x, residual = spread(t, width, dtype), spread(t, width, dtype, seed=2)
     w = (1 + 0.3 * randn(width, seed=1)).to(dtype)
     before = x.clone(), residual.clone()
-    fused = norm.rms_norm_fp8(x, w, eps=EPS)
-    assert_same_bits(fused, fp8.quantize_fp8(ops.rms_norm(x, w, eps=EPS)))
+    # in fp32 the two ops add up a row's squares in another order
+    same = assert_nearest_rows if dtype == torch.float32 else assert_same_bits
+    fused, normed = norm.rms_norm_fp8(x, w, eps=EPS), ops.rms_norm(x, w, eps=EPS)
+    same(fused, fp8.quantize_fp8(normed))
     summed, rows = norm.add_rms_norm_fp8(x, residual, w, eps=EPS)
     plain_sum, normed = ops.add_rms_norm(x, residual, w, eps=EPS)
     assert torch.equal(summed, plain_sum)
-    assert_same_bits(rows, fp8.quantize_fp8(normed))
+    same(rows, fp8.quantize_fp8(normed))
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import xplus_kernels as ops
 from tests.tiny import KINDS, SELECTIONS, difference, gradients, select, tiny_model
 from xplus_fast.data.collate import PackCollator, split_batch
 from xplus_fast.model.block import KEEP, WEIGHTS, BlockFunction, BlockSpec
@@ -79,6 +80,27 @@ def test_loss_and_gradients_are_those_of_stock(kind, selection, pack):
     assert len(batch["layout"].members) == sum(p > 0 for p, _ in PACKS[pack])
     assert_same(run(model, batch), expected)
     assert_same(run(model, PackCollator(shared_prefixes=False)(sequences)), expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("pack", PACKS)
+def test_attention_of_short_sequences_row_by_row(selection, pack, monkeypatch):
+    """As a GPU attends, by the reference of its kernels; several chunks a prefix."""
+    calls = []
+    short = ops.short_attention_backward
+    monkeypatch.setattr(ops, "wants_sees", lambda device, longest: True)
+    monkeypatch.setattr(ops, "takes_short", lambda q: True)
+    monkeypatch.setattr(ops, "CHUNK", 4)
+    monkeypatch.setattr(
+        ops, "short_attention_backward", lambda *a, **k: calls.append(1) or short(*a, **k)
+    )
+    sequences = rows(pack)
+    expected = stock(select(tiny_model(), SELECTIONS[selection]), sequences)
+    for shared in (True, False):
+        model = prepare_model(tiny_model(), SELECTIONS[selection])
+        batch = PackCollator(shared_prefixes=shared)(sequences)
+        assert_same(run(model, batch), expected)
+    assert calls
 
 
 @pytest.mark.parametrize("policy", KEEP)

@@ -119,6 +119,36 @@ def test_a_norm_that_is_not_finite_leaves_the_weights(tmp_path):
                 assert "layers.2" not in key or torch.equal(value, before[key]), key
 
 
+class Breaks(TrainerCallback):
+    """A frozen weight that is no number from the second step on."""
+
+    def on_step_begin(self, args, state, control, model, optimizer, **_):
+        self.optimizer = optimizer.optimizer
+        if state.global_step == 1:
+            with torch.no_grad():
+                model.model.layers[4].mlp.down_proj.weight[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize("clip", [0.05, 0])
+@pytest.mark.parametrize("dtype, bits, master", KINDS)
+def test_a_step_that_broke_is_no_step(dtype, bits, master, clip, tmp_path):
+    """It is enqueued before its norm is read: neither weights, nor states, nor their step."""
+    for gradients, states in PLACEMENTS:
+        layout = UpdateLayout(gradients, states, bits, master)
+        options = dict(dtype=dtype, max_grad_norm=clip, lr_scheduler_type="constant")
+        good = fit(tmp_path, layout, max_steps=1, **options)
+        breaks, model = Breaks(), tiny_model().to(dtype)
+        with pytest.raises(UserError, match="step 2: the gradient norm is nan"):
+            fit(tmp_path, layout, model=model, max_steps=2, callbacks=[breaks], **options)
+        breaks.optimizer.synchronize()
+        mine = breaks.optimizer.state
+        theirs = good.optimizer.optimizer.state
+        assert len(mine) == len(theirs) > 5
+        for (p, state), (q, other) in zip(mine.items(), theirs.items(), strict=True):
+            assert torch.equal(p, q) and state["step"] == 1 and state.keys() == other.keys()
+            assert all(torch.equal(value, other[key]) for key, value in state.items())
+
+
 @pytest.mark.parametrize("gradients", PLACES)
 def test_without_clipping_the_norm_is_logged(gradients, tmp_path):
     plain = fit(tmp_path, UpdateLayout(gradients=gradients), max_grad_norm=0, max_steps=1)

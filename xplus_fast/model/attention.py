@@ -6,6 +6,8 @@ A suffix's softmax runs over its prefix and over itself. Each half is a call of 
 
 is the whole. Handed the joined out and lse, each half's backward makes the whole softmax's
 probabilities, exp(s - lse), and rowsum(dout * out); so their gradients add up to the exact ones.
+
+Of short sequences one kernel goes over both.
 """
 
 from typing import Any
@@ -20,6 +22,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q [Q, N, D], k and v [T, K, D] -> out [Q, N, D], lse [N, Q]."""
+    if attend.sees is not None and ops.takes_short(q):
+        return ops.short_attention(q, k, v, attend.sees, scale=scale)
     out, lse = ops.varlen_attention(q, k, v, **_own(attend), scale=scale)
     if to := attend.prefixes:
         at = slice(to.first, to.first + to.rows)
@@ -33,6 +37,10 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attention`: dq [Q, N, D], dk and dv [T, K, D]."""
+    if attend.sees is not None and ops.takes_short(q):
+        return ops.short_attention_backward(
+            dout, q, k, v, out, lse, attend.sees, scale=scale
+        )
     dq, dk, dv = ops.varlen_attention_backward(dout, q, k, v, out, lse, **_own(attend), scale=scale)
     if to := attend.prefixes:
         at = slice(to.first, to.first + to.rows)

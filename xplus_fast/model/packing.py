@@ -17,7 +17,7 @@ Legend: T rows computed, S sequences in the sense above, G prefixes, R rows that
 Q rows from the first of these to the end of their sequence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -110,6 +110,7 @@ class Attend:
     cu_seqlens_k: Tensor  # [S + 1] int32
     max_seqlen: int
     prefixes: ToPrefixes | None = None
+    sees: ops.Sees | None = None  # the same row by row, where `ops.wants_sees`
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,10 @@ def make_pack(
     wide = inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()
     cos, sin = ops.rope_tables(positions, wide, scaling=scaling)
     prefixes = None if layout is None else _to_prefixes(layout, layout.lengths, device)
-    attend = Attend(cu_seqlens, cu_seqlens, int(max_length), prefixes)
+    counts = None if layout is None else layout.lengths
+    rows, longest = positions.numel(), int(max_length)
+    sees = _sees(cu_seqlens, cu_seqlens, rows, rows, longest, layout, counts)
+    attend = Attend(cu_seqlens, cu_seqlens, longest, prefixes, sees)
     return Pack(positions, attend, cos, sin, at, row_ends)
 
 
@@ -222,6 +226,45 @@ def _to_prefixes(layout: PackLayout, counts: np.ndarray, device: torch.device) -
     return ToPrefixes(
         int(at[0]), rows, layout.prefix_tokens, cu_q, cu_k, int(np.diff(at).max()), longest
     )
+
+
+def _sees(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, longest: int,
+    layout: PackLayout | None, counts: np.ndarray | None,
+) -> ops.Sees | None:  # fmt: skip
+    """Which row sees which; counts [S]: query rows of each sequence, where there is a layout."""
+    device = cu_seqlens_q.device
+    if not queries or not ops.wants_sees(device, longest):
+        return None
+    sees = ops.sees_causally(cu_seqlens_q, cu_seqlens_k, queries, keys)
+    if layout is None or counts is None or not len(layout.members):
+        return sees
+    return replace(sees, prefixes=_shared(layout, counts, device))
+
+
+def _shared(layout: PackLayout, counts: np.ndarray, device: torch.device) -> ops.Prefixes | None:
+    """The prefixes' rows, and their queries in chunks; counts [S]: queries of each sequence."""
+    groups = len(layout.members)
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    first, stop = edges[layout.groups[:-1]], edges[layout.groups[1:]]  # of a prefix's suffixes
+    if first[0] == stop[-1]:
+        return None
+    begin, end = layout.edges[:groups], layout.edges[1 : groups + 1]
+    sees = np.stack([np.full(edges[-1], ops.NOBODY), np.zeros(edges[-1], np.int64)])
+    sees[:, first[0] : stop[-1]] = np.repeat(np.stack([begin, end]), stop - first, axis=1)
+    longest = int(layout.lengths[:groups].max())
+    size = max(ops.CHUNK, 8 * longest)  # so that the chunks' sums take little memory
+    chunks, of = [], [0]
+    for g in range(groups):
+        chunks.append((begin[g], end[g], edges[g], edges[g + 1]))  # its own queries, if any
+        for at in range(first[g], stop[g], size):
+            chunks.append((begin[g], end[g], at, min(at + size, stop[g])))
+        of.append(len(chunks))
+    parts = [sees, np.array(chunks), np.array(of)]
+    flat = torch.from_numpy(np.concatenate([x.ravel() for x in parts]).astype(np.int32))
+    tables = send(flat, device).split([x.size for x in parts])
+    shaped = [t.view(x.shape) for t, x in zip(tables, parts, strict=True)]
+    return ops.Prefixes(*shaped, longest=longest, keys=layout.prefix_tokens)
 
 
 def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows | None:
@@ -249,7 +292,11 @@ def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows |
         prefixes = _to_prefixes(layout, of, rows.device)
     picked = None if len(queries) == len(rows) else torch.searchsorted(queries, rows)
     a = pack.attend
-    attend = Attend(cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen, prefixes)
+    of = None if layout is None else layout.query_counts
+    sees = _sees(
+        cu_seqlens_q, a.cu_seqlens_k, len(queries), len(pack.positions), a.max_seqlen, layout, of
+    )
+    attend = Attend(cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen, prefixes, sees)
     return LastRows(rows, queries, picked, attend)
 
 

@@ -71,8 +71,10 @@ class AdamW(torch.optim.Optimizer):
         self._on_host = states == "host"
         self._host_gradients = HostGradients() if gradients == "host" else None
         self._shuttle: Shuttle | None = None
-        # [] on the device: the next step multiplies gradients by it and forgets it
+        # [] on the device: the next step multiplies gradients by it and forgets it; where it is
+        # not finite, that step changes nothing but the number of steps (see `take_back`)
         self.gradient_scale: Tensor | None = None
+        self._counted: list[Tensor] = []  # the `step` of what the last step updated
         # in the groups: what a checkpoint has to tell of how its states came about
         kinds = dict(bits=bits, master=master, seed=seed)
         super().__init__(
@@ -141,6 +143,7 @@ class AdamW(torch.optim.Optimizer):
             torch.cuda.empty_cache()
             self._start_all()
         jobs: list[Job] = []
+        self._counted = []
         number = 0  # of a piece, counted over all parameters: names its random stream
         for group in self.param_groups:
             for p in group["params"]:
@@ -155,10 +158,17 @@ class AdamW(torch.optim.Optimizer):
         self.gradient_scale = None
         return loss
 
+    def take_back(self) -> None:
+        """Count the last step as not made: its `gradient_scale` was not finite."""
+        for step in self._counted:
+            step -= 1
+        self._counted = []
+
     def _jobs(self, p: Tensor, grad: Tensor, group: dict[str, Any], number: int) -> list[Job]:
         """A parameter's update in pieces of at most `CHUNK` elements."""
         state = self.state[p]
         state["step"] += 1
+        self._counted.append(state["step"])
         step = int(state["step"])
         flat, chunk = p.detach().view(-1), host_state.CHUNK
         pieces = {k: t.view(-1) for k, t in state.items() if k != "step"}
@@ -284,6 +294,8 @@ def _update(
         return
     g = g.to(wide)
     if scale is not None:
+        if not scale.isfinite():
+            return
         g = g * scale
     target = p if master is None else master
     adamw(

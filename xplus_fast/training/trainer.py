@@ -252,16 +252,38 @@ class XPlusTrainer(SavingTrainer):
         self.accelerator.unscale_gradients()
         norm = optimizer.grad_norm()
         # as torch.nn.utils.clip_grad_norm_ has it
-        optimizer.gradient_scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.gradient_scale = scale.where(norm.isfinite(), math.nan)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Of our AdamW on the device still: to wait for it here would leave the device idle.
+
+        A step whose norm is not finite changes nothing, and `_maybe_log_save_evaluate` reads it.
+        """
         optimizer = our_adamw(self.optimizer)
-        if grad_norm is None and optimizer is not None:  # max_grad_norm=0: nothing clips
+        if optimizer is None:
+            return self._checked(super()._get_grad_norm(model, grad_norm), 1)
+        if grad_norm is None:  # max_grad_norm=0: nothing clips
             self.accelerator.unscale_gradients()
             grad_norm = optimizer.grad_norm()
-        norm = float(super()._get_grad_norm(model, grad_norm))
-        step = self.state.global_step + 1
+            one = torch.ones_like(grad_norm)
+            optimizer.gradient_scale = one.where(grad_norm.isfinite(), math.nan)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kw: Any) -> None:
+        if isinstance(grad_norm, Tensor):
+            try:
+                grad_norm = self._checked(grad_norm, 0)
+            except UserError:
+                if (optimizer := our_adamw(self.optimizer)) is not None:
+                    optimizer.take_back()
+                raise
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kw)
+
+    def _checked(self, grad_norm: Any, ahead: int) -> float:
+        """The norm, read from the device; of the step that comes `ahead` of those counted."""
+        norm, step = float(grad_norm), self.state.global_step + ahead
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
             raise UserError(
                 f"step {step}: the gradient norm is {norm}: the loss is not finite, or the"

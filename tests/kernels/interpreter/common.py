@@ -17,6 +17,17 @@ from xplus_kernels import backend
 INTERPRETED = pytest.mark.skipif(
     not backend.INTERPRET, reason="needs Triton and TRITON_INTERPRET=1 before Python starts"
 )
+if backend.INTERPRET:  # Triton 3.6's asks int() of an array of one element, which numpy 2.4 refuses
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11}
 
 

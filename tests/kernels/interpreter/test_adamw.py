@@ -155,3 +155,14 @@ def test_gradient_that_is_no_number_shows_in_the_parameter(bad, monkeypatch):
     assert kernel["param"][5].isnan() and reference["param"][5].isnan()
     assert torch.equal(kernel["param"][256:], reference["param"][256:])
     assert kernel["param"][256:].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("eight_bit, master", [(False, True), (True, True), (True, False)])
+def test_a_scale_that_is_not_finite_changes_nothing(eight_bit, master, scale):
+    dtype = torch.float16 if master else torch.float32
+    made = tensors(5123, dtype, eight_bit=eight_bit, master=master)
+    run(made, randn(5123, dtype=dtype), 1)
+    before = {k: t if t is None else t.clone() for k, t in made.items()}
+    run(made, randn(5123, dtype=dtype), 2, grad_scale=torch.tensor(scale))
+    assert all(t is None or torch.equal(t, before[k]) for k, t in made.items())
