@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 import xplus_kernels  # noqa: F401  (its modules are to be there)
 from tests.simulated.clocks import DEVICE, Event, Stream
@@ -20,6 +21,7 @@ from tests.simulated.device import CPU, SimulatedDevice, real_device
 def pretend(sim: SimulatedDevice) -> Iterator[None]:
     """Tensors tell their simulated device, `torch.cuda` is the simulation's, and the kernels'
     public functions run their references."""
+    _device_constructors()  # torch keeps the list, which is to be of its own functions
     with ExitStack() as patches:
         for owner, changes in (
             (Tensor, _tensor_methods(sim)), (torch, _makers(sim)), (torch.cuda, _cuda(sim)),

@@ -162,13 +162,22 @@ def make_trainer(model_folder: Path, folder: Path, *, memory: dict[str, Any] | N
     return trainer
 
 
-def trainer(model_folder: Path, folder: Path, *, resume: Any = None, **options: Any) -> Result:
-    made = make_trainer(model_folder, folder, **options)
+def trained(made: PlannedTrainer, resume: Any = None) -> Result:
     made.train(resume)
     return losses(made), on_host(made.model)
 
 
+def trainer(model_folder: Path, folder: Path, *, resume: Any = None, **options: Any) -> Result:
+    return trained(make_trainer(model_folder, folder, **options), resume)
+
+
 def cached(model_folder: Path, folder: Path, memory: dict[str, Any] | None) -> Result:
+    return trained(cached_trainer(model_folder, folder, memory))
+
+
+def cached_trainer(
+    model_folder: Path, folder: Path, memory: dict[str, Any] | None, **options: Any
+) -> PlannedTrainer:
     """Two epochs that keep what enters the lowest trained layer, or, memory None, nothing."""
     rows, at = sentences(16), 0
     for row in rows:
@@ -179,10 +188,8 @@ def cached(model_folder: Path, folder: Path, memory: dict[str, Any] | None) -> R
         width = HIDDEN * DTYPE.itemsize
         place = Place(DEVICE, DTYPE, 0, 1)
         hidden = HiddenCache(min(TRAINED), width, InMemory(at, width), {}, place)
-    options = dict(
-        rows=rows, memory=memory, hidden=hidden, max_steps=4, remove_unused_columns=False
-    )
-    return trainer(model_folder, folder, **options)
+    options = dict(rows=rows, memory=memory, hidden=hidden, max_steps=4) | options
+    return make_trainer(model_folder, folder, **options)
 
 
 LEAN = dict(placement="host", activations="offload", states="host", gradients="host",

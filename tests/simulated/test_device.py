@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from tests.simulated.clocks import DEVICE
 from tests.simulated.device import Fault, SimulatedDevice
@@ -190,7 +191,12 @@ def test_an_allocation_fails(sim):
 
 def test_nothing_is_left_of_it():
     before = torch.Tensor.to, torch.cuda.is_available(), torch.tensor
+    _device_constructors.cache_clear()
     with SimulatedDevice():
         assert torch.cuda.is_available() and torch.ones(2, device="cuda").is_cuda
+        with torch.device("meta"):
+            torch.ones(2)
     assert before == (torch.Tensor.to, torch.cuda.is_available(), torch.tensor)
     assert torch.ones(2).device.type == "cpu"
+    with torch.device("meta"):
+        assert torch.tensor(1.0).is_meta

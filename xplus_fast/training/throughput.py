@@ -19,7 +19,8 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is timed
 class Meter:
     """Adds up the work of a step's batches and turns it into rates.
 
-    Counts stay on the device until `read`, so that adding a batch never waits for it.
+    Counts that are asked of the device stay there until `read`, so that adding a batch never waits
+    for it.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -68,12 +69,13 @@ class Meter:
         layers, also: which trained.
         """
         assert self.peak is not None
-        counts = torch.tensor([*astuple(self._known), self._spared], device=device)
-        for asked in self._asked:
-            counts[:-1] += asked
+        counts = torch.tensor([*astuple(self._known), self._spared])
+        if self._asked:
+            counts[:-1] += torch.stack(self._asked).sum(0).cpu()
         seconds = time.perf_counter() - self._since
         processes = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            counts = counts.to(device)
             torch.distributed.all_reduce(counts)
             processes = torch.distributed.get_world_size()
         *known, spared = counts.tolist()

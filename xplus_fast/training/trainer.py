@@ -225,7 +225,8 @@ class XPlusTrainer(SavingTrainer):
             self.control.should_training_stop = True
             return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples and items is not None and int(items) == 0:
+        unknown = samples and not any(map(_supervises, samples))
+        if unknown and items is not None and int(items) == 0:
             raise UserError(
                 f"step {self.state.global_step + 1}: nothing is supervised in its"
                 f" {len(samples)} batch(es): every label is -100"
@@ -357,6 +358,11 @@ def describe_selection(model: Any) -> str:
         + (" (tied to the head)" if shape.tied and "embedding" in beside else "")
         + f": {trained:,} of {total:,} parameters ({trained / total:.1%})"
     )
+
+
+def _supervises(batch: dict[str, Any]) -> bool:
+    """Whether a batch is known, without asking the device, to have a token that counts."""
+    return batch.get("layout") is not None and bool(batch["layout"].predicts.any())
 
 
 def our_adamw(optimizer: Any) -> AdamW | None:
