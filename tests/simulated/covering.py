@@ -101,12 +101,12 @@ def running_out(
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(name)
         if len(calls) == call:
-            sim.fail_at = sim.allocations + allocation
+            sim.fail_at = len(sim.allocated) + allocation
         return inner(*args, **options)
 
     with mock.patch.object(owner, name, counted):
         yield
-    assert sim.fail_at is not None and sim.allocations > sim.fail_at
+    assert sim.fail_at is not None and len(sim.allocated) > sim.fail_at
 
 
 def script_gives_up(sim: SimulatedDevice, model: Path, folder: Path) -> Result:

@@ -63,7 +63,8 @@ class SimulatedDevice(TorchDispatchMode, Simulated):
         self.found: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()  # "file function" -> how often
         self.reached: set[tuple[str, int]] = set()  # lines of ours that ordered streams
-        self.alive = self.peak = self.allocations = 0
+        self.alive = self.peak = 0
+        self.allocated: list[str] = []  # "file function", a library's too, of each allocation
         self.fail_at: int | None = None
         self.pinned: dict[int, tuple[int, dict]] = {}  # address -> bytes, accesses
         self._memory: dict[int, Memory] = {}
@@ -107,9 +108,7 @@ class SimulatedDevice(TorchDispatchMode, Simulated):
     def waited(self, what: str) -> None:
         if self._paused:
             return
-        ours = frames(least=1, most=1)
-        where = "a test" if not ours else f"{file_of(ours[0][0])} {ours[0][0].co_name}"
-        self.waits[f"{where}: {what}"] += 1
+        self.waits[f"{_place()}: {what}"] += 1
 
     # --- memory
 
@@ -168,8 +167,8 @@ class SimulatedDevice(TorchDispatchMode, Simulated):
             return
         self.sweep()
         where = frames()
-        self.allocations += 1
-        if self.allocations == self.fail_at:
+        self.allocated.append(_place())
+        if len(self.allocated) == self.fail_at:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {t.untyped_storage().nbytes()} bytes"
                 f" ({told(where)}). GPU 0 is simulated"
@@ -315,6 +314,12 @@ class SimulatedDevice(TorchDispatchMode, Simulated):
             why = "" if blocking else " (not pinned)"
             self.waited(f"a copy to the {'device' if up else 'host'}{why}")
             self.host.learn(by.clock)
+
+
+def _place() -> str:
+    for code, _ in frames(least=1, most=1):
+        return f"{file_of(code)} {code.co_name}"
+    return "a test"
 
 
 class _Op:

@@ -38,6 +38,7 @@ from xplus_fast.training.checkpoints import (
 )
 from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.saving import SavingTrainer, bare_optimizer
+from xplus_fast.training.shortage import twice
 from xplus_fast.training.throughput import Meter
 from xplus_fast.training.unpacked import ELEMENTWISE, Unpacked, check_given
 
@@ -251,10 +252,14 @@ class XPlusTrainer(SavingTrainer):
                 self._unpacked.share_gradients()  # fp16's scaler looks at the optimizer's
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        norm = optimizer.grad_norm()
-        # as torch.nn.utils.clip_grad_norm_ has it
-        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        optimizer.gradient_scale = scale.where(norm.isfinite(), math.nan)
+
+        def measured() -> tuple[Tensor, Tensor]:
+            norm = optimizer.grad_norm()
+            # as torch.nn.utils.clip_grad_norm_ has it
+            scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            return norm, scale.where(norm.isfinite(), math.nan)
+
+        norm, optimizer.gradient_scale = twice(measured)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
