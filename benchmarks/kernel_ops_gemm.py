@@ -169,7 +169,8 @@ def _attention(pack: str) -> Callable[[Size, int, str], Case]:
 
             return bind
 
-        short = ops.wants_sees(torch.device("cuda"), max(lengths))
+        mean = sum(n * n for n in lengths) / T
+        short = ops.wants_sees(torch.device("cuda"), mean)
 
         def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = [

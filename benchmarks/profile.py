@@ -36,6 +36,7 @@ from xplus_fast.planning.selection import resolve_layers
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- begin: benchmarks/results/profile.json -->", "<!-- end: profile -->"
 # Group -> parts of kernels' and ops' names, in lower case; the first group that fits takes it
 GROUPS = {
     "copies": ("memcpy", "memset", "aten::copy_", "aten::to", "aten::_to_copy", "aten::fill_"),
@@ -92,10 +93,10 @@ def necessary_bytes(
     Forward in all layers: each of two norms H in and out, q and k in and out, SwiGLU 2 F in and F
     out. Backward from the lowest trained layer up: each norm takes its input, its gradient and the
     residual's, and gives one H; q and k are read with their gradient; SwiGLU reads 3 F and writes
-    2 F. The final norm is one more. The head reads each logit and writes its gradient in its
-    place. Attention reads q, k and v and writes out; backward it reads out and dout besides and writes
-    three gradients. The optimizer reads a gradient twice (the norm comes first), a state in and out, and
-    writes the weight. What a GEMM moves is its own.
+    2 F. The final norm is one more. Attention reads q, k and v and writes out; backward it reads
+    out and dout besides and writes three gradients. The head reads each logit and writes its
+    gradient in its place. The optimizer reads a gradient twice (the norm comes first), a state in
+    and out, and writes the weight. What a GEMM moves is its own.
     """
     backwards = shape.layers - min(layers, default=shape.layers)
     qkvo = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
@@ -238,6 +239,14 @@ def table(result: dict[str, Any]) -> str:
         *_rows("GEMMs of", result["products"], total, result["smoke"]),
     ]
     return "\n".join(lines)
+
+
+def section(result: dict[str, Any] | None) -> str:
+    """What docs/performance.md says."""
+    if result is None or result["smoke"]:
+        return "A step part by part (`python -m benchmarks.profile`): not measured on a GPU."
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return f"{table(result)}\n\n{result['device']['name']}; {versions}; commit {result['commit']}."
 
 
 def _rows(what: str, groups: dict[str, Any], total: float, smoke: bool) -> list[str]:

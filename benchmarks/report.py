@@ -17,6 +17,7 @@ from benchmarks import (
     frozen_formats,
     kernel_report,
     prepare,
+    profile,
     recipe_report,
     train_report,
 )
@@ -41,7 +42,8 @@ class Section:
 SECTIONS = (
     Section("README.md", "train.json", TRAIN_BEGIN, TRAIN_END, train_report.readme_section),
     Section("docs/performance.md", "train.json", TRAIN_BEGIN, TRAIN_END,
-            train_report.readme_section),
+            train_report.section),
+    Section("docs/performance.md", "profile.json", profile.BEGIN, profile.END, profile.section),
     Section("kernels/README.md", "kernels.json", kernel_report.BEGIN, kernel_report.END,
             kernel_report.readme_section),
     Section("docs/memory.md", "fit.json", fit_report.BEGIN, fit_report.END,

@@ -268,7 +268,7 @@ def _pad(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
 
 
 _TUNED = (
-    "no padding (packed rows, FlashAttention over each sequence by the kernels that ours uses),"
+    "no padding (packed rows, FlashAttention over each sequence),"
     " micro-batches of {} tokens, no input-gradient hook, checkpointing from the lowest layer up"
     " that trains, fused AdamW"
 )

@@ -1,8 +1,8 @@
 """Hugging Face's models without padding: flat rows of sequences, FlashAttention over each.
 
 What `DataCollatorWithFlattening` makes and flash_attention_2 takes, for machines without the
-flash-attn package too: attention is the kernels that `xplus_kernels.varlen_attention` finds (ours
-uses the same), so that no peer is slower for a library that is missing here.
+flash-attn package too: attention is the flash kernels that `xplus_kernels.varlen_attention` finds
+(ours takes the same for long sequences), so that no peer is slower for a library that is missing.
 """
 
 from typing import Any

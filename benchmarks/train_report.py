@@ -62,11 +62,32 @@ def best(result: dict[str, Any], stage: str, mix: str, name: str) -> dict[str, A
     return found[0] if found else None
 
 
-def readme_section(result: dict[str, Any] | None) -> str:
-    """What README.md says: a table, or that there is none."""
+def section(result: dict[str, Any] | None) -> str:
+    """What docs/performance.md says: the table, or that there is none."""
     if result is None or result["smoke"]:
         return f"Training steps against peers (`python -m benchmarks.train`): {NOT_MEASURED}."
     return table(result)
+
+
+def readme_section(result: dict[str, Any] | None) -> str:
+    """What README.md says: the few columns that a user decides by."""
+    if result is None or result["smoke"]:
+        return section(result)
+    lines = [
+        "| trained | with | tokens/s | against tuned + Liger | peak GB | J a 1000 tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["status"] != "ok" or row["mix"] != "pairs":
+            continue
+        rival = best(result, row["stage"], row["mix"], "tuned + Liger")
+        ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x" if rival else "-"
+        energy = f"{1e3 * row['joules'] / sum(row['tokens']):.0f}" if row["joules"] else "-"
+        lines.append(
+            f"| {row['layers']} | {row['contestant']} | {row['tokens_per_s']:,.0f} | {ratio} |"
+            f" {row['peak']['allocated'] / 1e9:.0f} | {energy} |"
+        )
+    return "\n".join([*lines, "", note(result)])
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[str]:
@@ -112,11 +133,14 @@ def draw(result: dict[str, Any], stem: Path) -> list[str]:
             for i, (value, x) in enumerate(zip(speed, memory, strict=True)):
                 axes[0].text(value, i, f" {value:,.0f}", va="center", fontsize=8)
                 axes[1].text(x, i, f" {x:.1f}" if x else " no GPU", va="center", fontsize=8)
+            for one in axes[:2]:  # room for the figures
+                one.set_xlim(0, 1.15 * one.get_xlim()[1])
             for other in axes[1:]:
                 other.set_yticks([])
-        grid[-1][2].legend(
-            frameon=False, ncols=6, fontsize=8, loc="upper right", bbox_to_anchor=(1, -0.12)
-        )
+        figure.legend(
+            *grid[0][2].get_legend_handles_labels(), loc="outside lower right", frameon=False,
+            fontsize=8, ncols=len(PART_COLORS),
+        )  # fmt: skip
         path = stem.with_name(stem.name + ".png")
         figure.savefig(path, dpi=130)
         plt.close(figure)
@@ -156,6 +180,7 @@ def draw_history(folder: Path, out: Path) -> list[str]:
                 color=f"C{i}", label=f"{name}: {stage}, {mix}",
             )  # fmt: skip
     axes.set_title("tokens/s over commits", loc="left")
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=130)
     plt.close(figure)

@@ -14,10 +14,12 @@ from xplus_kernels.frozen_linear import (
     frozen_linear,
     frozen_linear_dx,
     frozen_rows,
+    linear,
     multiplies_in_fp8,
     scratch_bytes,
 )
 from xplus_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from xplus_kernels.intervals import NOBODY, Prefixes, Sees, sees_causally
 from xplus_kernels.linear_cross_entropy import linear_cross_entropy
 from xplus_kernels.merge_attention import merge_attention
 from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
@@ -31,15 +33,11 @@ from xplus_kernels.rms_norm import (
 )
 from xplus_kernels.short_attention import (
     CHUNK,
-    NOBODY,
-    Prefixes,
-    Sees,
-    sees_causally,
     short_attention,
-    short_attention_backward,
     takes_short,
     wants_sees,
 )
+from xplus_kernels.short_attention_grad import short_attention_backward
 from xplus_kernels.swiglu import swiglu, swiglu_backward
 from xplus_kernels.swiglu_fp8 import swiglu_backward_fp8, swiglu_fp8
 from xplus_kernels.varlen_attention import (
@@ -71,6 +69,7 @@ __all__ = [
     "frozen_linear",
     "frozen_linear_dx",
     "frozen_rows",
+    "linear",
     "linear_cross_entropy",
     "merge_attention",
     "multiplies_in_fp8",

@@ -216,34 +216,50 @@ def scratch_bytes(
     return prod(weight.shape) if transposes else 0
 
 
+def linear(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
+    """x [..., K] @ w.T [K, N] + add, [N] or [..., N]: rounded once, after the sum.
+
+    For every dense weight, wherever it lies, so that where it lies changes no bit. Before torch
+    2.14 a sum with as much as the product itself begins with a copy of it.
+    """
+    if add is None or add.dim() == 1:
+        return torch.nn.functional.linear(x, w, add)
+    flat = torch.addmm(add.reshape(-1, w.shape[0]), x.reshape(-1, w.shape[1]), w.T)
+    return flat.view(*x.shape[:-1], w.shape[0])
+
+
 @torch.no_grad()
 def frozen_linear(
     x: Tensor | Fp8Rows,
     weight: FrozenWeight | WeightRows,
     *,
+    add: Tensor | None = None,
     dtype: torch.dtype | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
-    """x @ W.T.
+    """x @ W.T + add.
 
     x: [..., K] in a dtype of the weight (bf16: its own; int8 and nf4: bf16, fp16, fp32; fp8: bf16
-    on a GPU), or Fp8Rows [T, K] with an Fp8Weight, on a card with FP8. dtype: of the result where x
-    is Fp8Rows, by default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype,
+    on a GPU), or Fp8Rows [T, K] with an Fp8Weight, on a card with FP8. add: a bias [N] or what has
+    the result's shape, in its dtype; not written. dtype: of the result where x is Fp8Rows, by
+    default bf16; a Tensor's result has its own. scratch: contiguous, of any dtype,
     at least `scratch_bytes(...)` long; overwritten. Returns [..., N], without a graph.
 
     Raises TypeError or ValueError, naming the argument, where they do not fit together.
     """
     if isinstance(weight, WeightRows):
         y = frozen_linear(x, weight.whole, dtype=dtype, scratch=scratch)
-        return y[..., weight.start : weight.end].contiguous()
+        y = y[..., weight.start : weight.end].contiguous()
+        return y if add is None else y.add_(add)
     n, k = weight.shape
     made = _check_input("x", x, weight, k, dtype)
     if isinstance(weight, Fp8Weight) and multiplies_in_fp8(weight):
         rows = x if isinstance(x, Fp8Rows) else quantize_fp8(x)
         y = fp8_matmul(rows, weight.rows.data.t(), weight.rows.scale, dtype=made)
-        return y if isinstance(x, Fp8Rows) else y.view(*x.shape[:-1], n)
+        y = y if isinstance(x, Fp8Rows) else y.view(*x.shape[:-1], n)
+        return y if add is None else y.add_(add)
     assert isinstance(x, Tensor)
-    return torch.nn.functional.linear(x, _dense(weight, x.dtype, scratch))
+    return linear(x, _dense(weight, x.dtype, scratch), add)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """RMSNorm whose output leaves as FP8 rows: `quantize_fp8(rms_norm(x))` in one pass.
 
 The same bits as the two ops: the normed row is rounded to x's dtype (twice, as in rms_norm.py)
-before its amax is taken, and sums are in the same order (not in fp32 on a GPU, whose rows `rms_norm`
-reads in other pieces). Scales and casts as in fp8.py.
+before its amax is taken, and sums are in the same order (not in fp32 on a GPU, whose rows
+`rms_norm` reads in other pieces). Scales and casts as in fp8.py.
 
 | bytes an element, bf16 in | ours = minimum | two ops | read | written |
 |---|---|---|---|---|
@@ -123,7 +123,9 @@ def _launch(
 
 
 def rms_norm_fp8(x: Tensor, weight: Tensor, *, eps: float) -> Fp8Rows:
-    """`quantize_fp8(rms_norm(x, weight))`, bit for bit in bf16 and fp16. x [..., H], weight [H] -> [T, H], [T].
+    """`quantize_fp8(rms_norm(x, weight))`, bit for bit in bf16 and fp16.
+
+    x [..., H], weight [H] -> [T, H], [T].
 
     Leading axes are flattened. Raises TypeError or ValueError, naming the argument, as `rms_norm`
     does, and where x is on a card without FP8.

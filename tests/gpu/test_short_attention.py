@@ -10,6 +10,7 @@ import xplus_kernels as ops
 from tests.gpu import common
 from tests.gpu.common import DEVICE, GPU, MAIN_DTYPE, randn
 from xplus_fast.model.packing import PackLayout, last_rows, make_pack
+from xplus_kernels.intervals import short_attention_backward_ref, short_attention_ref
 
 pytestmark = [*GPU, pytest.mark.usefixtures("poisoned")]
 MODULE = sys.modules["xplus_kernels.short_attention"]  # in the package its name is the function
@@ -28,31 +29,35 @@ LAYOUTS = {
 }
 
 
-def sees_of(name, last=False):
-    """What rows of a layout see: all of them, or those that the last layer asks with."""
+def given_of(name):
+    """A layout and what the model is given with it, on the device."""
     prefixes, suffixes, others = LAYOUTS[name]
     small = 9 if common.REHEARSAL else 1
     prefixes, others = ([-(-n // small) for n in some] for some in (prefixes, others))
     suffixes = [[-(-n // small) for n in group] for group in suffixes]
     tails = [n for group in suffixes for n in group] + others
     predicts = [np.zeros(sum(prefixes), bool), *(np.arange(n) >= n // 2 for n in tails)]
-    lengths = np.array([*prefixes, *tails])
     members = np.array([len(group) for group in suffixes], dtype=np.int64)
-    layout = PackLayout(lengths, members, np.concatenate(predicts))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
+    layout = PackLayout(np.array([*prefixes, *tails]), members, np.concatenate(predicts))
+    positions = torch.cat([torch.arange(n) for n in layout.lengths])[None]
+    rows = torch.from_numpy(np.flatnonzero(layout.predicts))
+    cu = torch.from_numpy(layout.edges).int()
+    return layout, *(x.to(DEVICE) for x in (positions, rows, cu, torch.ones(D // 2)))
+
+
+def sees_of(layout, positions, rows, cu, inv_freq, last=False):
+    """What rows of a layout see: all of them, or those that the last layer asks with."""
     pack = make_pack(
-        (1, int(lengths.sum())), torch.device(DEVICE), attention_mask=None, cu_seq_lens=None,
-        position_ids=positions, max_length=None, inv_freq=torch.ones(D // 2, device=DEVICE),
-        scaling=1.0, layout=layout,
+        positions.shape, positions.device, attention_mask=None, position_ids=positions,
+        cu_seq_lens=cu, max_length=None, inv_freq=inv_freq, scaling=1.0, layout=layout,
     )  # fmt: skip
-    rows = torch.from_numpy(np.flatnonzero(layout.predicts)).to(DEVICE)
     return (last_rows(pack, rows, layout).attend if last else pack.attend).sees
 
 
 @pytest.fixture(autouse=True)
 def described(monkeypatch):
     """On a CPU, too, where no model asks for it."""
-    monkeypatch.setattr(ops, "wants_sees", lambda device, longest: True)
+    monkeypatch.setattr(ops, "wants_sees", lambda device, length: True)
 
 
 def inputs(sees, heads, dtype):
@@ -69,7 +74,7 @@ def both(forward, backward, q, k, v, dout, sees):
 
 
 MINE = ops.short_attention, ops.short_attention_backward
-THEIRS = MODULE.short_attention_ref, MODULE.short_attention_backward_ref
+THEIRS = short_attention_ref, short_attention_backward_ref
 
 
 def check(given, sees):
@@ -90,7 +95,7 @@ def check(given, sees):
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}-{heads[1]}")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(dtype, heads, name, last):
-    sees = sees_of(name, last)
+    sees = sees_of(*given_of(name), last)
     check(inputs(sees, heads, dtype), sees)
 
 
@@ -112,6 +117,7 @@ def test_a_full_pack():
 
 
 def test_waits_for_nothing():
-    sees = sees_of("several")
+    layout = given_of("several")
+    sees = sees_of(*layout)
     given = inputs(sees, (8, 2), MAIN_DTYPE)
-    common.waits_for_nothing(lambda: both(*MINE, *given, sees), lambda: sees_of("several", True))
+    common.waits_for_nothing(lambda: both(*MINE, *given, sees), lambda: sees_of(*layout, True))

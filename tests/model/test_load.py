@@ -103,6 +103,28 @@ def test_streamed_layers_compute_what_resident_ones_do(folder, selection, policy
     assert bool(names & {HELD[name] for name in MATRICES}) == (2 in layers)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("form", ["bf16", "int8", "fp8", "nf4"])
+def test_where_things_lie_changes_no_bit_in_bf16(kind, form, tmp_path):
+    """A sum that is rounded once more in one place than in another shows in bf16."""
+    sizes = dict(hidden_size=128, num_attention_heads=4, intermediate_size=192)
+    tiny_model(kind, **sizes, tie_word_embeddings=False).save_pretrained(tmp_path)
+    made = {}
+    for placement in ("device", "host"):
+        for policy in POLICIES:
+            wanted = layout(
+                [2, 3], format=form, placement=placement, activations=policy, embedding=placement
+            )
+            made[placement, policy] = results(load(tmp_path, wanted, torch.bfloat16))
+    for found in made.values():
+        assert_same(found, made["device", "keep"])
+    if form == "bf16":  # nor does it whether the layers beside them train
+        trained = load(tmp_path, layout(range(6)), torch.bfloat16)
+        loss, grads = results(trained)
+        assert torch.equal(loss, made["device", "keep"][0])
+        assert all(torch.equal(grads[n], g) for n, g in made["device", "keep"][1].items())
+
+
 @pytest.mark.parametrize("form", ["int8", "fp8", "nf4"])
 def test_a_streamed_format_computes_what_a_resident_one_does(folder, form):
     resident = load(folder, layout([2, 3], format=form))

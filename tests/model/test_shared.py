@@ -88,7 +88,7 @@ def test_attention_of_short_sequences_row_by_row(selection, pack, monkeypatch):
     """As a GPU attends, by the reference of its kernels; several chunks a prefix."""
     calls = []
     short = ops.short_attention_backward
-    monkeypatch.setattr(ops, "wants_sees", lambda device, longest: True)
+    monkeypatch.setattr(ops, "wants_sees", lambda device, length: True)
     monkeypatch.setattr(ops, "takes_short", lambda q: True)
     monkeypatch.setattr(ops, "CHUNK", 4)
     monkeypatch.setattr(

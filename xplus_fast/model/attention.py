@@ -38,9 +38,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attention`: dq [Q, N, D], dk and dv [T, K, D]."""
     if attend.sees is not None and ops.takes_short(q):
-        return ops.short_attention_backward(
-            dout, q, k, v, out, lse, attend.sees, scale=scale
-        )
+        return ops.short_attention_backward(dout, q, k, v, out, lse, attend.sees, scale=scale)
     dq, dk, dv = ops.varlen_attention_backward(dout, q, k, v, out, lse, **_own(attend), scale=scale)
     if to := attend.prefixes:
         at = slice(to.first, to.first + to.rows)

@@ -102,7 +102,7 @@ def _attention_half(
         x, out = a["x"], a["out"].flatten(1)  # [Q, ND]
         if last is not None:
             x, out = x[last.rows], _picked(out, last)
-        a["h"] = m.add_linear(x, out, w["o"])  # [R, H]
+        a["h"] = m.linear(out, w["o"], x)  # [R, H]
 
 
 def _q_and_kv(w: Any, s: Shape) -> tuple[Any, Any]:
@@ -137,7 +137,7 @@ class BlockFunction(torch.autograd.Function):
         a, s = {"x": x}, spec.shape
         _attention_half(a, w, s, p, last, m)
         _mlp_half(a, w, s, m)
-        y = m.add_linear(a["h"], swiglu_into(a["gate_up"], w["down"]), w["down"])
+        y = m.linear(swiglu_into(a["gate_up"], w["down"]), w["down"], a["h"])
         if any(ctx.needs_input_grad):
             ctx.kept = [name for name in KEEP[spec.activations] if name in a]
             ctx.save_for_backward(*(a[name] for name in ctx.kept), *weights)

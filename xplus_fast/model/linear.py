@@ -24,20 +24,12 @@ class Products:
     dtype: torch.dtype
     scratch: Tensor | None
 
-    def linear(self, x: Tensor | Fp8Rows, w: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] -> x @ w.T + bias [T, out]."""
+    def linear(self, x: Tensor | Fp8Rows, w: Weight, add: Tensor | None = None) -> Tensor:
+        """x [T, in] -> x @ w.T + add [T, out]; add: a bias [out], or a residual [T, out]."""
         if isinstance(w, Tensor):
             assert isinstance(x, Tensor)
-            return torch.nn.functional.linear(x, w, bias)
-        y = ops.frozen_linear(x, w, dtype=self.dtype, scratch=self.scratch)
-        return y if bias is None else y.add_(bias)
-
-    def add_linear(self, residual: Tensor, x: Tensor | Fp8Rows, w: Weight) -> Tensor:
-        """residual + x @ w.T [T, out]; the sum in the product's own epilogue where it can be."""
-        if isinstance(w, Tensor):
-            assert isinstance(x, Tensor)
-            return torch.addmm(residual, x, w.T)
-        return self.linear(x, w).add_(residual)
+            return ops.linear(x, w, add)
+        return ops.frozen_linear(x, w, add=add, dtype=self.dtype, scratch=self.scratch)
 
     def dx(self, dy: Tensor | Fp8Rows, w: Weight) -> Tensor:
         """dy [T, out] -> dy @ w [T, in], the gradient of `linear`'s input."""

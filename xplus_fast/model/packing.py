@@ -76,6 +76,11 @@ class PackLayout:
         return self.edges[1:] - np.minimum(first, self.edges[1:])
 
     @property
+    def mean_length(self) -> float:
+        """Of the sequence that a token is in, on average over tokens."""
+        return float((self.lengths**2).sum() / max(1, self.edges[-1]))
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs of attention."""
         own = (self.lengths * (self.lengths + 1) // 2).sum()
@@ -207,9 +212,8 @@ def make_pack(
     wide = inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()
     cos, sin = ops.rope_tables(positions, wide, scaling=scaling)
     prefixes = None if layout is None else _to_prefixes(layout, layout.lengths, device)
-    counts = None if layout is None else layout.lengths
     rows, longest = positions.numel(), int(max_length)
-    sees = _sees(cu_seqlens, cu_seqlens, rows, rows, longest, layout, counts)
+    sees = _sees(cu_seqlens, cu_seqlens, rows, rows, longest, layout)
     attend = Attend(cu_seqlens, cu_seqlens, longest, prefixes, sees)
     return Pack(positions, attend, cos, sin, at, row_ends)
 
@@ -231,15 +235,17 @@ def _to_prefixes(layout: PackLayout, counts: np.ndarray, device: torch.device) -
 
 def _sees(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, longest: int,
-    layout: PackLayout | None, counts: np.ndarray | None,
+    layout: PackLayout | None, last: bool = False,
 ) -> ops.Sees | None:  # fmt: skip
-    """Which row sees which; counts [S]: query rows of each sequence, where there is a layout."""
+    """Which row sees which, where that is asked for; last: of the rows that the last layer asks."""
     device = cu_seqlens_q.device
-    if not queries or not ops.wants_sees(device, longest):
+    length = longest if layout is None else layout.mean_length
+    if not queries or not ops.wants_sees(device, length):
         return None
     sees = ops.sees_causally(cu_seqlens_q, cu_seqlens_k, queries, keys)
-    if layout is None or counts is None or not len(layout.members):
+    if layout is None or not len(layout.members):
         return sees
+    counts = layout.query_counts if last else layout.lengths
     return replace(sees, prefixes=_shared(layout, counts, device))
 
 
@@ -264,8 +270,8 @@ def _shared(layout: PackLayout, counts: np.ndarray, device: torch.device) -> ops
     parts = [sees, np.array(chunks), np.array(of)]
     flat = torch.from_numpy(np.concatenate([x.ravel() for x in parts]).astype(np.int32))
     tables = send(flat, device).split([x.size for x in parts])
-    shaped = [t.view(x.shape) for t, x in zip(tables, parts, strict=True)]
-    return ops.Prefixes(*shaped, longest=longest, keys=layout.prefix_tokens)
+    to_see, to_add, places = (t.view(x.shape) for t, x in zip(tables, parts, strict=True))
+    return ops.Prefixes(to_see, to_add, places, longest=longest, keys=layout.prefix_tokens)
 
 
 def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows | None:
@@ -293,10 +299,8 @@ def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows |
         prefixes = _to_prefixes(layout, of, rows.device)
     picked = None if len(queries) == len(rows) else torch.searchsorted(queries, rows)
     a = pack.attend
-    of = None if layout is None else layout.query_counts
-    sees = _sees(
-        cu_seqlens_q, a.cu_seqlens_k, len(queries), len(pack.positions), a.max_seqlen, layout, of
-    )
+    keys = len(pack.positions)
+    sees = _sees(cu_seqlens_q, a.cu_seqlens_k, len(queries), keys, a.max_seqlen, layout, last=True)
     attend = Attend(cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen, prefixes, sees)
     return LastRows(rows, queries, picked, attend)
 

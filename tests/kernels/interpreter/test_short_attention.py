@@ -1,4 +1,4 @@
-"""The Triton code of attention over short sequences, interpreted on a CPU, against the reference."""
+"""The Triton code of attention over short sequences, interpreted, against the reference."""
 
 import sys
 from dataclasses import replace
@@ -10,6 +10,7 @@ import torch
 import xplus_kernels as ops
 from tests.kernels.interpreter.common import INTERPRETED, ROUNDING, randn
 from xplus_fast.model.packing import PackLayout, last_rows, make_pack
+from xplus_kernels.intervals import short_attention_backward_ref, short_attention_ref
 
 pytestmark = [INTERPRETED, pytest.mark.usefixtures("poisoned")]
 MODULE = sys.modules["xplus_kernels.short_attention"]  # in the package its name is the function
@@ -72,7 +73,7 @@ def forward_and_backward(forward, backward):
 
 
 MINE = forward_and_backward(ops.short_attention, ops.short_attention_backward)
-THEIRS = forward_and_backward(MODULE.short_attention_ref, MODULE.short_attention_backward_ref)
+THEIRS = forward_and_backward(short_attention_ref, short_attention_backward_ref)
 
 
 def check(q, k, v, dout, *, sees, scale):
