@@ -58,15 +58,9 @@ class BlockSpec:
     offload: Offload | None = None  # where "offload" sends x
 
     def weights(self, weights: tuple[Any, ...], *, backward: bool) -> dict[str, Any]:
-        """All weights by name: the arguments, and the store's.
-
-        A dense one is a tensor wherever it comes from: its products are the same to the last bit.
-        """
+        """All weights by name: the arguments, and the store's."""
         w = dict(zip(WEIGHTS, weights, strict=True))
-        if self.frozen is None:
-            return w
-        came = self.frozen.fetch(backward=backward)
-        return w | {n: x.data if isinstance(x, ops.Bf16Weight) else x for n, x in came.items()}
+        return w if self.frozen is None else w | self.frozen.fetch(backward=backward)
 
 
 def _attention_half(
