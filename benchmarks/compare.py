@@ -1,9 +1,11 @@
 """Two results of a benchmark, before and after: what became slower by more than 5 %.
 
-    python -m benchmarks.compare OLD.json NEW.json
+    python -m benchmarks.compare OLD.json NEW.json           (--same-losses: and all else as it was)
 
 Compares the rows that both have: of `benchmarks.train` by tokens/s and peak memory, of
-`benchmarks.kernels` by time. Exit code 1: something became worse; 2: nothing to compare.
+`benchmarks.kernels` by time. Of training it also says whether losses and gradient norms are equal
+to the last bit, as they are after a change that claims to compute the same. Exit code 1: something
+became worse, or differs under --same-losses; 2: nothing to compare.
 """
 
 import argparse
@@ -26,15 +28,43 @@ def figures(result: dict[str, Any]) -> dict[str, tuple[float, bool]]:
             if row.get("peak"):
                 found[f"{name}, peak bytes"] = (row["peak"]["allocated"], False)
         elif "op" in row and row.get("ms"):
-            parts = (row[k] for k in ("op", "way", "size", "T", "provider"))
+            parts = (row[k] for k in ("op", "way", "size", "tokens", "provider"))
             found[" ".join(map(str, parts)) + ", ms"] = (row["ms"], False)
     return found
+
+
+def curves(result: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Name -> losses and gradient norms of every step."""
+    return {
+        f"{row['stage']} {row['mix']}: {row['contestant']}": [row["losses"], row["grad_norms"]]
+        for row in result["rows"]
+        if row.get("status") == "ok" and "losses" in row
+    }
+
+
+def compare_curves(old: dict[str, Any], new: dict[str, Any]) -> int:
+    """Say of each contestant that both have whether its numbers are equal; how many differ."""
+    before, after = curves(old), curves(new)
+    both = [name for name in before if name in after]
+    differing = 0
+    for name in both:
+        pairs = zip(before[name], after[name], strict=True)
+        for what, (a, b) in zip(("loss", "gradient norm"), pairs, strict=True):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if at is not None:
+                differing += 1
+                print(f"differs  {name}: {what} of step {at + 1}: {a[at]!r} -> {b[at]!r}")
+                break
+    if both:
+        print(f"{len(both) - differing} of {len(both)} loss curves are equal to the last bit")
+    return differing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument("--same-losses", action="store_true", help="fail where one differs")
     options = parser.parse_args(arguments)
     read = []
     for path in (options.old, options.new):
@@ -62,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             word = "WORSE " if bad else "better"
             print(f"{word} {change:+7.1%}  {name}: {before:g} -> {after:g}")
     print(f"{worse} of {len(both)} figures are worse by more than {WORSE:.0%}")
-    return int(worse > 0)
+    differing = compare_curves(*read)
+    return int(worse > 0 or (options.same_losses and differing > 0))
 
 
 if __name__ == "__main__":

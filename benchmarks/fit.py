@@ -45,7 +45,7 @@ from xplus_fast.planning.flops import SENTENCE, assumed_work
 from xplus_fast.planning.from_recipe import USABLE, free_memory
 from xplus_fast.planning.plan import LADDER, Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
-from xplus_fast.training.place import cap
+from xplus_fast.training.place import cap, set_allocator
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/fit.json"
@@ -228,6 +228,7 @@ def run_child(name: str, steps: int, out: Path) -> None:
     if name in SMOKE:
         found = execute(SMOKE[name], steps, None, torch.device("cpu"))
     else:
+        set_allocator()  # as `train` does
         card = local_card()
         assert card is not None
         case = _overlap_case(name, card) if name in OVERLAPS else CASES[name]

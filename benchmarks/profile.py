@@ -33,6 +33,7 @@ from xplus_fast.planning.cards import local_card
 from xplus_fast.planning.flops import necessary_flops, trained_parameters
 from xplus_fast.planning.memory import state_bytes
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.training.place import set_allocator
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks/results"
@@ -141,6 +142,8 @@ def measure(scale: Scale, layers: str, mix: str, frozen: str, out: Path) -> dict
     """Profile the third optimizer step."""
     cuda = scale.model != "tiny"
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        set_allocator()
     limits = measure_limits(device, tiny=not cuda)
     ours = next(c for n, c in CONTESTANTS.items() if n.startswith(f"ours, {frozen}"))
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
 from xplus_fast.planning.flops import Work, layer_gemms, necessary_flops
 from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.training.place import set_allocator
 from xplus_fast.training.planned import PlannedTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("8B", "14B"), default="8B")
     parser.add_argument("--stages", default="stage1,stage2", help=f"of {', '.join(STAGES)}")
-    parser.add_argument("--mixes", default="", help="of pairs, full; default: pairs")
+    parser.add_argument("--mixes", default="", help="of pairs, full, 1k; default: pairs")
     parser.add_argument("--only", default="", help="contestants, comma-separated (by their starts)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after these")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("train: no CUDA GPU here; --smoke runs every contestant on the CPU", file=sys.stderr)
         return 2
     stages = [s for s, _ in scale.stages if options.smoke or s in options.stages.split(",")]
-    # a toy runs both in no time
-    mixes = (options.mixes or (",".join(MIXES) if options.smoke else "pairs")).split(",")
+    # a toy runs two in no time ("1k" is made as "full" is)
+    mixes = (options.mixes or ("pairs,full" if options.smoke else "pairs")).split(",")
     names = list(CONTESTANTS)
     if options.only:
         asked = [o.strip() for o in options.only.replace(", ", "\0").split(",")]
@@ -190,6 +191,8 @@ def _spawn(
 def run_child(name: str, scale: Scale, stage: str, mixes: Sequence[str]) -> dict[str, Any]:
     """One contestant at one stage: built once, then every mix."""
     device = torch.device("cuda", 0) if scale.model != "tiny" else torch.device("cpu")
+    if device.type == "cuda":
+        set_allocator()  # for all, as `xplus-fast train` does
     try:
         return {"status": "ok", "mixes": _measure(CONTESTANTS[name], scale, stage, mixes, device)}
     except CannotRun as e:

@@ -18,7 +18,7 @@ from xplus_fast.planning.flops import PROMPT, Work, work_of
 
 STEP, ROW = 16384, 4096  # tokens of an optimizer step, and of a packed row
 STAGES = {"stage1": "bottom:4", "stage2": "top:15", "b4t8": "bottom:4,top:8"}
-MIXES = ("pairs", "full")
+MIXES = ("pairs", "full", "1k")
 LENGTHS = Path(__file__).parent / "train_lengths.json"
 
 
@@ -75,7 +75,7 @@ def make_steps(scale: Scale, mix: str, count: int, vocabulary: int) -> list[list
 
     mix: "pairs", lengths of real translation conversations in four directions, each with a prompt
     of `PROMPT` tokens (drawn in turn, packed first-fit: what no row has room for waits for the next
-    step); "full": one sequence a row.
+    step); "full": one sequence a row; "1k": four, of 1024 tokens where a row has 4096.
     """
     generator = torch.Generator().manual_seed(0)
     rows = scale.step // scale.row
@@ -84,9 +84,14 @@ def make_steps(scale: Scale, mix: str, count: int, vocabulary: int) -> list[list
         ids = torch.randint(0, vocabulary, (length,), generator=generator)
         return Sequence(ids, max(1, answer))
 
-    if mix == "full":
-        full = [sequence(scale.row, scale.row // 2) for _ in range(rows * count)]
-        return [[[s] for s in full[i * rows : (i + 1) * rows]] for i in range(count)]
+    if mix != "pairs":
+        each = 1 if mix == "full" else 4  # of a row
+
+        def row() -> list[Sequence]:
+            length = scale.row // each
+            return [sequence(length, length // 2) for _ in range(each)]
+
+        return [[row() for _ in range(rows)] for _ in range(count)]
     lengths = _real_lengths()
     prompts = [torch.randint(0, vocabulary, (PROMPT,), generator=generator) for _ in range(4)]
     shrink = scale.row / ROW  # a smoke run's rows are shorter, and so are its sentences

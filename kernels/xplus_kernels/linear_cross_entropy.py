@@ -107,7 +107,7 @@ def head_logits(x: Tensor, weight: Tensor | Fp8Rows, out: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return torch.mm(x, weight.T, out=out)
     for a, b, tile in _tiles(weight, x.dtype):
-        out[:, a:b] = x @ tile.T
+        torch.mm(x, tile.T, out=out[:, a:b])
     return out
 
 

@@ -349,6 +349,36 @@ def test_compare_flags_what_became_worse(smoke, tmp_path, capsys):
     assert compare.main([str(out), str(tmp_path / "other.json")]) == 2
 
 
+def test_compare_tells_whether_losses_are_equal(smoke, tmp_path, capsys):
+    result, out = smoke
+    assert compare.main([str(out), str(out), "--same-losses"]) == 0
+    ran = [r for r in result["rows"] if r["status"] == "ok"]
+    said = capsys.readouterr().out
+    assert f"{len(ran)} of {len(ran)} loss curves are equal to the last bit" in said
+    other = copy.deepcopy(result)
+    row = next(r for r in other["rows"] if r["status"] == "ok")
+    row["grad_norms"][1] *= 1 + 1e-12
+    (tmp_path / "new.json").write_text(json.dumps(other))
+    assert compare.main([str(out), str(tmp_path / "new.json")]) == 0
+    assert compare.main([str(out), str(tmp_path / "new.json"), "--same-losses"]) == 1
+    name = f"{row['stage']} {row['mix']}: {row['contestant']}"
+    assert f"differs  {name}: gradient norm of step 2:" in capsys.readouterr().out
+
+
+def test_compare_reads_what_the_kernel_benchmark_writes(tmp_path, capsys):
+    row = {"op": "rms_norm", "way": "forward", "size": "8B", "tokens": 8192, "provider": "ours"}
+    for name, ms in (("a", 1.0), ("b", 1.2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [{**row, "ms": ms}]}))
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
+    assert "WORSE   +20.0%  rms_norm forward 8B 8192 ours, ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mix, lengths", [("full", [128]), ("1k", [32] * 4)])
+def test_rows_of_sequences_of_one_length(mix, lengths):
+    steps = make_steps(SMOKE, mix, 2, 100)
+    assert [[[len(s) for s in row] for row in step] for step in steps] == [[lengths] * 2] * 2
+
+
 def test_a_history_over_commits(smoke, tmp_path):
     for i, commit in enumerate(("aaa", "bbb")):
         run = {**smoke[0], "smoke": False, "model": "8B", "commit": commit, "time": str(i)}

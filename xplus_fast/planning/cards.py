@@ -3,7 +3,8 @@
 Matrix rates are dense (sheets often print twice as much, "with sparsity"), with sums in fp32, as
 training wants them: GeForce cards do half of their fp16-sum rate. Sources: NVIDIA's data sheets of
 A100, L4, L40S, H100 (SXM) and H200 (SXM), and its architecture whitepapers of GA102 (RTX 3090), Ada
-(RTX 4090) and Blackwell (RTX 5090). PCIe is one way, of 16 lanes: 32 GB/s (generation 4) or 64
+(RTX 4090) and Blackwell (RTX 5090). Memory is what a program finds there, as PyTorch's messages
+tell it, which is less than the box says. PCIe is one way, of 16 lanes: 32 GB/s (generation 4) or 64
 (generation 5) by the standard; 25 and 50 are what copies from pinned memory commonly reach.
 """
 
@@ -11,7 +12,7 @@ import difflib
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xplus_fast.errors import UserError
 
@@ -34,25 +35,25 @@ class Card:
 
 
 def _card(
-    name: str, gib: int, gb_s: float, bf16: float, fp8: float, capability: tuple[int, int],
+    name: str, gib: float, gb_s: float, bf16: float, fp8: float, capability: tuple[int, int],
     pcie: float,
 ) -> Card:  # fmt: skip
-    return Card(name, gib << 30, gb_s * 1e9, bf16 * 1e12, fp8 * 1e12, capability, pcie * 1e9)
+    return Card(name, int(gib * 2**30), gb_s * 1e9, bf16 * 1e12, fp8 * 1e12, capability, pcie * 1e9)
 
 
 CARDS = {
     c.name: c
     for c in (
         # name, GiB, GB/s, bf16 and fp8 TFLOP/s, capability, PCIe GB/s
-        _card("rtx3090", 24, 936, 71, 0, (8, 6), 25),
-        _card("rtx4090", 24, 1008, 165.2, 330.3, (8, 9), 25),
-        _card("rtx5090", 32, 1792, 209.5, 419, (12, 0), 50),
-        _card("a100-40", 40, 1555, 312, 0, (8, 0), 25),
-        _card("a100-80", 80, 2039, 312, 0, (8, 0), 25),
-        _card("l4", 24, 300, 121, 242, (8, 9), 25),
-        _card("l40s", 48, 864, 362, 733, (8, 9), 25),
-        _card("h100-80", 80, 3350, 989, 1979, (9, 0), 50),
-        _card("h200", 141, 4800, 989, 1979, (9, 0), 50),
+        _card("rtx3090", 23.6, 936, 71, 0, (8, 6), 25),
+        _card("rtx4090", 23.5, 1008, 165.2, 330.3, (8, 9), 25),
+        _card("rtx5090", 31.3, 1792, 209.5, 419, (12, 0), 50),
+        _card("a100-40", 39.4, 1555, 312, 0, (8, 0), 25),
+        _card("a100-80", 79.1, 2039, 312, 0, (8, 0), 25),
+        _card("l4", 22.0, 300, 121, 242, (8, 9), 25),
+        _card("l40s", 44.4, 864, 362, 733, (8, 9), 25),
+        _card("h100-80", 79.1, 3350, 989, 1979, (9, 0), 50),
+        _card("h200", 139.8, 4800, 989, 1979, (9, 0), 50),
     )
 }
 
@@ -79,7 +80,8 @@ def smallest_card(budget: int) -> Card:
 
 
 def local_card() -> Card | None:
-    """The first GPU here with its own memory, asked of nvidia-smi: torch takes seconds to load.
+    """The first GPU here with the memory that is free on it, asked of nvidia-smi: torch takes
+    seconds to load.
 
     None where there is none, or one that the table does not know.
     """
@@ -87,12 +89,22 @@ def local_card() -> Card | None:
         return None
     try:
         said = subprocess.run(
-            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=5, check=True,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return match_card(said.splitlines()[0]) if said.strip() else None
+    name, _, free = said.partition("\n")[0].rpartition(",")
+    card = match_card(name)
+    if card is None or not free.strip().isdigit():
+        return card
+    return replace(card, memory=left(card.memory, int(free) << 20))
+
+
+def left(total: int, free: int) -> int:
+    """Bytes of a card's memory that others left: all, where they have under 3 % of it, else whole
+    sixteenths, so that a run that goes on is not planned anew for every megabyte."""
+    return total if free >= 0.97 * total else free * 16 // total * total // 16
 
 
 def match_card(line: str) -> Card | None:

@@ -1,6 +1,7 @@
 """Where a run computes: device, dtype, and which of torchrun's processes this is."""
 
 import os
+import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from accelerate import PartialState
 
 from xplus_fast.config import Recipe
 from xplus_fast.errors import UserError
-from xplus_fast.planning.cards import Card, local_card, smallest_card
+from xplus_fast.planning.cards import CARDS, Card, left, local_card, smallest_card
 from xplus_fast.planning.memory import CONTEXT
 
 SAME_SIZE = 0.1  # share by which a card's memory may differ from the table's
@@ -47,8 +48,7 @@ def find_place(recipe: Recipe) -> Place:
         if device.index and processes == 1:
             raise UserError(f"device: {name}: Trainer takes the first GPU; CUDA_VISIBLE_DEVICES="
                             f"{device.index} with device=cuda chooses another")  # fmt: skip
-        # segments that grow: micro-batches differ in size, and fixed ones would fragment
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        set_allocator()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     dtype = {
@@ -59,6 +59,17 @@ def find_place(recipe: Recipe) -> Place:
     if processes > 1:
         PartialState(cpu=device.type == "cpu")  # accelerate's, which Trainer takes up
     return Place(device, dtype, rank, processes)
+
+
+def set_allocator() -> None:
+    """Segments that grow, as micro-batches differ in size and fixed ones would fragment.
+
+    Before CUDA's first use. Not over what a user has set, nor under WSL, where CUDA has none
+    (pytorch/pytorch#192330).
+    """
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if not given and "microsoft" not in platform.release().lower():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def barrier(place: Place) -> None:
@@ -87,13 +98,15 @@ def card_here(place: Place) -> Card | None:
     if place.device.type != "cuda":
         return None
     about = torch.cuda.get_device_properties(place.device)
+    # what others left; this process's context is among what is gone, and a plan counts it
+    free = torch.cuda.mem_get_info(place.device)[0] + torch.cuda.memory_reserved(place.device)
+    size = left(about.total_memory, free + CONTEXT)
     known = local_card()
     if known is not None and known.capability == (about.major, about.minor):
         # a slice of it, or another card of its generation, has another size
-        if abs(about.total_memory / known.memory - 1) < SAME_SIZE:
-            return known
-    size = about.total_memory
-    like = smallest_card(size)
+        if abs(about.total_memory / CARDS[known.name].memory - 1) < SAME_SIZE:
+            return replace(known, memory=size)
+    like = smallest_card(about.total_memory)
     return replace(like, name=about.name, memory=size, capability=(about.major, about.minor))
 
 

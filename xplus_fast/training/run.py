@@ -158,7 +158,8 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     kind: dict[str, Any] = {"dtype": place.dtype, "device": place.device}
     if place.device.type == "cuda":
         q = torch.empty(1, shape.heads, shape.head_dim, **kind)
-        say(f"attention: {ops.attention_backend(q)}")
+        short = "our own where sequences are short, else " if ops.takes_short(q) else ""
+        say(f"attention: {short}{ops.attention_backend(q)}")
         say(f"loading {recipe.model} ...")
     model: Any = load_model(weights, config, plans[0].layout, **kind)
     heldout = corpora[0].heldout
