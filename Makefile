@@ -34,8 +34,9 @@ test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 	  $(BIN)/python -m pytest $(TWO) --ignore=tests/gpu --ignore=tests/kernels/interpreter
 	OMP_NUM_THREADS=1 XPLUS_REHEARSE=cpu $(BIN)/python -m pytest $(TWO) tests/gpu
 
-test-faults: $(VENV)/dev.stamp  ## kill and fail every operation on files once: most of an hour
+test-faults: $(VENV)/dev.stamp  ## fail every operation on files, every allocation once: over an hour
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign build/faults
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.simulated.out_of_memory
 
 # Without FILES this also takes the mask out of each store of the kernels in turn.
 FILES := tests/gpu tests/ir

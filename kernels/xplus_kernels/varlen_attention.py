@@ -14,7 +14,8 @@ sum over exp(scale * q k.T), so that any one's backward goes with any one's forw
 flash-attn 2's backward make dk and dv for every query head ([T, N, D] each) before they sum a
 group. Everything else, fp32 and fp64 on CUDA too, takes the reference (`attention_reference.py`).
 
-Read in one copy of each source, and run on no GPU yet. A causal mask is aligned to the end of the
+Read in one copy of each source; PyTorch's ran and was right on an H100 and an H200, the others on
+no GPU yet. A causal mask is aligned to the end of the
 keys: flash-attn 2 (since 2.1, its README) and PyTorch (mask.h of each), 3 (hopper/mask.h), 4
 (cute/mask.py). Where a sequence has no queries, the backward's dk and dv are zeros: 2 and PyTorch
 store them (flash_bwd_kernel.h); 3 (store_zero in hopper/epilogue_bwd.hpp) and 4 on capability 10

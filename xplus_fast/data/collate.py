@@ -64,7 +64,8 @@ class PackCollator:
         if self.shared_prefixes:
             found = group_sequences(ids.numpy(), labels.numpy() != -100, lengths)
             groups = found if any(g.prefix for g in found) else groups  # else in their order
-        return _lay_out(ids, labels, (labels != -100).numpy(), spans, groups, places)
+        host = ids.numpy(), (labels != -100).numpy()
+        return _lay_out(ids, labels, host, spans, groups, places)
 
 
 def group_sequences(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray) -> list[Group]:
@@ -85,12 +86,12 @@ Spans = list[tuple[int, int]]  # pieces of a source that make a sequence
 
 
 def _lay_out(
-    ids: Tensor, labels: Tensor, supervised: np.ndarray, spans: list[Spans], groups: list[Group],
-    places: np.ndarray | None,
+    ids: Tensor, labels: Tensor, host: tuple[np.ndarray, np.ndarray], spans: list[Spans],
+    groups: list[Group], places: np.ndarray | None,
 ) -> dict[str, Any]:  # fmt: skip
     """A batch of the sequences of `groups`, taken from a source.
 
-    ids, labels: int64 [source], on any device; supervised: bool [source], the same on the host.
+    ids, labels: int64 [source], on any device; host: the ids there, and bool, which labels count.
     spans: the pieces of the source that make each sequence, the first one's beginning -100.
     places: int64, of each sequence in the data. A prefix has that of its first suffix.
     """
@@ -103,7 +104,7 @@ def _lay_out(
     flat = [span for piece in pieces for span in piece]
     at = np.concatenate([np.arange(a, b) for a, b in flat])
     lengths = np.array([sum(b - a for a, b in piece) for piece in pieces], np.int64)
-    counted = supervised[at]
+    counted = host[1][at]
     edges = np.concatenate([[0], np.cumsum(lengths)])
     predicts = np.append(counted[1:], False)
     starts = None
@@ -112,10 +113,10 @@ def _lay_out(
         of += [i for g in groups if not g.prefix for i in g.members]
         starts = places[of] + np.array(begins, np.int64)
     members = np.array([len(g.members) for g in shared], np.int64)
-    layout = PackLayout(lengths, members, predicts, starts)
+    layout = PackLayout(lengths, members, predicts, starts, host[0][at])
     offsets = np.repeat(np.array(begins, np.int64) - edges[:-1], lengths)
-    host = [at, np.arange(len(at)) + offsets, np.flatnonzero(predicts), edges]
-    index, positions, rows, cu = (send(torch.from_numpy(x), ids.device) for x in host)
+    made = [at, np.arange(len(at)) + offsets, np.flatnonzero(predicts), edges]
+    index, positions, rows, cu = (send(torch.from_numpy(x), ids.device) for x in made)
     longest, cu_seqlens = int(lengths.max()), cu.int()
     return {
         "input_ids": ids[index][None],
@@ -161,8 +162,9 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     if len(parts) == 1:
         return [batch]
     ids, labels = batch["input_ids"][0], batch["labels"][0]
-    supervised = np.insert(layout.predicts[:-1], 0, False)
-    return [_lay_out(ids, labels, supervised, spans, part, places) for part in parts]
+    assert layout.ids is not None
+    host = layout.ids, np.insert(layout.predicts[:-1], 0, False)
+    return [_lay_out(ids, labels, host, spans, part, places) for part in parts]
 
 
 def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans], np.ndarray | None]:

@@ -8,6 +8,7 @@ between stages, for the layers whose part changes.
 import math
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -33,6 +34,7 @@ from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layer import Block
 from xplus_fast.model.layout import LayerLayout, Layout, united
 from xplus_fast.model.offload import Offload
+from xplus_fast.model.packing import send
 from xplus_fast.model.prepare import take_over
 from xplus_fast.model.pretrained import load_generation_config
 from xplus_kernels.linear_cross_entropy import head_logits
@@ -238,7 +240,7 @@ def _arrange_embedding(
         if embedding.weight is not None:
             embedding.on_host = zeros_on_host(table.shape, dtype, device).copy_(table)
         embedding.weight = None
-        embedding.forward = MethodType(_gather_on_host, embedding)
+        embedding.forward = MethodType(partial(_gather_on_host, device), embedding)
     else:
         embedding.weight = _parameter(table, device, embedding.weight)
         embedding.weight.requires_grad_(trains)
@@ -246,10 +248,9 @@ def _arrange_embedding(
         embedding.__dict__.pop("forward", None)
 
 
-def _gather_on_host(embedding: Any, ids: Tensor) -> Tensor:
-    """Rows of a table in host memory, on the device of the ids; it waits for them."""
-    rows = torch.nn.functional.embedding(ids.cpu(), embedding.on_host)
-    return rows.to(ids.device, non_blocking=True)
+def _gather_on_host(device: torch.device, embedding: Any, ids: Tensor) -> Tensor:
+    """Rows of a table in host memory, on the device; it waits for ids that are there."""
+    return send(torch.nn.functional.embedding(ids.cpu(), embedding.on_host), device)
 
 
 def _arrange_head(

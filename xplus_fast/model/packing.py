@@ -40,6 +40,7 @@ class PackLayout:
     members: np.ndarray  # int64 [G]
     predicts: np.ndarray  # bool [T]: rows whose next token is supervised
     starts: np.ndarray | None = None  # int64 [S]: places of first tokens in the data, if known
+    ids: np.ndarray | None = None  # int64 [T]: the tokens, where they are known on the host
 
     @cached_property
     def edges(self) -> np.ndarray:

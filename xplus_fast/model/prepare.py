@@ -213,6 +213,9 @@ def _embed(model: Any, given: dict[str, Any]) -> tuple[Tensor, Pack, tuple[int, 
     if (input_ids is None) == (embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is wanted")
     if embeds is None:
+        layout = given.get("layout")
+        if model.embed_tokens.weight is None and layout is not None and layout.ids is not None:
+            input_ids = torch.from_numpy(layout.ids)[None]  # the table is on the host, too
         embeds = model.embed_tokens(input_ids)  # [B, S, H], as hooks on it expect
         if not any(p.requires_grad for p in model.embed_tokens.parameters()):
             # Trainer's input-require-grads hook would drag a graph through every frozen layer

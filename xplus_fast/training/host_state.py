@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layout import UpdateLayout
+from xplus_fast.training.shortage import twice
 
 CHUNK = 2**24  # elements; whole blocks of 256 for 8-bit states
 ALIGN = 512  # bytes
@@ -97,8 +99,9 @@ class Shuttle:
                 job.update({})
             return
         here, arriving, leaving = Lane.current(self._device), self._arriving, self._leaving
-        slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)]
-        free = [here.mark(), here.mark()]
+        flat = partial(torch.empty, size, dtype=torch.uint8, device=self._device)
+        slots = twice(lambda: [flat(), flat()])
+        free = [here.mark()] * 2
 
         def bring(i: int) -> tuple[dict[str, Tensor], Any]:
             arriving.wait(free[i % 2])

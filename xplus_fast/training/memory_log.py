@@ -39,13 +39,6 @@ class PeakWatch(TrainerCallback):
                 trainer.say(compare(trainer.plan, trainer.memory))
 
 
-def ran_out(e: RuntimeError) -> bool:
-    """Whether the device's memory gave out: cuBLAS and CUDA itself say so in other words."""
-    return isinstance(e, torch.OutOfMemoryError) or any(
-        words in str(e) for words in ("out of memory", "ALLOC_FAILED")
-    )
-
-
 def reset(device: torch.device) -> None:
     """Forget the peaks so far, and what the allocator holds for nobody."""
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.layout import Placement
 from xplus_fast.training import host_state
 from xplus_fast.training.host_state import HostGradients, Job, Lane, Shuttle, norms_of
+from xplus_fast.training.shortage import twice
 from xplus_kernels.adamw import QUANTUM, adamw_update
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -137,11 +138,7 @@ class AdamW(torch.optim.Optimizer):
         device = self._device()
         if self._host_gradients is not None:
             self._host_gradients.settle(device)
-        try:
-            self._start_all()
-        except torch.OutOfMemoryError:  # what the backward left in pieces may do when given back
-            torch.cuda.empty_cache()
-            self._start_all()
+        twice(self._start_all)
         jobs: list[Job] = []
         self._counted = []
         number = 0  # of a piece, counted over all parameters: names its random stream

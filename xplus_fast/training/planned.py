@@ -13,12 +13,14 @@ from xplus_fast.data.collate import split_batch
 from xplus_fast.data.packed import PackedDataset, RowSampler
 from xplus_fast.errors import UserError
 from xplus_fast.model.load import set_activations
+from xplus_fast.model.packing import send
 from xplus_fast.planning.flops import below_flops, work_of
 from xplus_fast.planning.plan import Plan, leaner
 from xplus_fast.planning.plan_text import policies
 from xplus_fast.planning.selection import describe_layers
 from xplus_fast.training.hidden_cache import HiddenCache
-from xplus_fast.training.memory_log import PeakWatch, ran_out
+from xplus_fast.training.memory_log import PeakWatch
+from xplus_fast.training.shortage import ran_out
 from xplus_fast.training.trainer import XPlusTrainer, bare_optimizer
 
 
@@ -82,18 +84,37 @@ class PlannedTrainer(XPlusTrainer):
         self.add_callback(_Epoch(sampler))
         return sampler
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_train_dataloader(self) -> Any:
+        """Batches stay on the host, and micro-batches go to the device one by one.
+
+        There is no more room for them in a step that has just run out, and no wait.
+        """
+        accelerator = self.accelerator
+        before, accelerator.device_placement = accelerator.device_placement, False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            accelerator.device_placement = before
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return send(data, self.args.device)
+        return super()._prepare_input(data)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self._step_batches = []
-        return super().get_batch_samples(*args, **kwargs)
+        if self.args.world_size == 1:  # nobody else's are to be added to these
+            device = torch.device("cpu")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(
-        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         self._step_batches.append(inputs)
         todo = [inputs]
         while True:
             try:
-                return self._run(model, todo, *args, **kwargs)
+                return self._run(model, todo, num_items_in_batch)
             except RuntimeError as e:
                 if not ran_out(e):
                     raise
@@ -102,27 +123,28 @@ class PlannedTrainer(XPlusTrainer):
             self._step_down(said)
             todo = self._step_batches
 
-    def _run(self, model: Any, batches: list[Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The last batch's loss, all of them run."""
+    def _run(self, model: Any, batches: list[Any], items: Any) -> Tensor:
+        """The last batch's loss, all of them run. items: of the whole step."""
+        items = self._prepare_input(items)
         parts = [split_batch(batch, self.plan.micro_batch_tokens) for batch in batches]
         last, losses, self._spared = parts[-1][-1], [], 0
         for part in (part for batch in parts for part in batch):
             # processes may have another number of parts: gradients meet once
             apart = nullcontext() if part is last else self.accelerator.no_sync(model)
             with apart:
-                losses.append(self._compute(model, part, *args, **kwargs))
+                losses.append(self._compute(model, part, items))
         for part in parts[-1]:  # a group that was cut was computed with its prefix in each
             self.meter.add(part)
         self.meter.spare(self._spared)
         # each is its share of the step's mean
         return torch.stack(losses[-len(parts[-1]) :]).sum()
 
-    def _compute(self, model: Any, part: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def _compute(self, model: Any, part: dict[str, Any], items: Any) -> Tensor:
         """A micro-batch's loss, from what its frozen layers gave before if that is there."""
         if self.hidden is None:
-            return self._forward_backward(model, part, *args, **kwargs)
+            return self._forward_backward(model, part, items)
         below = self.hidden.of(part["layout"])
-        loss = self._forward_backward(model, part | {"below": below}, *args, **kwargs)
+        loss = self._forward_backward(model, part | {"below": below}, items)
         if below.found:
             work = work_of(part["layout"])
             self._spared += below_flops(self.meter.shape, work, below.level)

@@ -59,7 +59,6 @@ from xplus_fast.training.checkpoints import (
     write_checkpoint,
 )
 from xplus_fast.training.hidden_cache import HiddenCache, HiddenCaches, read_rows
-from xplus_fast.training.memory_log import ran_out
 from xplus_fast.training.peers import watched
 from xplus_fast.training.place import (
     Place,
@@ -84,6 +83,7 @@ from xplus_fast.training.run_folder import (
     read_recipe,
     throw_away,
 )
+from xplus_fast.training.shortage import ran_out
 from xplus_fast.training.stop import StopWhenAsked
 from xplus_fast.training.watch import Watch
 

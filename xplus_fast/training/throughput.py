@@ -13,12 +13,14 @@ from xplus_fast.model.families import Shape
 from xplus_fast.planning.flops import Work, necessary_flops, work_of
 
 NOTHING = Work(0, 0, 0, 0, 0, 0)
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is timed
 
 
 class Meter:
     """Adds up the work of a step's batches and turns it into rates.
 
-    Counts stay on the device until `read`, so that adding a batch never waits for it.
+    Counts that are asked of the device stay there until `read`, so that adding a batch never waits
+    for it.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -67,12 +69,13 @@ class Meter:
         layers, also: which trained.
         """
         assert self.peak is not None
-        counts = torch.tensor([*astuple(self._known), self._spared], device=device)
-        for asked in self._asked:
-            counts[:-1] += asked
+        counts = torch.tensor([*astuple(self._known), self._spared])
+        if self._asked:
+            counts[:-1] += torch.stack(self._asked).sum(0).cpu()
         seconds = time.perf_counter() - self._since
         processes = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            counts = counts.to(device)
             torch.distributed.all_reduce(counts)
             processes = torch.distributed.get_world_size()
         *known, spared = counts.tolist()
@@ -121,7 +124,7 @@ def count_work(inputs: dict[str, Any]) -> Tensor:
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here and now: the best of a few."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = SIDE[device.type]
     own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")

@@ -38,6 +38,7 @@ from xplus_fast.training.checkpoints import (
 )
 from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.saving import SavingTrainer, bare_optimizer
+from xplus_fast.training.shortage import twice
 from xplus_fast.training.throughput import Meter
 from xplus_fast.training.unpacked import ELEMENTWISE, Unpacked, check_given
 
@@ -225,7 +226,8 @@ class XPlusTrainer(SavingTrainer):
             self.control.should_training_stop = True
             return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples and items is not None and int(items) == 0:
+        unknown = samples and not any(map(_supervises, samples))
+        if unknown and items is not None and int(items) == 0:
             raise UserError(
                 f"step {self.state.global_step + 1}: nothing is supervised in its"
                 f" {len(samples)} batch(es): every label is -100"
@@ -250,10 +252,14 @@ class XPlusTrainer(SavingTrainer):
                 self._unpacked.share_gradients()  # fp16's scaler looks at the optimizer's
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        norm = optimizer.grad_norm()
-        # as torch.nn.utils.clip_grad_norm_ has it
-        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        optimizer.gradient_scale = scale.where(norm.isfinite(), math.nan)
+
+        def measured() -> tuple[Tensor, Tensor]:
+            norm = optimizer.grad_norm()
+            # as torch.nn.utils.clip_grad_norm_ has it
+            scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            return norm, scale.where(norm.isfinite(), math.nan)
+
+        norm, optimizer.gradient_scale = twice(measured)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -357,6 +363,11 @@ def describe_selection(model: Any) -> str:
         + (" (tied to the head)" if shape.tied and "embedding" in beside else "")
         + f": {trained:,} of {total:,} parameters ({trained / total:.1%})"
     )
+
+
+def _supervises(batch: dict[str, Any]) -> bool:
+    """Whether a batch is known, without asking the device, to have a token that counts."""
+    return batch.get("layout") is not None and bool(batch["layout"].predicts.any())
 
 
 def our_adamw(optimizer: Any) -> AdamW | None:

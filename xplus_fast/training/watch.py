@@ -16,7 +16,7 @@ from xplus_fast.config import Recipe
 from xplus_fast.data.readers import Example
 from xplus_fast.evaluation.heldout import measure
 from xplus_fast.files import write_json
-from xplus_fast.training.memory_log import ran_out
+from xplus_fast.training.shortage import ran_out
 
 _FILE = re.compile(r"during-(.+)-(\d+)\.json")
 

@@ -1,0 +1,160 @@
+"""Every path of a run on CUDA: nothing is used too early or too late, and values stay the same.
+
+Those of everything on the device: where things lie changes no bit.
+"""
+
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from tests.simulated.scenarios import (
+    HOSTED,
+    LEAN,
+    cached,
+    engine,
+    layout,
+    make_trainer,
+    on_host,
+    same,
+    simulated,
+    trainer,
+)
+from tests.training.test_trainer import losses
+
+UPDATES = [
+    {"states": "host"}, HOSTED, {"gradients": "host"},
+    {**HOSTED, "bits": 8, "master": False},
+]  # fmt: skip
+POLICIES = ("keep", "recompute", "offload", "mixed")
+CASES = [
+    (trained, ("device", "host")[there], POLICIES[p], UPDATES[(s + p + 2 * there) % len(UPDATES)])
+    for (s, trained), p, there in product(
+        enumerate([(0, 1), (4, 5), (2,), (0, 5)]), range(len(POLICIES)), range(2)
+    )
+]
+
+
+@cache
+def plain(folder: Path, trained: tuple[int, ...], form: str = "bf16", bits: int = 32):
+    """Everything on the device."""
+    update = {"bits": 8, "master": False} if bits == 8 else {}
+    with simulated():
+        return engine(folder, layout(trained, form=form), update=update)
+
+
+@pytest.mark.parametrize(("trained", "placement", "policy", "update"), CASES)
+def test_layouts(trained, placement, policy, update, model_folder):
+    with simulated() as sim:
+        found = engine(model_folder, layout(trained, placement, policy), update=update)
+    assert same(found, plain(model_folder, trained, bits=update.get("bits", 32)))
+    assert sim.alive == 0 and not sim.pinned
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4", "fp8"])
+def test_streamed_formats(form, model_folder):
+    with simulated():
+        found = engine(model_folder, layout((2, 3), "host", "offload", form), update=HOSTED)
+    assert same(found, plain(model_folder, (2, 3), form))
+
+
+def test_a_second_stage_takes_over_what_is_under_way(model_folder):
+    """Streamed layers become trained ones, and the other way round."""
+    stages = ((0, 1), (4, 5), (2,))
+    with simulated():
+        wanted = engine(model_folder, *(layout(s) for s in stages))
+    with simulated() as sim:
+        found = engine(model_folder, *(layout(s, "host", "mixed") for s in stages), update=HOSTED)
+    assert same(found, wanted) and sim.alive == 0
+
+
+def test_less_is_on_the_device(model_folder):
+    peaks = []
+    for wanted, update in ((layout((2,)), {}), (layout((2,), "host", "offload"), HOSTED)):
+        with simulated() as sim:
+            engine(model_folder, wanted, update=update)
+        peaks.append(sim.peak)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+class Evaluations(TrainerCallback):
+    def __init__(self):
+        self.losses = []
+
+    def on_evaluate(self, *_, metrics, **__):
+        self.losses.append(metrics["eval_loss"])
+
+
+def test_training_evaluation_checkpoint_and_resumption(model_folder, tmp_path):
+    """A run that is cut, under the leanest plan, against a whole one with all on the device."""
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps",
+                   eval_steps=1, per_device_eval_batch_size=2)  # fmt: skip
+    with simulated():
+        wanted = trainer(model_folder, tmp_path / "plain", **options)
+    with simulated() as sim:
+        whole = trainer(model_folder, tmp_path / "lean", memory=LEAN, **options)
+    assert sim.alive == 0 and not sim.pinned
+    with simulated():
+        resumed = trainer(
+            model_folder, tmp_path / "again", memory=LEAN, **options,
+            resume=str(tmp_path / "lean/checkpoint-2"),
+        )  # fmt: skip
+    assert same(whole, wanted) and same(resumed, wanted)
+
+
+def test_hidden_states_that_are_kept(model_folder, tmp_path):
+    """Two epochs, of which the second computes nothing below."""
+    with simulated():
+        wanted = cached(model_folder, tmp_path, None)
+    for memory in ({}, LEAN):
+        with simulated() as sim:
+            found = cached(model_folder, tmp_path, memory)
+        assert same(found, wanted) and sim.alive == 0 and not sim.pinned
+
+
+class Processes:
+    """Gradients that meet those of other processes on a stream of their own, as DDP has it."""
+
+    def __init__(self, model):
+        self.stream, self.apart, self.meetings = torch.cuda.Stream(), 0, []
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p, name=name: self.meet(p, name))
+
+    def meet(self, p, name):
+        if self.apart:
+            return
+        self.meetings.append(name)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            p.grad.mul_(2).div_(2)
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: torch.cuda.current_stream().wait_stream(self.stream)
+        )
+
+    @contextmanager
+    def no_sync(self, model):
+        self.apart += 1
+        yield
+        self.apart -= 1
+
+
+def test_data_parallel_gradients_meet_once_a_step(model_folder, tmp_path, monkeypatch):
+    memory = {**LEAN, "gradients": "device", "micro_batch_tokens": 32}
+    with simulated():
+        wanted = trainer(model_folder, tmp_path, memory=memory)
+    with simulated():
+        made = make_trainer(model_folder, tmp_path, memory=memory)
+        processes = Processes(made.model)
+        monkeypatch.setattr(Accelerator, "no_sync", lambda _, model: processes.no_sync(model))
+        made.train()
+        found = losses(made), on_host(made.model)
+        trained = [n for n, p in made.model.named_parameters() if p.requires_grad]
+        del made
+    assert same(found, wanted)
+    assert sorted(processes.meetings) == sorted(trained * 3)
