@@ -40,7 +40,7 @@ test-faults: $(VENV)/dev.stamp  ## fail every operation on files, every allocati
 
 # Without FILES this also takes the mask out of each store of the kernels in turn.
 FILES := tests/gpu tests/ir
-test-ir: $(IR)/stamp  ## run the GPU's tests on the IR of the kernels, without a GPU: half an hour
+test-ir: $(IR)/stamp  ## run the GPU's tests on the IR of the kernels, without a GPU: 15 minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 XPLUS_REHEARSE=ir PYTHONPATH=$(CURDIR)/$(IR) \
 	  $(BIN)/python -m ttsem.sanitize pytest $(FILES)
 
