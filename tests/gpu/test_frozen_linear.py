@@ -145,7 +145,7 @@ def test_small_whole_numbers_are_exact_in_fp8(name):
     """-1, 0, 1 times -1, 0, 1: no rounding anywhere, so that one misplaced row or scale shows."""
     need(name)
     t, n, k = 17, 48, 64
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = common.generator(0)
 
     def whole(*shape):
         made = torch.randint(-1, 2, shape, generator=generator, device=DEVICE).to(DTYPE)
