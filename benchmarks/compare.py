@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def compare_curves(old: dict[str, Any], new: dict[str, Any]) -> int:
     for name in both:
         pairs = zip(before[name], after[name], strict=True)
         for what, (a, b) in zip(("loss", "gradient norm"), pairs, strict=True):
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            at = next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
             if at is not None:
                 differing += 1
-                print(f"differs  {name}: {what} of step {at + 1}: {a[at]!r} -> {b[at]!r}")
+                x, y = (repr(c[at]) if at < len(c) else "none" for c in (a, b))
+                print(f"differs  {name}: {what} of step {at + 1}: {x} -> {y}")
                 break
     if both:
         print(f"{len(both) - differing} of {len(both)} loss curves are equal to the last bit")

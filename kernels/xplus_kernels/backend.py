@@ -18,9 +18,11 @@ except ImportError:  # a CPU machine needs no Triton
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def jit(kernel: Any) -> Any:
+def jit(kernel: Any = None, **options: Any) -> Any:
     """`triton.jit` where Triton is installed; else the plain function, which nothing launches."""
-    return kernel if triton is None else triton.jit(kernel)
+    if kernel is None:
+        return lambda kernel: jit(kernel, **options)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 def use_triton(x: Tensor) -> bool:

@@ -21,10 +21,13 @@ class Prefixes:
     """
 
     sees: Tensor  # [2, Tq] int32, key rows begin and end; NOBODY, 0 for a row that sees none
-    chunks: Tensor  # [C, 4] int32: begin and end of a prefix's key rows, of query rows that see it
+    # [C, 5] int32: begin and end of a prefix's key rows, and of query rows that see it; and where
+    # this chunk's share of the prefix's dk and dv begins, among `rows` of such
+    chunks: Tensor
     of: Tensor  # [G + 1] int32: prefix g has chunks of[g] to of[g + 1]
     longest: int  # rows of a prefix
     keys: int  # rows of all prefixes
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def short_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     s = _scores(q, k, sees, scale)
     lse = s.logsumexp(-1)
-    p = (s - lse[..., None]).exp()
+    p = (s - lse[..., None]).exp().nan_to_num(0)  # a row that sees nothing
     values = widen(v).repeat_interleave(q.shape[1] // k.shape[1], 1)
     return torch.einsum("nqk,knd->qnd", p, values).to(q.dtype), lse
 
@@ -85,7 +88,7 @@ def short_attention_backward_ref(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     groups = q.shape[1] // k.shape[1]
-    p = (_scores(q, k, sees, scale) - lse[..., None]).exp()
+    p = (_scores(q, k, sees, scale) - lse[..., None]).exp().nan_to_num(0)
     dout, wide_q = widen(dout), widen(q)
     dp = torch.einsum("qnd,knd->nqk", dout, widen(v).repeat_interleave(groups, 1))
     ds = p * (dp - (dout * widen(out)).sum(-1).T[..., None]) * scale

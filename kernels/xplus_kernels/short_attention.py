@@ -33,6 +33,8 @@ SHORT = 512
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (16, 32, 64, 128)
 LOG2E = 1.4426950408889634
+# Arguments that are another number in every batch: no kernel is compiled for what divides by 16
+SIZES = ("T", "C", "begin_k", "end_k", "prefixes")
 CHUNK = 256  # query rows whose share of a prefix's dk and dv is added up in one go, at least
 # Of each kernel: query rows and keys of a tile, warps, stages. Without spills from sm_80 to sm_120.
 TILES = {
@@ -92,7 +94,7 @@ def rows_of(first, stop, G: tl.constexpr, ROWS: tl.constexpr):
     return r // G, r % G, r < stop
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _short_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sees_ptr, prefix_ptr, T, scale,
     q_row, q_head, k_row, k_head, v_row, v_head,
@@ -206,7 +208,7 @@ def cases_of(kernels: dict[str, Any]) -> list[Any]:
     types = {
         **dict.fromkeys(tensors, "*bf16"), **dict.fromkeys(floats, "*fp32"),
         **dict.fromkeys(tables, "*i32"), **dict.fromkeys(strides, "i32"), "scale": "fp32",
-        **dict.fromkeys(("T", "C", "longest", "begin_k", "end_k", "prefixes"), "i32"),
+        **dict.fromkeys(SIZES, "i32"),
     }  # fmt: skip
     wide = {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}  # of the prefixes' chunks
     cases = []

@@ -19,6 +19,7 @@ from xplus_kernels.backend import jit, tl, triton
 from xplus_kernels.intervals import Sees, short_attention_backward_ref
 from xplus_kernels.short_attention import (
     LOG2E,
+    SIZES,
     TILES,
     cases_of,
     check_attention,
@@ -51,7 +52,7 @@ def _dq_of_keys(
     return dq
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _short_attention_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, sees_ptr, prefix_ptr,
     T, scale, q_row, q_head, k_row, k_head, v_row, v_head,
@@ -104,6 +105,7 @@ def _of_queries(
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     d = tl.arange(0, D)[None, :]
+    first = tl.minimum(first, stop)  # of keys that nobody asks it is NOBODY, too large for * G
     for r in range(first * G, stop * G, ROWS):
         i, g, m = rows_of(r, stop * G, G, ROWS)
         row = i.to(tl.int64)
@@ -121,7 +123,7 @@ def _of_queries(
     return dk, dv
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _short_attention_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, asked_ptr,
     T, begin_k, end_k, scale, q_row, q_head, k_row, k_head, v_row, v_head,
@@ -147,21 +149,23 @@ def _short_attention_dkv_kernel(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), m[:, None])
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _short_attention_prefix_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, chunks_ptr, asked_ptr,
-    T, C, longest, scale, q_row, q_head, k_row, k_head, v_row, v_head,
+    T, C, scale, q_row, q_head, k_row, k_head, v_row, v_head,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [C, K, longest, D] fp32 of a prefix, of one chunk of the queries."""
+    """dk, dv [rows, K, D] fp32: from a chunk's row on, a prefix's, of one chunk of the queries."""
     chunk = tl.program_id(0) % C
     kv = tl.program_id(1)
-    begin_k = tl.load(chunks_ptr + 4 * chunk)
-    end_k = tl.load(chunks_ptr + 4 * chunk + 1)
-    first = tl.load(chunks_ptr + 4 * chunk + 2)
-    stop = tl.load(chunks_ptr + 4 * chunk + 3)
+    begin_k = tl.load(chunks_ptr + 5 * chunk)
+    end_k = tl.load(chunks_ptr + 5 * chunk + 1)
+    first = tl.load(chunks_ptr + 5 * chunk + 2)
+    stop = tl.load(chunks_ptr + 5 * chunk + 3)
+    at_row = tl.load(chunks_ptr + 5 * chunk + 4)
     place = (tl.program_id(0) // C) * KEYS + tl.arange(0, KEYS)
     key = begin_k + place
+    stop = tl.where(tl.min(key) < end_k, stop, first)  # a tile past a short prefix
     m = key < end_k
     row = key.to(tl.int64)[:, None]
     d = tl.arange(0, D)[None, :]
@@ -174,14 +178,14 @@ def _short_attention_prefix_kernel(
         k, v, begin, tl.where(m, stop, 0), first, stop, dout_ptr, q_ptr, lse_ptr, delta_ptr, kv, T,
         scale, q_row, q_head, N, D, N // K, ROWS, KEYS,
     )  # fmt: skip
-    at = ((chunk * K + kv).to(tl.int64) * longest + place[:, None]) * D + d
+    at = ((at_row + place).to(tl.int64)[:, None] * K + kv) * D + d
     tl.store(dk_ptr + at, dk * (scale / 1.4426950408889634), m[:, None])
     tl.store(dv_ptr + at, dv, m[:, None])
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _short_attention_sum_kernel(
-    part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr, chunks_ptr, of_ptr, longest, prefixes,
+    part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr, chunks_ptr, of_ptr, prefixes,
     K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of the prefixes' rows: what their chunks add up to, in order."""
@@ -189,15 +193,16 @@ def _short_attention_sum_kernel(
     kv = tl.program_id(1)
     first = tl.load(of_ptr + prefix)
     stop = tl.load(of_ptr + prefix + 1)
-    begin_k = tl.load(chunks_ptr + 4 * first)
-    end_k = tl.load(chunks_ptr + 4 * first + 1)
+    begin_k = tl.load(chunks_ptr + 5 * first)
+    end_k = tl.load(chunks_ptr + 5 * first + 1)
     place = (tl.program_id(0) // prefixes) * KEYS + tl.arange(0, KEYS)
     m = (begin_k + place < end_k)[:, None]
     d = tl.arange(0, D)[None, :]
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     for chunk in range(first, stop):
-        at = ((chunk * K + kv).to(tl.int64) * longest + place[:, None]) * D + d
+        at_row = tl.load(chunks_ptr + 5 * chunk + 4)
+        at = ((at_row + place).to(tl.int64)[:, None] * K + kv) * D + d
         dk += tl.load(part_dk_ptr + at, m, 0.0)
         dv += tl.load(part_dv_ptr + at, m, 0.0)
     at = ((begin_k + place).to(tl.int64)[:, None] * K + kv) * D + d
@@ -238,15 +243,15 @@ def short_attention_backward(
     begin = 0
     if p := sees.prefixes:
         begin, chunks, prefixes = p.keys, len(p.chunks), len(p.of) - 1
-        parts = torch.empty((2, chunks, heads, p.longest, d), dtype=torch.float32, device=q.device)
+        parts = torch.empty((2, p.rows, heads, d), dtype=torch.float32, device=q.device)
         tiles = TILES["prefix"]
         _short_attention_prefix_kernel[(chunks * triton.cdiv(p.longest, tiles["KEYS"]), heads)](
-            dout, q, k, v, lse, delta, *parts, p.chunks, sees.queries, t, chunks, p.longest, scale,
+            dout, q, k, v, lse, delta, *parts, p.chunks, sees.queries, t, chunks, scale,
             *strides, **sizes, **tiles,
         )  # fmt: skip
         tiles = TILES["sum"]
         _short_attention_sum_kernel[(prefixes * triton.cdiv(p.longest, tiles["KEYS"]), heads)](
-            *parts, dk, dv, p.chunks, p.of, p.longest, prefixes, K=heads, D=d, **tiles
+            *parts, dk, dv, p.chunks, p.of, prefixes, K=heads, D=d, **tiles
         )
     if keys > begin:
         tiles = TILES["dkv"]

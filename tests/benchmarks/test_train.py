@@ -363,6 +363,9 @@ def test_compare_tells_whether_losses_are_equal(smoke, tmp_path, capsys):
     assert compare.main([str(out), str(tmp_path / "new.json"), "--same-losses"]) == 1
     name = f"{row['stage']} {row['mix']}: {row['contestant']}"
     assert f"differs  {name}: gradient norm of step 2:" in capsys.readouterr().out
+    row["grad_norms"] = ran[0]["grad_norms"][:1]  # of a run that was cut off
+    (tmp_path / "new.json").write_text(json.dumps(other))
+    assert compare.main([str(out), str(tmp_path / "new.json"), "--same-losses"]) == 1
 
 
 def test_compare_reads_what_the_kernel_benchmark_writes(tmp_path, capsys):

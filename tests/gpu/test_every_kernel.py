@@ -69,9 +69,9 @@ def test_short_attention(dtype):
     shared = torch.full((2, 12), ops.NOBODY, dtype=torch.int32, device=DEVICE)
     shared[1] = 0
     shared[0, 3:], shared[1, 3:] = 0, 3
-    chunks = [[0, 3, 0, 3], [0, 3, 3, 9], [0, 3, 9, 12]]
+    chunks = [[0, 3, 0, 3, 0], [0, 3, 3, 9, 3], [0, 3, 9, 12, 6]]
     tables = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (chunks, [0, 3]))
-    shared = ops.Prefixes(shared, *tables, longest=3, keys=3)
+    shared = ops.Prefixes(shared, *tables, longest=3, keys=3, rows=9)
     for given in (sees, ops.Sees(sees.keys, sees.queries, shared)):
         q, k = randn(12, 5, 16, dtype=dtype), randn(12, 1, 16, dtype=dtype)
         out, lse = ops.short_attention(q, k, k, given, scale=0.25)

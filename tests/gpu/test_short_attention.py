@@ -26,7 +26,9 @@ LAYOUTS = {
     "one prefix": ([17], [[60] * 9 + [1, 250]], []),
     "several": ([16, 1, 130], [[60, 3, 77], [5], [200, 300, 1]], [8, 400]),
     "a token": ([], [], [1]),
+    "unasked": ([], [], [700, 30]),  # tiles of keys that the last layer does not ask
 }
+UNSUPERVISED = {"unasked": 0}  # of the sequences in order, one that predicts nothing
 
 
 def given_of(name):
@@ -37,6 +39,8 @@ def given_of(name):
     suffixes = [[-(-n // small) for n in group] for group in suffixes]
     tails = [n for group in suffixes for n in group] + others
     predicts = [np.zeros(sum(prefixes), bool), *(np.arange(n) >= n // 2 for n in tails)]
+    if name in UNSUPERVISED:
+        predicts[1 + UNSUPERVISED[name]][:] = False
     members = np.array([len(group) for group in suffixes], dtype=np.int64)
     layout = PackLayout(np.array([*prefixes, *tails]), members, np.concatenate(predicts))
     positions = torch.cat([torch.arange(n) for n in layout.lengths])[None]

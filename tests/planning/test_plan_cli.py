@@ -86,7 +86,7 @@ def test_a_budget_without_a_card_assumes_one(capsys, model):
     [
         (["--budget", "24"], "budget: a size such as 24GB"),
         (["--budget", "0GB"], "budget: a size such as 24GB"),
-        (["--budget", "30GB", "--card", "rtx4090"], "budget: 30.0 GB are more than rtx4090 has"),
+        (["--budget", "30GB", "--card", "rtx4090"], "30.0 GB are more than there are on rtx4090"),
         (["--card", "rtx4080"], "did you mean rtx4090"),
         (["--budget", "4GB", "--card", "rtx4090"], "the leanest plan for layers 0-3 needs"),
         (["--card", "rtx4090", "--host-memory", "1GB", "--budget", "16GB"], "memory.host: "),

@@ -107,6 +107,16 @@ def test_training_evaluation_checkpoint_and_resumption(model_folder, tmp_path):
     assert same(whole, wanted) and same(resumed, wanted)
 
 
+def test_what_is_on_the_device_already_stays_there(model_folder, tmp_path):
+    """As a step's count of tokens is that several processes have gathered."""
+    with simulated():
+        made = make_trainer(model_folder, tmp_path)
+        x = torch.ones(3, device="cuda")
+        assert made._prepare_input(x).device.type == "cuda"
+        assert made._prepare_input({"x": x, "y": torch.ones(2)})["y"].device.type == "cuda"
+        del made, x
+
+
 def test_hidden_states_that_are_kept(model_folder, tmp_path):
     """Two epochs, of which the second computes nothing below."""
     with simulated():

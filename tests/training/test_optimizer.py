@@ -123,10 +123,13 @@ class Breaks(TrainerCallback):
     """A frozen weight that is no number from the second step on."""
 
     def on_step_begin(self, args, state, control, model, optimizer, **_):
-        self.optimizer = optimizer.optimizer
+        self.optimizer, self.ended = optimizer.optimizer, state.global_step
         if state.global_step == 1:
             with torch.no_grad():
                 model.model.layers[4].mlp.down_proj.weight[0, 0] = torch.inf
+
+    def on_step_end(self, args, state, control, **_):
+        self.ended = state.global_step
 
 
 @pytest.mark.parametrize("clip", [0.05, 0])
@@ -140,6 +143,7 @@ def test_a_step_that_broke_is_no_step(dtype, bits, master, clip, tmp_path):
         breaks, model = Breaks(), tiny_model().to(dtype)
         with pytest.raises(UserError, match="step 2: the gradient norm is nan"):
             fit(tmp_path, layout, model=model, max_steps=2, callbacks=[breaks], **options)
+        assert breaks.ended == 1  # nobody took it for a step
         breaks.optimizer.synchronize()
         mine = breaks.optimizer.state
         theirs = good.optimizer.optimizer.state

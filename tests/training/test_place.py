@@ -59,6 +59,20 @@ def test_a_card_has_what_is_free_on_it(said, name, memory, tmp_path, monkeypatch
     assert (found and found.name) == name and (found is None or found.memory == memory)
 
 
+def test_the_card_is_the_first_that_is_visible(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\ncase "$*" in *"-i 1"*) echo "NVIDIA L4, 23034, 23000";;'
+        ' *) echo "NVIDIA H200, 143771, 143000";; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(cards.shutil, "which", lambda name: str(tool))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_card().name == "h200"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert local_card().name == "l4"
+
+
 @pytest.mark.parametrize(
     "total, free, reserved, memory",
     [

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,15 @@ from tests.training.test_run import losses, workplace, xplus  # noqa: F401  (a f
 from xplus_fast.config import load_recipe
 from xplus_fast.errors import UserError
 from xplus_fast.files import working_in
-from xplus_fast.training.run_folder import claim, hold, look_at, read_recipe, throw_away
+from xplus_fast.planning.cards import CARDS
+from xplus_fast.training.run_folder import (
+    card_of,
+    claim,
+    hold,
+    look_at,
+    read_recipe,
+    throw_away,
+)
 
 QUICK = ["stages.0.steps=1", "stages.1.steps=1", "evaluation.translate=0", "data.retention=[]"]
 
@@ -39,7 +48,19 @@ def start(recipe, restart=False):
             throw_away(run)
         else:
             look_at(run, recipe)
-        claim(run, recipe, Path(recipe.model), corpora, [1, 1], [{}, {}])
+        claim(run, recipe, Path(recipe.model), corpora, [1, 1], [{}, {}], CARDS["rtx4090"])
+
+
+def test_a_run_goes_on_with_the_memory_that_it_was_planned_for(recipe):
+    run, card = Path(recipe.output), CARDS["rtx4090"]
+    less = replace(card, memory=card.memory // 2)
+    assert card_of(run, less) is less and card_of(run, None) is None  # nothing is begun
+    start(recipe)
+    assert card_of(run, less) == card
+    assert card_of(run, CARDS["h200"]) is CARDS["h200"] and card_of(run, None) is None
+    start(recipe)  # the mark is still that of this run
+    (run / ".xplus-run").write_text("[")
+    assert card_of(run, less) is less
 
 
 def train_something(run):

@@ -344,8 +344,10 @@ def test_gradients_that_are_all_zero_stop_at_step_one(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
+    before = model.model.layers[1].mlp.down_proj.weight.clone()
     with pytest.raises(UserError, match="every gradient is zero"):
-        train(XPlusTrainer, model, tmp_path, layers="1")
+        train(XPlusTrainer, model, tmp_path, layers="1", weight_decay=0.5)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before)  # no decay either
 
 
 def test_false_resumes_nothing(tmp_path):

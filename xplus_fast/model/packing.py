@@ -259,19 +259,25 @@ def _shared(layout: PackLayout, counts: np.ndarray, device: torch.device) -> ops
     begin, end = layout.edges[:groups], layout.edges[1 : groups + 1]
     sees = np.stack([np.full(edges[-1], ops.NOBODY), np.zeros(edges[-1], np.int64)])
     sees[:, first[0] : stop[-1]] = np.repeat(np.stack([begin, end]), stop - first, axis=1)
-    longest = int(layout.lengths[:groups].max())
-    size = max(ops.CHUNK, 8 * longest)  # so that the chunks' sums take little memory
-    chunks, of = [], [0]
+    chunks, of, rows = [], [0], 0
     for g in range(groups):
-        chunks.append((begin[g], end[g], edges[g], edges[g + 1]))  # its own queries, if any
-        for at in range(first[g], stop[g], size):
-            chunks.append((begin[g], end[g], at, min(at + size, stop[g])))
+        length = end[g] - begin[g]
+        size = max(ops.CHUNK, 8 * length)  # so that the chunks' shares take little memory
+        asking = [(at, min(at + size, stop[g])) for at in range(first[g], stop[g], size)]
+        if edges[g] < edges[g + 1] or not asking:
+            asking.insert(0, (edges[g], edges[g + 1]))  # its own
+        for a, b in asking:
+            chunks.append((begin[g], end[g], a, b, rows))
+            rows += length
         of.append(len(chunks))
     parts = [sees, np.array(chunks), np.array(of)]
     flat = torch.from_numpy(np.concatenate([x.ravel() for x in parts]).astype(np.int32))
     tables = send(flat, device).split([x.size for x in parts])
     to_see, to_add, places = (t.view(x.shape) for t, x in zip(tables, parts, strict=True))
-    return ops.Prefixes(to_see, to_add, places, longest=longest, keys=layout.prefix_tokens)
+    return ops.Prefixes(
+        to_see, to_add, places, longest=int(layout.lengths[:groups].max()),
+        keys=layout.prefix_tokens, rows=int(rows),
+    )  # fmt: skip
 
 
 def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows | None:

@@ -9,6 +9,7 @@ tell it, which is less than the box says. PCIe is one way, of 16 lanes: 32 GB/s 
 """
 
 import difflib
+import os
 import re
 import shutil
 import subprocess
@@ -87,10 +88,12 @@ def local_card() -> Card | None:
     """
     if not (tool := shutil.which("nvidia-smi")):
         return None
+    command = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if first := os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip():
+        command += ["-i", first]
     try:
         said = subprocess.run(
-            [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=5, check=True,
+            command, capture_output=True, text=True, timeout=5, check=True
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

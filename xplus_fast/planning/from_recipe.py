@@ -87,7 +87,7 @@ def find_where(
         most = int(card.memory * USABLE)
         if limit is not None and limit > card.memory:
             raise UserError(
-                f"budget: {limit / 1e9:.1f} GB are more than {card.name} has,"
+                f"budget: {limit / 1e9:.1f} GB are more than there are on {card.name},"
                 f" {card.memory / 1e9:.1f} GB"
             )
         limit = most if limit is None else limit
@@ -95,7 +95,7 @@ def find_where(
         pinned: int | None = parse_bytes(host, "host memory")
     elif card is None:
         pinned = None
-    elif card == here:
+    elif here is not None and card.name == here.name:
         pinned = free_memory()
     else:
         pinned = ELSEWHERE_HOST

@@ -97,7 +97,7 @@ class PlannedTrainer(XPlusTrainer):
             accelerator.device_placement = before
 
     def _prepare_input(self, data: Any) -> Any:
-        if isinstance(data, Tensor):
+        if isinstance(data, Tensor) and data.device.type == "cpu":
             return send(data, self.args.device)
         return super()._prepare_input(data)
 

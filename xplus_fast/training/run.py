@@ -74,6 +74,7 @@ from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.report import write_report
 from xplus_fast.training.reporting import check_report_to
 from xplus_fast.training.run_folder import (
+    card_of,
     claim,
     cut_metrics,
     hold,
@@ -122,11 +123,17 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     check_against(files, shape.tensor_shapes())
-    here, card = replace(recipe, model=str(base)), card_here(place)
+    run = resolve(recipe.output)
+    here, free = replace(recipe, model=str(base)), card_here(place)
+    card = free if restart else card_of(run, free)
+    if card is not None and free is not None and card.memory > free.memory:
+        say(
+            f"memory: planned for the {card.memory / 1e9:.1f} GB that were free on {card.name} when"
+            f" this run began; {free.memory / 1e9:.1f} GB are now"
+        )
     _, _, named = plan_recipe(here, here=card)  # what is impossible is so before data are read
     check_plans([plan for _, plan in named])
     check_report_to(recipe.training.report_to)
-    run = resolve(recipe.output)
     if not dry_run:
         if place.first:
             held.enter_context(hold(run))
@@ -150,7 +157,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         if restart:
             throw_away(run)
         steps = [len(c.train) // place.processes for c in corpora]
-        claim(run, recipe, base, corpora, steps, [frozen_formats(plan) for plan in plans])
+        claim(run, recipe, base, corpora, steps, [frozen_formats(plan) for plan in plans], card)
     barrier(place)
 
     cap(place.device, where.budget)

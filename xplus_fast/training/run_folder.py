@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from xplus_fast.files import (
 from xplus_fast.manifest import MANIFEST
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.options import dump_options, first_difference, to_dict
+from xplus_fast.planning.cards import Card
 
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
 PLACES = ("cache", "cache_hidden")  # of `data`
 COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
 STEPS, FORMATS = "steps an epoch", "frozen format"
+CARD = "card"  # and the memory on it that the plans count with
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
 FILES = ("metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png", "recipe.yaml")
 
@@ -75,11 +78,12 @@ def _stages(run: Path) -> list[str]:
 
 def claim(
     run: Path, recipe: Recipe, base: Path, corpora: list[Corpus], steps: list[int],
-    formats: list[dict[str, str]],
+    formats: list[dict[str, str]], card: Card | None,
 ) -> None:  # fmt: skip
     """Make the run's folder ours, or see that what it is made of is what it began with.
 
-    steps, formats: of each stage, the steps of an epoch and how frozen layers are computed.
+    steps, formats: of each stage, the steps of an epoch and how frozen layers are computed. card:
+    what the plans are for, see `card_of`.
     """
     config = (base / "config.json").read_bytes()
     shapes = {n: [str(e.dtype), e.shape] for n, e in CheckpointFiles.open(base).entries.items()}
@@ -95,7 +99,8 @@ def claim(
     if not there:
         throw_away(run)  # the rest of what a --restart that was cut off was to remove
         write_text(run / "recipe.yaml", dump_options(recipe))
-        write_json(run / MARK, made_of)
+        planned_for = None if card is None else {"name": card.name, "memory": card.memory}
+        write_json(run / MARK, {**made_of, CARD: planned_for})
     for what in made_of if there else ():
         was = (there or {}).get(what)
         if was != made_of[what]:
@@ -104,6 +109,21 @@ def claim(
                 + (f" ({first_difference(was, made_of[what], what)})" if what in told else "")
                 + "; put it back, choose another output, or --restart"
             )
+
+
+def card_of(run: Path, card: Card | None) -> Card | None:
+    """The card that a run goes on with: with the memory that was free on it when the run began.
+
+    Planned for another figure, micro-batches and formats may be others. On another card, or where
+    nothing was begun, it is `card`.
+    """
+    try:
+        planned_for = json.loads((run / MARK).read_text(encoding="utf-8"))[CARD]
+        if card is None or planned_for["name"] != card.name:
+            return card
+        return replace(card, memory=int(planned_for["memory"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return card  # no run yet; or a damaged mark, of which `look_at` speaks
 
 
 def _made_of(run: Path) -> dict[str, Any] | None:

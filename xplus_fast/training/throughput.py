@@ -124,7 +124,7 @@ def count_work(inputs: dict[str, Any]) -> Tensor:
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here and now: the best of a few."""
-    n = SIDE[device.type]
+    n = SIDE.get(device.type, SIDE["cpu"])
     own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")

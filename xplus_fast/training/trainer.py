@@ -75,6 +75,7 @@ class XPlusTrainer(SavingTrainer):
     ) -> None:
         self._selection = (layers, tuple(also), activations)
         self._update = update
+        self._norm: Any = None  # of the gradients, until it is read
         if args is not None:
             check_arguments(args)
             if args.n_gpu > 1:
@@ -251,53 +252,58 @@ class XPlusTrainer(SavingTrainer):
             if self._unpacked is not None:
                 self._unpacked.share_gradients()  # fp16's scaler looks at the optimizer's
             return super()._clip_grad_norm(model)
-        self.accelerator.unscale_gradients()
-
-        def measured() -> tuple[Tensor, Tensor]:
-            norm = optimizer.grad_norm()
-            # as torch.nn.utils.clip_grad_norm_ has it
-            scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            return norm, scale.where(norm.isfinite(), math.nan)
-
-        norm, optimizer.gradient_scale = twice(measured)
-        return norm
+        return self._measure(optimizer, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Of our AdamW on the device still: to wait for it here would leave the device idle.
 
-        A step whose norm is not finite changes nothing, and `_maybe_log_save_evaluate` reads it.
+        A step that cannot be right changes nothing, and `read_norm` stops the run after it.
         """
         optimizer = our_adamw(self.optimizer)
+        if grad_norm is None and optimizer is not None:  # max_grad_norm=0: nothing clips
+            grad_norm = self._measure(optimizer, math.inf)
+        self._norm = norm = super()._get_grad_norm(model, grad_norm)
         if optimizer is None:
-            return self._checked(super()._get_grad_norm(model, grad_norm), 1)
-        if grad_norm is None:  # max_grad_norm=0: nothing clips
-            self.accelerator.unscale_gradients()
-            grad_norm = optimizer.grad_norm()
-            one = torch.ones_like(grad_norm)
-            optimizer.gradient_scale = one.where(grad_norm.isfinite(), math.nan)
-        return super()._get_grad_norm(model, grad_norm)
+            self.read_norm()
+        return norm
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kw: Any) -> None:
-        if isinstance(grad_norm, Tensor):
-            try:
-                grad_norm = self._checked(grad_norm, 0)
-            except UserError:
-                if (optimizer := our_adamw(self.optimizer)) is not None:
-                    optimizer.take_back()
-                raise
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kw)
+    def _measure(self, optimizer: AdamW, most: float) -> Tensor:
+        """The norm of the gradients, and for the update the scale that clips it to `most`.
 
-    def _checked(self, grad_norm: Any, ahead: int) -> float:
-        """The norm, read from the device; of the step that comes `ahead` of those counted."""
-        norm, step = float(grad_norm), self.state.global_step + ahead
+        The scale is no number where the step must change nothing. Both are left on the device.
+        """
+        self.accelerator.unscale_gradients()
+
+        def measured() -> tuple[Tensor, Tensor]:
+            norm = optimizer.grad_norm()
+            sound = norm.isfinite()
+            if self.state.global_step == 0:
+                sound = sound & (norm > 0)
+            # as torch.nn.utils.clip_grad_norm_ has it
+            scale = (most / (norm + 1e-6)).clamp(max=1.0)
+            return norm, scale.where(sound, math.nan)
+
+        norm, optimizer.gradient_scale = twice(measured)
+        return norm
+
+    def read_norm(self) -> None:
+        """See, once the step is enqueued, that it could be right. Raises `UserError`."""
+        norm, self._norm = self._norm, None
+        if norm is None:
+            return
+        norm, step = float(norm), self.state.global_step + 1
+        why = ""
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
-            raise UserError(
+            why = (
                 f"step {step}: the gradient norm is {norm}: the loss is not finite, or the"
                 " learning rate too high; the weights are as they were before this step"
             )
-        if norm == 0 and step == 1:
-            raise UserError("step 1: every gradient is zero: nothing that trains reaches the loss")
-        return norm
+        elif norm == 0 and step == 1:
+            why = "step 1: every gradient is zero: nothing that trains reaches the loss"
+        if why:
+            if (optimizer := our_adamw(self.optimizer)) is not None:
+                optimizer.take_back()
+            raise UserError(why)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -381,7 +387,8 @@ def _is_elementwise(made: Any) -> bool:
 
 
 class _Begin(TrainerCallback):
-    """Tells the trainer when training begins, whoever made model and optimizer in between.
+    """Tells the trainer when training begins, whoever made model and optimizer in between, and when
+    an update is enqueued.
 
     Trainer also zeroes the model's gradients then, and after each step, which does not reach those
     on the host.
@@ -393,6 +400,9 @@ class _Begin(TrainerCallback):
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         self.on_step_end(optimizer=optimizer)
         self.trainer.begin()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.read_norm()
 
     def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         adamw = our_adamw(optimizer)

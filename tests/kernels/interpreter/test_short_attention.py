@@ -25,7 +25,9 @@ LENGTHS = {
 LAYOUTS = {  # prefixes, suffixes of each, others
     "one group": ([12], [[3, 9, 1, 40]], []),
     "several": ([9, 1, 70], [[3, 6], [5], [3, 20, 1]], [8, 33]),
+    "unasked": ([70], [[3, 90]], [100, 7]),  # tiles of keys that the last layer does not ask
 }
+UNSUPERVISED = {"unasked": (90, 100)}  # lengths of sequences that predict nothing
 
 
 def attend(lengths):
@@ -38,7 +40,8 @@ def layout_of(name, supervised=3):
     prefixes, suffixes, others = LAYOUTS[name]
     tails = [n for group in suffixes for n in group] + others
     predicts = [np.zeros(sum(prefixes), bool)]
-    predicts += [np.arange(n) >= n - min(supervised, n) for n in tails]
+    none = UNSUPERVISED.get(name, ())
+    predicts += [np.arange(n) >= (n if n in none else n - min(supervised, n)) for n in tails]
     members = np.array([len(group) for group in suffixes])
     lengths = np.array([*prefixes, *tails])
     return PackLayout(lengths, members, np.concatenate(predicts))
@@ -98,7 +101,7 @@ def test_short_attention(lengths, heads, dtype):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("heads", HEADS[:2])
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_with_prefixes(name, heads, last, monkeypatch):
     monkeypatch.setattr(ops, "CHUNK", 5)  # several chunks a prefix
@@ -120,9 +123,10 @@ def test_a_row_that_sees_nothing():
     sees = attend((6, 9))
     sees.keys[0, 4], sees.keys[1, 4] = ops.NOBODY, 0
     q, k, v, _ = inputs(sees, HEADS[0])
-    out, lse = ops.short_attention(q, k, v, sees, scale=1.0)
-    assert not out[4].any() and (lse[:, 4] == -torch.inf).all()
-    assert out.isfinite().all()
+    for attention in (ops.short_attention, short_attention_ref):
+        out, lse = attention(q, k, v, sees, scale=1.0)
+        assert not out[4].any() and (lse[:, 4] == -torch.inf).all()
+        assert out.isfinite().all()
 
 
 def test_bad_input_is_named():
