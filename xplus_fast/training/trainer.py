@@ -288,10 +288,8 @@ class XPlusTrainer(SavingTrainer):
 
     def read_norm(self) -> None:
         """See, once the step is enqueued, that it could be right. Raises `UserError`."""
-        norm, self._norm = self._norm, None
-        if norm is None:
-            return
-        norm, step = float(norm), self.state.global_step + 1
+        self._norm = norm = float(self._norm)
+        step = self.state.global_step + 1
         why = ""
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
             why = (
@@ -304,6 +302,10 @@ class XPlusTrainer(SavingTrainer):
             if (optimizer := our_adamw(self.optimizer)) is not None:
                 optimizer.take_back()
             raise UserError(why)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kw: Any) -> None:
+        known = self._norm if isinstance(grad_norm, Tensor) else grad_norm  # asked for once
+        super()._maybe_log_save_evaluate(tr_loss, known, *args, **kw)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
