@@ -298,7 +298,7 @@ def test_the_small_recipe(tmp_path, monkeypatch, capsys):
     code, out, err = run(capsys, root / "recipes/prepare-small.yaml", "workers=1")
     assert code == 0 and "build/prepared" in out, err
     _, found = rows("build/prepared")
-    assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 1000
+    assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 900
 
 
 def test_quality_by_the_corpus_own_score(corpus, tmp_path):
@@ -341,7 +341,7 @@ def test_a_pair_explained(corpus, tmp_path, capsys):
     code, out, _ = run(
         capsys, *arguments, "Hello <b>there</b>, my friend.", "Habari, rafiki yangu."
     )
-    assert code == 0 and "source becomes: Hello there , my friend." in out
+    assert code == 0 and "source becomes: Hello there, my friend." in out
     assert "so it stays, as" in out and "English source:" in out
     code, out, _ = run(capsys, *arguments, "Hello there.", "Hello there.")
     assert "clean          copy of the source" in out and "so it goes, at the step clean" in out

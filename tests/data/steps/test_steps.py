@@ -162,7 +162,7 @@ def duplicates(*pairs, score=None, priority=None, languages=None, options=None):
 
 
 def test_a_simhash_is_the_majority_of_its_shingles_bits():
-    from xplus_fast.data.steps.dedup import _mix
+    from xplus_fast.data.steps.grams import mix
 
     def alone(text):
         total = np.zeros(64, int)
@@ -170,7 +170,7 @@ def test_a_simhash_is_the_majority_of_its_shingles_bits():
         for i in range(len(padded) - 2):
             gram = np.zeros(1, np.uint64)
             for c in padded[i : i + 3]:
-                gram = _mix(gram ^ np.uint64(ord(c)))
+                gram = mix(gram ^ np.uint64(ord(c)))
             bits = [(int(gram[0]) >> b) & 1 for b in range(64)]
             total += 2 * np.array(bits) - 1
         return sum(1 << b for b in range(64) if total[b] > 0)

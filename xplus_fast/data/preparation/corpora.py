@@ -46,6 +46,7 @@ from xplus_fast.files import resolve
 Row = dict[str, Any]  # a row of `steps.batch.SCHEMA`
 NLLB_COLUMNS = 3  # source, target, LASER score; probabilities of the languages and origins follow
 _NLLB_NAME = re.compile(r"([a-z]{3}_[A-Z][a-z]{3})-([a-z]{3}_[A-Z][a-z]{3})")
+CODES = ("bpt", "ept", "it", "ph", "ut")  # elements of TMX
 XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 
 
@@ -284,7 +285,7 @@ def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
                     code = variant.get(XML_LANG) or variant.get("lang") or ""
                     segment = variant.find("seg")
                     if is_language(code) and segment is not None:
-                        texts[canonical(code)] = "".join(segment.itertext())
+                        texts[canonical(code)] = "".join(_words(segment))
                 element.clear()
                 chosen = wanted or list(texts)
                 if len(chosen) != 2 or any(code not in texts for code in chosen):
@@ -298,6 +299,16 @@ def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
         raise UserError(f"{path}: not a whole gzip file ({e})") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def _words(element: ElementTree.Element) -> Iterator[str]:
+    """A segment's text without native codes: RTF's and HTML's marks of bpt, ept, it, ph and ut."""
+    inside = element.text or ""
+    if element.tag.rpartition("}")[2] not in CODES or not re.search(r"[\\<]", inside):
+        yield inside
+    for child in element:
+        yield from _words(child)
+        yield child.tail or ""
 
 
 class _Rest(io.RawIOBase):

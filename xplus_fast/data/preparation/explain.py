@@ -57,8 +57,9 @@ def explain_pair(
             if old != new:
                 lines.append(f"{'':14} {side} becomes: {new}")
     hashes = fingerprints(batch, recipe.dedup)
-    simhash = hashes.column("pair_simhash")[0].as_py()
-    lines.append(f"{'dedup':14} other pairs decide; SimHash {simhash:016x}")
+    simhashes = (hashes.column(f"{n}_simhash")[0].as_py() for n in ("first", "second"))
+    shown = ", ".join(f"{simhash:016x}" for simhash in simhashes)
+    lines.append(f"{'dedup':14} other pairs decide; SimHashes {shown}")
     if recipe.quality.method != "none":
         scored = score_pairs(batch, recipe.quality)
         quality = scored.column("quality")[0].as_py()

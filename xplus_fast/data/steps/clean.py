@@ -49,7 +49,7 @@ _STOPS = re.compile(
     "\u0589\u055c\u055e\u1362\u1367\u1368\u17d4\u17d5\u0f0d\u104a\u104b\u037e\u203c\u2047-\u2049\u2e2e]"
     "[^\\w\\s]{0,4}$"
 )
-LONGEST_ROOT = 1 / math.sqrt(16)  # one over the root of a length: shorter texts are not judged
+LONGEST_ROOT = 1 / math.sqrt(22)  # one over the root of a length: shorter texts are not judged
 LOOP = 15  # characters of a text that repeats itself
 SHORTER = 0.1  # ln of the lengths: a text that breaks off is shorter than expected
 _DOTTED = re.compile(r"\.\w|@|//")

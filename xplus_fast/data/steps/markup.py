@@ -56,12 +56,12 @@ _SUBWORDS = re.compile(
 )
 _DEBRIS = re.compile(
     r"</[A-Za-z]|<(?:" + "|".join(sorted(n for n in _INLINE | _BLOCK if len(n) > 2)) + r"|br|td|tr"
-    r"|li|ul|hr|h[1-6]|script)\b|<[a-z]\s+\w+=|/>|<!--|-->|\[\[|\]\]|\{\{|\}\}|\{\\[a-z]|\\u[0-9a-fA-F]{4}"
+    r"|li|ul|hr|h[1-6]|script)\b|<[a-z]\s+\w+=|/>|<!--|-->|\[\[\w+:\w|\{\{|\}\}|\{\\[a-z]|\\u[0-9a-fA-F]{4}"
     r"|&(?:[a-z]{2,8}|#\d+|#x[0-9a-f]+);|\\[nrtu](?![a-z])|\[(?:url|img|size|color|quote|font)="
     r"|\[/(?:b|i|u|s|url|img|quote|code|size|color)\]|\b(?:style|class|href)=[\"']"
 )
 _DOUBTFUL = re.compile(
-    r"\|\||\bfunction\s?\w{0,30}\(|\b(?:document|window)\.\w|\{\s*[a-z-]+\s*:[^{};]{1,60}[;}]"
+    r"\|\||\[\[|\]\]|\bfunction\s?\w{0,30}\(|\b(?:document|window)\.\w|\{\s*[a-z-]+\s*:[^{};]{1,60}[;}]"
 )
 
 

@@ -36,7 +36,7 @@ _LOST = re.compile(
     "|\u00e2\u20ac|\u0432\u0402"
 )
 _HALF = re.compile("[\u00c2-\u00c6](?![a-z])|[\u00e1\u00c2][\u00bb\u00ba]")
-_REST = "\u0080-\u00ba\u00bc-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2020-\u2122"
+_REST = "\u0080-\u00ba\u00bc-\u00bf\u0152-\u0192\u02c6\u02dc\u2020-\u2122"
 _LEFT = re.compile(
     f"[\u00c2-\u00df][{_REST}]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
 )
