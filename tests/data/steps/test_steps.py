@@ -256,12 +256,14 @@ def test_quality_by_score_threshold_and_best():
     )
     options = QualityOptions(method="score", threshold=1.06, best=1)
     scored = score_pairs(pairs, options)
-    assert scored.schema.names == [*SCHEMA.names, "quality", "margin"]
+    assert scored.schema.names == [*SCHEMA.names, "quality", "margin", "least"]
     quality = scored.column("quality").to_numpy(False).astype(float)
     languages, tie = np.array([0, 0, 0, 1]), np.arange(4)
-    found = judge(quality, np.full(4, np.nan), languages, tie, options)
+    unknown = np.full(4, np.nan)
+    found = judge(quality, unknown, unknown, languages, tie, options)
     assert found == [None, "low quality", "not among the best", None]
-    unbounded = judge(quality, np.full(4, np.nan), languages, tie, QualityOptions(method="score"))
+    options = QualityOptions(method="score")
+    unbounded = judge(quality, unknown, unknown, languages, tie, options)
     assert unbounded == [None] * 4
 
 

@@ -93,8 +93,10 @@ def load_prepare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Prep
             except UserError as e:
                 raise UserError(f"corpora.{i}.languages: {e}") from None
     quality = recipe.quality
-    if quality.margin is not None and quality.method != "e5":
-        raise UserError(f"quality.margin: goes with method e5, not {quality.method}")
+    if quality.margin is not None and quality.method not in ("auto", "e5"):
+        raise UserError(f"quality.margin: goes with method auto or e5, not {quality.method}")
+    if quality.best is not None and quality.method in ("auto", "none"):
+        raise UserError(f"quality.best: goes with score, e5 or cometkiwi, not {quality.method}")
     if not recipe.instruct.prompts:
         raise UserError("instruct.prompts: at least one template is wanted")
     for i, prompt in enumerate(recipe.instruct.prompts):

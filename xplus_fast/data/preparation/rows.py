@@ -21,6 +21,7 @@ from xplus_fast.data.steps.dedup import (
     survivors,
     text_hash,
 )
+from xplus_fast.data.steps.quality import COLUMNS as SCORES
 from xplus_fast.data.steps.quality import judge as judge_quality
 
 _FACTS = ("source_language", "target_language", "score", "source_tokens", "target_tokens")
@@ -129,14 +130,18 @@ class Rows:
             for _ in run_calls(recipe.engine, quality_part, calls, recipe.workers):
                 progress.update()
         rows = np.flatnonzero(self.kept)
-        quality, margin = (np.empty(len(rows), np.float32) for _ in range(2))
+        scores = [np.empty(len(rows), np.float32) for _ in SCORES]
         at = 0
+        quality, margin, least = scores
         for name in self.names:
             table = pq.read_table(self.work / f"{name}.quality.parquet")
             here = slice(at, at + table.num_rows)
-            quality[here], margin[here] = (table[n].to_numpy() for n in ("quality", "margin"))
+            for values, name in zip(scores, SCORES, strict=True):
+                values[here] = table[name].to_numpy()
             at += table.num_rows
-        judged = judge_quality(quality, margin, self.pair[rows], self._hash(rows), recipe.quality)
+        judged = judge_quality(
+            quality, margin, least, self.pair[rows], self._hash(rows), recipe.quality
+        )
         reasons = ["", *sorted({reason for reason in judged if reason})]
         number = {reason or None: i for i, reason in enumerate(reasons)}
         found = np.zeros(len(self.kept), np.uint8)

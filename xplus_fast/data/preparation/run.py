@@ -45,6 +45,7 @@ from xplus_fast.data.preparation.rows import Rows
 from xplus_fast.data.steps.batch import SCHEMA
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction
+from xplus_fast.data.steps.quality import require_method
 from xplus_fast.errors import UserError
 from xplus_fast.files import (
     BUFFER,
@@ -75,6 +76,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     Raises `UserError` for what is wrong in the recipe, its corpora or its output folder.
     """
     out = resolve(recipe.output)
+    require_method(recipe.quality)
     sources = [_describe_corpus(c) for c in recipe.corpora]
     evaluation = evaluation_files(recipe.evaluation)
     about = {
