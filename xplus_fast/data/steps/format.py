@@ -54,7 +54,7 @@ _UNWRITTEN = re.compile(
     r"[^\W\d_]\?\s+[^\W\d_A-Z]|[^\W\d_]\?[,;:]|[^\W\d_]\?\.(?!\.)|(?<![\w?])\?+\w|\?\s+\?"
     r"|(?<![\w?])\?{3,}"
 )
-_LINK = re.compile(r"\S*(?:://|www\.)\S*")
+_LINK = re.compile(r"(?:\w{1,10}://|www\.)\S*")
 _ASKS = re.compile("[?;\u037e\u061f\uff1f\u055e\u1367\u00bf]")
 _PLACEHOLDER = re.compile(
     r"%\([A-Za-z_]\w*\)[#0\- +]*\d*(?:\.\d+)?[a-zA-Z]|%\d+\$[a-z]|%[sdifrxg](?![\w%])"

@@ -50,7 +50,7 @@ def _one(text: str, language: str, options: IdentifyOptions) -> None:
     else:
         gap, other = advantage(text, base)
     # names say little of the language that they stand in
-    if gap > options.margin * (2 if gap < 2 * options.margin and _names(text) else 1):
+    if gap > options.margin * (4 if gap < 4 * options.margin and _names(text) else 1):
         raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
     if options.scripts and base == "zh":
         simplified, traditional = chinese_scripts(text)
