@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a finished run -> a Hugging Face folder")
     export.add_argument("run_folder", type=Path, metavar="RUN", help="the run's output folder")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    export.add_argument(
+        "--scale", default="", metavar="S",
+        help="as much of the change: 0.7, or stage-1=1,stage-2=0.5, or 21-28=0.5",
+    )  # fmt: skip
     export.set_defaults(run=_export)
 
     verify = commands.add_parser(
@@ -216,16 +220,23 @@ def _export(options: argparse.Namespace) -> int:
     _quiet()
     from xplus_fast.model.checkpoint_files import DTYPE_CODES, CheckpointFiles
     from xplus_fast.model.quantized import plain_code
+    from xplus_fast.training.changes import Changes
     from xplus_fast.training.export import export
-    from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(resolve(options.run_folder))
-    export(base, tensors, resolve(options.out), record)
-    print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
+    changes = Changes(resolve(options.run_folder))
+    if options.scale:
+        changes = changes.at(options.scale)
+    base = changes.base
+    export(base, changes, resolve(options.out), changes.record)
+    scaled = f", {options.scale} of what was changed" if "scale" in changes.record else ""
+    print(
+        f"{options.out}: {len(changes)} tensors from {options.run_folder}{scaled},"
+        f" the rest from {base}"
+    )
     files = CheckpointFiles.open(base)
-    entries = [files.entries[name] for name in tensors]
+    entries = [files.entries[name] for name in changes]
     stored = {plain_code(files.config, entry) for entry in entries}
-    for code in sorted(stored - {DTYPE_CODES[str(t.dtype)] for t in tensors.values()}):
+    for code in sorted(stored - {DTYPE_CODES[str(dtype)] for dtype in changes.dtypes}):
         print(f"the trained tensors are rounded to {code}, in which the base stores them")
     if codes := sum(entry.scale is not None for entry in entries):
         print(f"{codes} of them are FP8 in the base, and {', '.join(sorted(stored))} in the result")

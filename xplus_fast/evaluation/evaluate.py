@@ -189,10 +189,11 @@ def model_folder(given: str, out: Path) -> Path:
     path = resolve(given)
     if not (path / "run.json").is_file() and not (path / ".xplus-run").is_file():
         return resolve_model(given)
+    from xplus_fast.training.changes import Changes
     from xplus_fast.training.export import export
-    from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(path)
+    changes = Changes(path)
+    record = changes.record
     folder = out / "model"
     sweep(out, folder.name)
     if (folder / RECORD).is_file():
@@ -200,5 +201,5 @@ def model_folder(given: str, out: Path) -> Path:
         if all(known.get(key) == value for key, value in record.items()):
             return folder
         remove(folder)
-    export(base, tensors, folder, record)
+    export(changes.base, changes, folder, record)
     return folder
