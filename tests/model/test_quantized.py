@@ -352,8 +352,8 @@ def test_it_answers_as_its_decoded_copy_does(tmp_path):
     made = []
     for model in (folder, other):
         generator = generate.Generator(
-            model, tmp_path / "cache", engine="generate", batch_size=2, max_new_tokens=8,
-            dtype="float32", device="cpu", show=False,
+            generate.subject_of(model, "float32", "cpu"), tmp_path / "cache", engine="generate",
+            batch_size=2, max_new_tokens=8, dtype="float32", show=False,
         )  # fmt: skip
         made.append(generator.answer(["The house", "A dog is"], "x"))
     assert made[0] == made[1] and all(text for text, _ in made[0])

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,8 @@ from xplus_fast.training import checkpoints
 from xplus_fast.training.optimizer import AdamW
 
 ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir):
     """A folder with a model, a corpus and a recipe of two stages."""
