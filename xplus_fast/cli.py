@@ -54,7 +54,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         with listen():
             return options.run(options)
     except UserError as e:
-        print(f"xplus-fast: {one_line(str(e))}", file=sys.stderr)
+        for line in e.args:
+            print(f"xplus-fast: {one_line(str(line))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         signum, said = (e.signum, e.said) if isinstance(e, Stopped) else (signal.SIGINT, "")
@@ -239,16 +240,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet()
     from xplus_fast.evaluation import verdict
     from xplus_fast.evaluation.evaluate import evaluate, model_folder
+    from xplus_fast.evaluation.ready import check
     from xplus_fast.model.checkpoint_files import resolve_model
 
-    if options.fail_if:
-        if not options.base:
-            raise UserError("--fail-if is about changes: it goes with --base")
-        verdict.parse_condition(options.fail_if)
+    if options.fail_if and not options.base:
+        raise UserError("--fail-if is about changes: it goes with --base")
+    lines = check(recipe, options.fail_if)  # before a model is downloaded or exported
     base = resolve_model(options.base) if options.base else None
     with working_in(resolve(recipe.output)):
         model = model_folder(options.model, resolve(recipe.output))
-        result = evaluate(model, base, recipe)
+        result = evaluate(model, base, recipe, lines=lines)
     print(json.dumps(result, indent=2) if options.json else verdict.describe(recipe.output, result))
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 

@@ -14,45 +14,54 @@ import numpy as np
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
 from xplus_fast.evaluation.generate import Generator, check_model, model_digest
+from xplus_fast.evaluation.outputs import Answer, one_line
+from xplus_fast.evaluation.ready import check
 from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.translation import (
-    Lines,
-    make_metric,
-    off_target,
-    prompts,
-    read_sets,
-    score,
-)
+from xplus_fast.evaluation.sets import Lines
+from xplus_fast.evaluation.translation import note, prompts, read_answers, score
 from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
+from xplus_fast.model.pretrained import load_tokenizer
 
 SAMPLES = 3  # translations shown of each direction
+FALLING = ("off_target", "metricx")  # metrics of which less is better
 
 
 def evaluate(
-    model: Path, base: Path | None, recipe: EvaluateRecipe, *, show: bool = True
-) -> dict[str, Any]:
+    model: Path, base: Path | None, recipe: EvaluateRecipe, *,
+    lines: Sequence[Lines] | None = None, show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate a model folder, and another one beside it; returns what verdict.json holds.
 
-    Raises `UserError` for what is wrong in the recipe, its files and the models.
+    lines: the recipe's test sets, where `ready.check` has been asked for them. Raises `UserError`
+    for what is wrong in the recipe, its files and the models, before anything is generated.
     """
     out = resolve(recipe.output)
-    lines = read_sets(recipe.translation.sets)  # before anything is generated
+    if lines is None:
+        lines = check(recipe)
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
     stock = bool(recipe.reasoning.tasks) and harness_model(recipe) == "hf"
     for folder in folders.values():
         check_model(folder, stock=stock)
+    for folder in folders.values() if lines else ():
+        tokenizer = load_tokenizer(folder)
+        for each in lines:  # a template that refuses is found before any is answered
+            prompts(each.first(1), recipe.translation, tokenizer)
     make_folder(out)
-    answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
+    for each in lines:
+        _write_lines(out, "source", each, each.sources)
+        _write_lines(out, "reference", each, each.references)
+    answered: dict[str, dict[str, list[Answer]]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     done: dict[str, dict[str, Any]] = {}  # by the model's digest
     for which, folder in folders.items():
         answered[which] = _translate(which, folder, lines, recipe, out, show)
-        if lines and not any(text for made in answered[which].values() for text, _ in made):
-            raise UserError(
-                f"{which}: {folder} emits nothing: every answer is empty (its end-of-text token,"
-                " or a chat template that it was not trained with?)"
-            )
+        made = [answer for answers in answered[which].values() for answer in answers]
+        if made and not any(answer.text for answer in made):
+            why = "its end-of-text token, or a chat template that it was not trained with?"
+            if all("thoughts" in answer.odd for answer in made):
+                why = "a think block each, and nothing after it: translation.max_new_tokens?"
+            raise UserError(f"{which}: {folder} emits nothing: every answer is empty ({why})")
         if recipe.reasoning.tasks:
             digest = model_digest(folder)
             if digest not in done:
@@ -62,7 +71,7 @@ def evaluate(
             tasks[which] = done[digest]
     result: dict[str, Any] = {
         "model": str(model), "base": None if base is None else str(base), "rows": [],
-        "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [],
+        "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [], "notes": [],
     }  # fmt: skip
     for each in lines:
         _judge_direction(each, answered, recipe, result)
@@ -78,7 +87,7 @@ def evaluate(
 
 def _translate(
     which: str, folder: Path, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, show: bool
-) -> dict[str, list[tuple[str, bool]]]:
+) -> dict[str, list[Answer]]:
     if not lines:
         return {}
     generator = Generator(
@@ -89,11 +98,16 @@ def _translate(
     found = {}
     for each in lines:
         asked = prompts(each, recipe.translation, generator.tokenizer)
-        found[each.name] = generator.answer(asked, f"{which} {each.name}")
-        texts = "\n".join(" ".join(text.split()) for text, _ in found[each.name])
-        name = each.name.replace(":", ".")
-        write_text(out / f"{which}.{name}.txt", texts + "\n")
+        made = generator.answer(asked, f"{which} {each.name}")
+        found[each.name] = read_answers(each, made, recipe.translation)
+        _write_lines(out, which, each, [answer.text for answer in found[each.name]])
     return found
+
+
+def _write_lines(out: Path, what: str, lines: Lines, texts: Sequence[str]) -> None:
+    """Texts of a direction, as they are scored: a line each."""
+    name = lines.name.replace(":", ".")
+    write_text(out / f"{what}.{name}.txt", "".join(f"{one_line(text)}\n" for text in texts))
 
 
 def _judge_direction(
@@ -103,38 +117,37 @@ def _judge_direction(
     outputs = {which: found[lines.name] for which, found in answered.items()}
     scored = {which: score(lines, found, config) for which, found in outputs.items()}
     for which, found in scored.items():
-        kept = {k: found[k] for k in ("empty", "truncated", "sentences")}
-        result["counts"][f"{which} {lines.name}"] = kept
+        result["counts"][f"{which} {lines.name}"] = found["counts"]
         for name, why in found["missing"].items():
             result["missing"][f"{lines.name} {name}"] = why
-        for name, signature in found["signatures"].items():
-            result["signatures"][f"{name} {lines.name}"] = signature
-        if found["empty"] == len(lines.sources):
+        for name, measured in found["measured"].items():
+            if measured.signature:
+                result["signatures"][f"{name} {lines.name}"] = measured.signature
+        if found["counts"]["empty"] == len(lines.sources):
             result["silent"].append(f"{which} {lines.name}")
-    texts = {which: [text for text, _ in found] for which, found in outputs.items()}
+    if lines.left_out:
+        said = f"{lines.name}: {lines.left_out} rows that the set calls bad are left out"
+        result["notes"].append(said)
     for name in config.metrics:
-        if any(name not in found["scores"] for found in scored.values()):
+        if any(name not in found["measured"] for found in scored.values()):
             continue
-        tuned = scored["tuned"]["scores"][name]
-        base = scored["base"]["scores"][name] if "base" in scored else None
+        if (said := note(name, lines.languages[1])) and said not in result["notes"]:
+            result["notes"].append(said)
+        tuned = scored["tuned"]["measured"][name]
+        base = scored["base"]["measured"][name] if "base" in scored else None
         interval = None
-        if base is not None and name != "xcomet" and len(lines.sources) > 1:
-            before, after = (
-                verdict.mean_scorer(off_target(lines, texts[which]), 100)
-                if name == "off_target"
-                else verdict.corpus_scorer(
-                    make_metric(name, lines.languages[1], config), texts[which], lines.references
-                )
-                for which in ("base", "tuned")
-            )
+        if base is not None and len(lines.sources) > 1:
             interval = verdict.difference(
-                before, after, len(lines.sources), samples=recipe.bootstrap,
+                base.of, tuned.of, len(lines.sources), samples=recipe.bootstrap,
                 confidence=recipe.confidence, seed=recipe.seed,
             )  # fmt: skip
-        falling = name == "off_target"
         result["rows"].append(
-            verdict.row("translation", lines.name, name, base, tuned, interval, falling=falling)
-        )
+            verdict.row(
+                "translation", lines.name, name, None if base is None else base.score, tuned.score,
+                interval, falling=name in FALLING,
+            )
+        )  # fmt: skip
+    texts = {which: [answer.text for answer in found] for which, found in outputs.items()}
     shown = []
     for i in range(min(SAMPLES, len(lines.sources))):
         sample = {"source": lines.sources[i], "reference": lines.references[i]}

@@ -93,6 +93,29 @@ def answers(
         yield batch
 
 
+def pick_engine(wanted: str) -> str:
+    """ "vllm" or "generate", as a recipe's `engine` says. Raises `UserError` if it is missing."""
+    found = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not found:
+        raise UserError("engine: vllm is not installed: pip install vllm, or engine=generate")
+    return "vllm" if wanted != "generate" and found else "generate"
+
+
+def check_device(device: str) -> None:
+    """See that a recipe's `device` is there. Raises `UserError`."""
+    if device == "auto":
+        return
+    try:
+        usable = torch.device(device).type != "meta" and torch.zeros(1, device=device).sum() == 0
+        why = "" if usable else "it computes nothing"
+    except (RuntimeError, AssertionError) as e:  # of PyTorch built without it
+        why = str(e).partition("\n")[0]
+    if why:
+        raise UserError(
+            f"device: {device!r:.40} is not there ({why:.200}): auto, cpu, cuda, cuda:0"
+        )
+
+
 class Generator:
     """A model's answers, out of a cache where they have been made before.
 
@@ -104,11 +127,8 @@ class Generator:
         self, folder: Path, cache: Path, *, engine: str, batch_size: int, max_new_tokens: int,
         dtype: str, device: str, show: bool,
     ) -> None:  # fmt: skip
-        found = importlib.util.find_spec("vllm") is not None
-        if engine == "vllm" and not found:
-            raise UserError("engine: vllm is not installed: pip install vllm, or engine=generate")
         self.folder, self.show = folder, show
-        self.engine = "vllm" if engine != "generate" and found else "generate"
+        self.engine = pick_engine(engine)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.dtype, self.device = dtype, device
         self.made = 0  # answers that were not in the cache

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation.outputs import describe as describe_oddities
 from xplus_fast.files import write_json, write_picture, write_text
 
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -141,6 +142,8 @@ def describe(out: str, result: dict[str, Any]) -> str:
         lines.append(line)
     lines += [f"not measured: {where}: {why}" for where, why in result["missing"].items()]
     lines += [f"{where}: every answer is empty" for where in result["silent"]]
+    lines += _odd_answers(result)
+    lines += [f"note: {said}" for said in result["notes"]]
     return "\n".join([*lines, f"read {Path(out) / 'verdict.md'}"])
 
 
@@ -164,6 +167,8 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
             what = "chrF++" if name == "translation" else "points"
             lines.append(f"{name}: {change:+.2f} {what} on average")
     lines += ["", table(result["rows"]), ""]
+    if said := [f"- {text}" for text in (*_odd_answers(result), *result["notes"])]:
+        lines += [*said, ""]
     if picture:
         lines += ["![what was gained and what it cost](verdict.png)", ""]
     if result["signatures"]:
@@ -172,12 +177,6 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
         lines.append("")
     for where, why in result["missing"].items():
         lines.append(f"- not measured: {where}: {why}")
-    for where, counts in result["counts"].items():
-        if counts["empty"] or counts["truncated"]:
-            lines.append(
-                f"- {where}: {counts['empty']} empty and {counts['truncated']} cut-off answers of"
-                f" {counts['sentences']}"
-            )
     for where, samples in result["samples"].items():
         lines += ["", f"## {where}", ""]
         for sample in samples:
@@ -185,6 +184,15 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
             lines += [f"- {k}: {sample[k]}" for k in ("reference", "base", "tuned") if k in sample]
             lines.append("")
     return "\n".join(lines) + "\n"
+
+
+def _odd_answers(result: dict[str, Any]) -> list[str]:
+    """Of each model and direction, the answers that are no plain translations."""
+    return [
+        f"{where}: of {counts['sentences']} answers {odd}"
+        for where, counts in result["counts"].items()
+        if (odd := describe_oddities(counts))
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -38,6 +38,23 @@ def config_from_hub(name: str) -> Path:
     return _had(name, download)
 
 
+def on_hub(name: str, file: str) -> Path:
+    """See that a file of a repository is in the hub's cache, or may be downloaded. Raises
+    `UserError`."""
+
+    def ask(hub: Any) -> str:
+        cached = hub.try_to_load_from_cache(name, file)
+        if isinstance(cached, str):
+            return cached
+        if hub.constants.HF_HUB_OFFLINE:
+            raise hub.errors.OfflineModeIsEnabled(name)
+        _reach(hub.constants.ENDPOINT)
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, file), timeout=10)
+        return file
+
+    return _had(name, ask)
+
+
 def _had(name: str, download: Callable[[Any], str]) -> Path:
     # "org/name" is a hub id unless it starts like a path or its first half is a folder here
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) or resolve(name).parent.is_dir():
