@@ -2,49 +2,60 @@
 
 | format | what a record is |
 |---|---|
-| messages | {"messages": [{"role": ..., "content": ...}, ...]} |
+| messages | {"messages": [{"role": ..., "content": ...}, ...]}, or {"conversations": ...} |
+| sharegpt | {"conversations": [{"from": "human", "value": ...}, ...]} |
 | prompt | {"prompt": ..., "completion": ...}: two strings or two lists of messages |
 | alpaca | {"instruction": ..., "input": ..., "output": ...}, `input` and `system` optional |
-| translation | {"translation": {"en": ..., "sw": ...}} or {"en": ..., "sw": ...} |
+| translation | {"translation": {"en": ..., "sw": ...}}, {"en": ..., "sw": ...}, {"src", "tgt"} |
 | lines | line i of one file and line i of another |
 | gettext | an entry of a .po catalog |
+| text | {"text": ...}, or a paragraph of a plain file: all of it is learnt, nobody asks |
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from xplus_fast.config import DataConfig, Source
-from xplus_fast.data.files import (
-    RECORDS,
-    TEXT_LIMIT,
-    WHOLE_LIMIT,
-    Rejected,
-    choose_files,
-    data_files,
-    kind,
-    read_lines,
-    read_records,
-    require,
-    saved_dataset,
-    stem,
-)
-from xplus_fast.data.languages import is_language, language_name, two_languages
-from xplus_fast.data.records import (
-    CONVERSATIONS,
+from xplus_fast.data.compressed import bare, kind, stem
+from xplus_fast.data.conversations import (
     ODD_KEYS,
-    READ,
+    Messages,
     Unfit,
-    detect,
     is_empty,
     meaningful,
     say,
+    tools_of,
+)
+from xplus_fast.data.files import (
+    TEXT_LIMIT,
+    WHOLE_LIMIT,
+    Rejected,
+    read_lines,
+    read_records,
+    require,
+)
+from xplus_fast.data.folders import RECORDS, saved_dataset
+from xplus_fast.data.languages import (
+    is_language,
+    language_name,
+    languages_of_name,
+    two_languages,
+)
+from xplus_fast.data.records import (
+    CONVERSATIONS,
+    TEXT,
+    Form,
+    detect,
+    has_header,
+    languages_in,
     translation,
     without,
 )
+from xplus_fast.data.sources import chosen_files, located
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 
@@ -54,13 +65,19 @@ _UNREAD = 100  # keys that are noted as unread at most
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to learn from."""
+    """One conversation to learn from, or a document."""
 
-    messages: tuple[dict[str, str], ...]  # {"role", "content"}; ends with the assistant's answer
+    messages: Messages  # ends with the assistant's answer; of a document: one of the role TEXT
     where: str  # "file:line", for messages to the user
     tag: str  # translation direction "en-fr", else the source's file stem
     key: str  # "language pair\0content", equal for both directions and duplicates
     mirror: str = ""  # of a pair: the same with the other side's text
+    tools: list[dict[str, Any]] | None = None  # that the model is offered
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a document."""
+        return self.messages[0]["role"] == TEXT
 
     @property
     def group(self) -> str:
@@ -107,12 +124,12 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
     """
     name, chosen = _name(source), file_format(source)
     items: Iterator[Pair | Example | Rejected]
-    if chosen == "text":
-        raise UserError(f"{name}: raw text has no answers to learn; it serves in data.retention")
     if chosen == "lines":
         items = line_pairs(source)
     elif chosen == "gettext":
         items = catalog_pairs(source)
+    elif chosen == "text" and not has_records(source):
+        items = paragraphs(source)
     else:
         items = _from_records(source, chosen, reading)
     if chosen != "auto":
@@ -129,26 +146,45 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
 
 
 def read_text(sources: Sequence[Source]) -> list[str]:
-    """Read raw text: the paragraphs, which blank lines separate.
+    """Read raw text: documents, of plain files the paragraphs, which blank lines separate.
 
     Raises `UserError` for another format, a missing or empty file, or a line that is not UTF-8.
     """
-    paragraphs: list[str] = []
+    texts: list[str] = []
     for source in sources:
         if source.format not in ("auto", "text"):
             raise UserError(f"{_name(source)}: raw text is wanted here, not '{source.format}'")
-        of_source: list[str] = []
-        for path in [source.path] if isinstance(source.path, str) else source.path:
-            lines: list[str] = []
-            for _, line in read_lines(require(path)):
-                if isinstance(line, Rejected):
-                    raise UserError(str(line))
-                lines.append(line if line.strip() else "")
-            of_source += [p.strip("\n") for p in "\n".join(lines).split("\n\n") if p.strip()]
+        source = replace(source, format="text")
+        items = _from_records(source, "text", Reading()) if has_records(source) else None
+        of_source = []
+        for item in islice(items or paragraphs(source), source.limit):
+            if not isinstance(item, Example):
+                raise UserError(str(item))
+            of_source.append(item.messages[0]["content"])
         if not of_source:
             raise UserError(f"{_name(source)}: no text in it")
-        paragraphs += of_source[: source.limit]
-    return paragraphs
+        texts += of_source
+    return texts
+
+
+def paragraphs(source: Source) -> Iterator[Example | Rejected]:
+    """The paragraphs of plain files, which blank lines separate; a long one in parts."""
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        found = require(path)
+        lines: list[str] = []
+        begin, size = "", 0
+        for where, line in chain(read_lines(found), [("", "")]):
+            if isinstance(line, Rejected):
+                yield line
+                continue
+            if lines and (not line.strip() or size > TEXT_LIMIT // 4):
+                text = "\n".join(lines)
+                yield Example((say(TEXT, text),), begin, stem(found), f"\0{text}")
+                lines, size = [], 0
+            if line.strip():
+                begin = begin if lines else where
+                lines.append(line)
+                size += len(line)
 
 
 def file_format(source: Source) -> str:
@@ -166,26 +202,38 @@ def file_format(source: Source) -> str:
         for each in source.path:
             require(each)
         return "lines"
-    path = require(source.path)
+    path = located(source)
     if pinned == "lines":
         raise UserError(f"{path}: format 'lines' wants a list of two files, found one path")
     if path.is_dir():
-        catalogs = not saved_dataset(path) and any(path.glob("**/LC_MESSAGES/*.po"))
+        saved = saved_dataset(path, source.split)
+        catalogs = not saved and any(path.glob("**/LC_MESSAGES/*.po"))
         found = "gettext" if catalogs else "records"
     else:
+        for option in ("split", "subset"):
+            if getattr(source, option) is not None:
+                raise UserError(f"{path}: a file has no {option}; folders and data of the hub do")
         found = {".po": "gettext", **dict.fromkeys(RECORDS, "records")}.get(kind(path), "text")
     if pinned == "auto" and found == "text":
         raise UserError(
             f"{path}: its name does not tell the format; {', '.join(RECORDS)}, .po, a folder of"
-            " them, or a list of two line-aligned files are known"
+            " them, or a list of two line-aligned files are known; format: text trains on raw text"
         )
     if pinned == "auto":
         return "auto" if found == "records" else found
     wanted = pinned if pinned in ("gettext", "text") else "records"
-    if wanted != found:
+    if wanted != found and (pinned, found) != ("text", "records"):
         says = {"gettext": ".po catalogs", "records": f"{', '.join(RECORDS)}", "text": "plain text"}
         raise UserError(f"{path}: format '{pinned}' wants {says[wanted]}, found {says[found]}")
     return pinned
+
+
+def has_records(source: Source) -> bool:
+    """Whether a source's files hold records, each with its keys."""
+    if not isinstance(source.path, str):
+        return False
+    path = located(source)
+    return path.is_dir() or kind(path) in RECORDS
 
 
 def source_files(source: Source) -> list[Path]:
@@ -193,8 +241,10 @@ def source_files(source: Source) -> list[Path]:
     chosen = file_format(source)
     if not isinstance(source.path, str):
         return [resolve(p) for p in source.path]
-    path = resolve(source.path)
-    return [p for p, _ in catalogs(path, source)] if chosen == "gettext" else data_files(path)
+    path = located(source)
+    if chosen == "gettext":
+        return [p for p, _ in catalogs(path, source)]
+    return chosen_files(source).files
 
 
 def _name(source: Source) -> str:
@@ -225,7 +275,7 @@ def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
 
 
 def _suffix_language(path: Path) -> str:
-    code = path.name.removesuffix(".gz").removesuffix(".txt").rpartition(".")[2]
+    code = bare(path.name).removesuffix(".txt").rpartition(".")[2]
     if not is_language(code):
         raise UserError(
             f"{path}: its name does not end in a language code; give the two files' languages,"
@@ -307,43 +357,51 @@ def _from_records(
     source: Source, chosen: str, reading: Reading
 ) -> Iterator[Pair | Example | Rejected]:
     assert isinstance(source.path, str)
-    path = resolve(source.path)
-    pinned, tag, seen = chosen != "auto", stem(path), False
+    path, tag = located(source), stem(Path(source.path))
+    form: Form | None = None
     if path.is_dir():
-        files, left = choose_files(path)
-        reading.files[source.path] = [str(f.relative_to(path)) for f in files]
-        reading.left[source.path] = [str(f.relative_to(path)) for f in left]
-    for where, record in read_records(path):
+        files = chosen_files(source)
+        reading.files[source.path] = [str(f.relative_to(path)) for f in files.files]
+        reading.left[source.path] = [str(f.relative_to(path)) for f in files.left]
+    named = languages_of_name(source.subset or "") or languages_of_name(path.name)
+    records = read_records(
+        path, source.split, source.subset, header=has_header(source.columns)
+    )  # fmt: skip
+    for where, record in records:
         if isinstance(record, Rejected):
             yield record
             continue
         if source.ignore:
             record = without(record, source.ignore)
-        if not seen and not pinned:
-            chosen = detect(record, where)
-            reading.formats[str(source.path)] = chosen
+        first = form is None
+        if form is None:
+            form = detect(record, where, source.columns, chosen)
+            reading.formats[source.path] = form.format
         try:
-            _look_beside(record, chosen, where, reading)
-            if chosen == "translation":
-                yield Pair(where, *translation(record, source.languages, where))
+            record = form.renamed(record)
+            _look_beside(record, form, where, reading)
+            if form.format == "translation":
+                yield Pair(where, *translation(record, source.languages, where, named))
             else:
-                messages = CONVERSATIONS[chosen](record)
-                asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
-                yield Example(messages, where, *_named(record, tag, asked))
+                messages = CONVERSATIONS[form.format](record)
+                # a document is its own key, a conversation's is what is asked
+                said = messages if form.format == TEXT else messages[:-1]
+                asked = "\0".join(f"{m['role']}:{m['content']}" for m in said)
+                tools = tools_of(record)
+                yield Example(messages, where, *_named(record, tag, asked), tools=tools)
         except Unfit as e:
             reason, detail = e.args
-            if not seen and pinned and reason == ODD_KEYS:
+            if first and chosen != "auto" and reason == ODD_KEYS:
                 raise UserError(f"{where}: not of the format '{chosen}': {detail}") from None
             yield Rejected(where, reason, detail)
-        seen = True
 
 
-def _look_beside(record: dict[str, Any], chosen: str, where: str, reading: Reading) -> None:
+def _look_beside(record: dict[str, Any], form: Form, where: str, reading: Reading) -> None:
     """Note the keys that are not read. Raises `Unfit` for those that change what is meant."""
-    read = {*READ[chosen], *_NAMED}
+    read = {*form.read, *_NAMED}
+    if form.format == "translation" and not {"translation", "src"} & set(record):
+        read |= {*languages_in(record).values()} | {k for k in record if is_language(k)}
     others = {k: v for k, v in record.items() if k not in read and not is_empty(v)}
-    if chosen == "translation" and "translation" not in record:
-        others = {k: v for k, v in others.items() if not is_language(k)}
     if meant := meaningful(others):
         raise Unfit(
             "keys that are not read",
@@ -365,13 +423,15 @@ def _named(record: dict[str, Any], tag: str, asked: str) -> tuple[str, str]:
 def _check(example: Example) -> Example | Rejected:
     """What holds for an example of any format."""
     size = sum(len(m["content"]) for m in example.messages)
-    if size > TEXT_LIMIT:
+    if size > TEXT_LIMIT and not example.is_text:
         detail = f"{size:,} characters, {TEXT_LIMIT:,} are read at most"
         return Rejected(example.where, "a text that is too long", detail)
     for message in example.messages:
         role, content = message["role"], message["content"]
-        if role != "system" and not content.strip():
-            what = "the answer" if role == "assistant" else "the text to answer"
+        # an answer may be a call alone, and what a tool gives may be nothing
+        may_be_empty = role in ("system", "tool") or "tool_calls" in message
+        if not may_be_empty and not content.strip():
+            what = {"assistant": "the answer", TEXT: "the text"}.get(role, "the text to answer")
             return Rejected(example.where, f"{what} is empty")
         try:
             content.encode("utf-8")

@@ -14,10 +14,11 @@ from typing import Any
 from xplus_fast.data.chat import prompt_text
 from xplus_fast.data.readers import Example, say
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.generate import Generator
+from xplus_fast.evaluation.generate import Generator, Subject
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import make_folder, remove, resolve, write_json, write_text
+from xplus_fast.foreign import check_packages
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -26,8 +27,14 @@ WANTED = "a checkout of github.com/LiveCodeBench/LiveCodeBench"
 
 
 def measure(
-    model: Path, recipe: EvaluateRecipe, folder: Path, *, generations: Path, show: bool, what: str
-) -> dict[str, Any]:
+    subject: Subject,
+    recipe: EvaluateRecipe,
+    folder: Path,
+    *,
+    generations: Path,
+    show: bool,
+    what: str,
+) -> dict[str, Any]:  # fmt: skip
     """pass@1 of one greedy answer a question, as `reasoning.run_tasks` returns it.
 
     folder: where its files lie, by the model and the options; a finished one is read again.
@@ -35,15 +42,14 @@ def measure(
     results = folder / "results.json"
     if not results.exists():
         try:
-            _run(model, recipe, folder, generations, show, what)
+            _run(subject, recipe, folder, generations, show, what)
         except UserError as e:
             return {"missing": str(e)}
     return {**json.loads(results.read_text(encoding="utf-8")), "falling": []}
 
 
-def _run(
-    model: Path, recipe: EvaluateRecipe, folder: Path, generations: Path, show: bool, what: str
-) -> None:
+def check(recipe: EvaluateRecipe) -> None:
+    """See that it is allowed and that its checkout is there. Raises `UserError`."""
     r, own = recipe.reasoning, recipe.reasoning.livecodebench
     if not r.allow_code:
         raise UserError("it executes what the model writes; reasoning.allow_code=true lets it")
@@ -54,11 +60,21 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
-    permitted(r.code_isolation)  # before the model answers
-    reads = readable(r.code_reads)
-    checkout = resolve(own.folder)
-    if not (checkout / "lcb_runner").is_dir():
-        raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
+    permitted(r.code_isolation)
+    readable(r.code_reads)
+    if not (resolve(own.folder) / "lcb_runner").is_dir():
+        raise UserError(f"reasoning.livecodebench.folder: {resolve(own.folder)} is not {WANTED}")
+    check_packages(own.python, (), option="reasoning.livecodebench.python")
+
+
+def _run(
+    subject: Subject, recipe: EvaluateRecipe, folder: Path, generations: Path, show: bool,
+    what: str,
+) -> None:  # fmt: skip
+    check(recipe)  # before the model answers
+    r, own = recipe.reasoning, recipe.reasoning.livecodebench
+    assert own.folder is not None
+    checkout, reads = resolve(own.folder), readable(r.code_reads)
     options = ["--scenario", "codegeneration", "--release_version", own.release]
     for name in ("start_date", "end_date"):
         if value := getattr(own, name):
@@ -69,8 +85,8 @@ def _run(
         raise UserError("reasoning.livecodebench: no question of its release is in these dates")
 
     generator = Generator(
-        model, generations, engine=recipe.engine, batch_size=recipe.batch_size,
-        max_new_tokens=own.max_new_tokens, dtype=recipe.dtype, device=recipe.device, show=show,
+        subject, generations, engine=recipe.engine, batch_size=recipe.batch_size,
+        max_new_tokens=own.max_new_tokens, dtype=recipe.dtype, show=show,
     )  # fmt: skip
     prompts = []
     for q in questions:

@@ -10,6 +10,7 @@ from xplus_fast.data.files import Rejected
 from xplus_fast.data.languages import canonical
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
 from xplus_fast.data.preparation.recipe import Corpus
+from xplus_fast.data.steps.format import FormatOptions, tidy
 from xplus_fast.errors import UserError
 
 PAIRS = [("Hello there.", "Habari yako."), ("Good morning.", "Habari za asubuhi.")]
@@ -181,6 +182,20 @@ TMX = """<?xml version="1.0"?>
 <tuv xml:lang="sw-KE"><seg>Habari yako.</seg></tuv></tu>
 <tu><tuv xml:lang="en"><seg>Alone.</seg></tuv></tu>
 </body></tmx>"""
+
+
+def test_words_between_inline_codes_stay(tmp_path):
+    """Native codes of TMX go in the reader or in the first step; what is no code is text."""
+    coded = 'Press <bpt i="1">{\\b </bpt>%s<ept i="1">}</ept> <ph x="1">%s</ph> <hi>%s</hi>.'
+    inner = (("Start", "twice", "now"), ("Anza", "mara mbili", "sasa"))
+    memory = TMX
+    for old, words in zip(("Hello <b>there</b>.", "Habari yako."), inner, strict=True):
+        memory = memory.replace(old, coded % words)
+    row = read(write_lines(tmp_path / "x.tmx", [memory]))[0]
+    texts = [tidy(row[side], FormatOptions()) for side in ("source", "target")]
+    assert texts == ["Press Start twice now.", "Press Anza mara mbili sasa."]
+    as_text = (coded % inner[0]).replace("<ph", "<x/><ph").replace("twice", "{\\i}")
+    assert tidy(as_text, FormatOptions()) == "Press Start now."
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

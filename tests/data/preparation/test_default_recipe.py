@@ -1,4 +1,4 @@
-"""The default recipe, offline, on news of 16 languages with noise in it; and what is said of each."""
+"""The default recipe, offline, on news of 16 languages with noise in it; what is said of each."""
 
 import json
 from collections import defaultdict
