@@ -47,7 +47,7 @@ NO_STOP = NO_MARKS | {"te"}  # written without a full stop, or often so
 _STOPS = re.compile(
     "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
     "\u0589\u055c\u055e\u1362\u1367\u1368\u17d4\u17d5\u0f0d\u104a\u104b\u037e\u203c\u2047-\u2049\u2e2e]"
-    "[^\\w\\s]{0,4}$"
+    '[^\\w\\s]{0,4}$|["\u201c\u201d\u00bb\u00ab\u300d\u300f\u3011)\\]\uff09]$'  # or closed
 )
 LONGEST_ROOT = 1 / math.sqrt(22)  # one over the root of a length: shorter texts are not judged
 LOOP = 15  # characters of a text that repeats itself

@@ -38,13 +38,18 @@ _SPACE = re.compile(r"\s\s+|[^\S ]")  # of str: the no-break and ideographic one
 # Ligatures and the shapes that Arabic letters take in a word; not honorifics, which are words
 _PRESENTED = re.compile("[\ufb00-\ufdcf\ufe70-\ufefc]+")
 # Latin letters that stand in Cyrillic words for those that look like them
-_LATIN = "ABCEHIJKMOPSTXYaceijkopsxy"
+_LATIN = "ABCEHKMOPTXYaceopxyk"
 _CYRILLIC = (
-    "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a\u041c\u041e\u0420\u0405\u0422\u0425\u0423"
-    "\u0430\u0441\u0435\u0456\u0458\u043a\u043e\u0440\u0455\u0445\u0443"
+    "\u0410\u0412\u0421\u0415\u041d\u041a\u041c\u041e\u0420\u0422\u0425\u0423"
+    "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u043a"
 )
+_TO_LATIN = str.maketrans(_CYRILLIC + "\u0406\u0408\u0456\u0458\u0405\u0455", _LATIN + "IJijSs")
 _TO_CYRILLIC = str.maketrans(_LATIN, _CYRILLIC)
-_TO_LATIN = str.maketrans(_CYRILLIC, _LATIN)
+# and letters that some of these languages have
+_OWN_CYRILLIC = {
+    **dict.fromkeys(("uk", "be", "kk"), _TO_CYRILLIC | str.maketrans("Ii", "\u0406\u0456")),
+    **dict.fromkeys(("sr", "mk"), _TO_CYRILLIC | str.maketrans("Jj", "\u0408\u0458")),
+}
 _MIXED = re.compile("[A-Za-z][\u0400-\u045f]|[\u0400-\u045f][A-Za-z]")
 _WORD = re.compile(r"[^\W\d_]+")
 _ONLY_CYRILLIC = re.compile(r"[\u0400-\u04ff]+")
@@ -108,19 +113,20 @@ def _letters(text: str, options: FormatOptions, language: str) -> str:
     text = unicodedata.normalize("NFC", mended)
     text = _PRESENTED.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
     if _MIXED.search(text):
-        text = _WORD.sub(lambda m: _one_script(m[0], script), text)
+        table = _OWN_CYRILLIC.get(language, _TO_CYRILLIC)
+        text = _WORD.sub(lambda m: _one_script(m[0], script, table), text)
         if script == "LATIN" and (left := _MIXED.search(text)):
             raise Reject("letters of two scripts in a word", left[0])
     return text
 
 
-def _one_script(word: str, script: str) -> str:
+def _one_script(word: str, script: str, table: dict[int, int]) -> str:
     """A word of Cyrillic and Latin letters in one of them, where letters that look alike allow."""
     if not _MIXED.search(word):
         # a word of one letter, among mixed ones
-        return word.translate(_TO_CYRILLIC) if script == "CYRILLIC" and len(word) == 1 else word
+        return word.translate(table) if script == "CYRILLIC" and len(word) == 1 else word
     if script == "CYRILLIC":
-        made = word.translate(_TO_CYRILLIC)
+        made = word.translate(table)
         return made if _ONLY_CYRILLIC.fullmatch(made) else word
     made = word.translate(_TO_LATIN)
     return made if script == "LATIN" and made.isascii() else word

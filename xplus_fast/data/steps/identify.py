@@ -23,6 +23,7 @@ class IdentifyOptions:
     scripts: bool = True  # tell Simplified from Traditional Chinese
 
 
+_WORDS = re.compile(r"[\x21-\x26\x28-\x2c\x2e-\x40\u00a0-\u00bf\u2010-\u2bff]+")
 # What the identifier tells apart and a corpus does not
 SAME = {
     "wuu": "zh", "yue": "zh", "lzh": "zh", "bs": "sr", "hr": "sr", "sh": "sr", "arz": "ar",
@@ -45,13 +46,13 @@ def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
 
 def _one(text: str, language: str, options: IdentifyOptions) -> None:
     base = language.partition("_")[0]
-    if is_likeliest(text, base):
-        gap, other = 0.0, ""
-    else:
+    if not is_likeliest(text, base):
         gap, other = advantage(text, base)
-    # names say little of the language that they stand in
-    if gap > options.margin * (4 if gap < 4 * options.margin and _names(text) else 1):
-        raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
+        # symbols say nothing of a language, and names little of the one that they stand in
+        if gap > options.margin:
+            gap = min(gap, advantage(_WORDS.sub(" ", text).strip(), base)[0])
+        if gap > options.margin * (4 if gap <= 4 * options.margin and _names(text) else 1):
+            raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
     if options.scripts and base == "zh":
         simplified, traditional = chinese_scripts(text)
         wrong, right = (traditional, simplified)

@@ -48,7 +48,7 @@ _WIKI = re.compile(r"'''?|(?<!=)={2,}(?=\s*$)|^={2,}|\[\[(?:[^\[\]|]*\|)?([^\[\]
 _BBCODE = re.compile(
     r"\[(/?)(b|i|u|s|url|img|quote|code|size|color|font|center|list)(=[^\[\]]{0,200})?\]", re.I
 )
-_BREAK = re.compile(r"(?<![:\\])(?<=[\w.,;:!?\"')])\\+[nrt](?=\s|\w|$)")
+_BREAK = re.compile(r"(?<![:\\])(?<=[\w.,;:!?\"')])(?:\\+[nrt])+(?=\s|\w|$)")
 _PATH = re.compile(r"\b[A-Za-z]:\\|\\\\\w|\w\\\w+\\\w")
 _QUOTED = re.compile(r"\\(['\"])")
 _SUBWORDS = re.compile(

@@ -138,7 +138,7 @@ def _from_code_page(text: str, own: str, written: tuple[str, ...]) -> str:
     found = _foreign(text, own)
     # a name may have one, and so may a word of French, Spanish or Portuguese
     small = [word for word in found if word[0].islower()]
-    if not small or len(found) < 2 and _LENT.intersection(small[0]):
+    if not small or len(found) < 2 and _LENT.intersection(small[0]).difference(own):
         return text
     for made in _read_again(text, ("sloppy-windows-1252", "latin-1"), written):
         if not _foreign(made, own):

@@ -92,7 +92,7 @@ def _converted(mine: set[str], other: set[str], text: str) -> bool:
 
     def same(a: float, b: float) -> bool:
         return any(abs(a * f / b - 1) < 0.1 for f in factors) or (
-            heat and abs((a - 32) / 1.8 - b) < 1.5
+            heat and abs(abs((a - 32) / 1.8) - b) < 1.5
         )
 
     ours, theirs = ([_value(number) for number in side] for side in (mine, other))
