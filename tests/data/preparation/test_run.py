@@ -302,6 +302,32 @@ def test_the_small_recipe(tmp_path, monkeypatch, capsys):
     assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 900
 
 
+def test_pairs_either_way_round(tmp_path, capsys):
+    """The same pair from two corpora, and a variant of it, whichever language comes first."""
+    pair = (
+        "The old mill by the river is closed.",
+        "Le vieux moulin au bord de la rivi\u00e8re est ferm\u00e9.",
+    )
+    variant = (pair[0], pair[1].replace("ferm\u00e9", "fermer"))
+    for name, order, pairs in (("a", ("en", "fr"), [pair]), ("b", ("fr", "en"), [pair, variant])):
+        lines = [
+            {code: dict(zip(("en", "fr"), p, strict=True))[code] for code in order} for p in pairs
+        ]
+        text = "".join(json.dumps({"translation": line}) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    path = recipe(tmp_path, tmp_path, evaluation={"flores": []}, corpora=[
+        {"path": str(tmp_path / "a.jsonl"), "languages": ["en", "fr"]},
+        {"path": str(tmp_path / "b.jsonl"), "languages": ["fr", "en"]},
+    ])  # fmt: skip
+    code, _, err = run(capsys, path)
+    assert code == 0, err
+    rejects = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["rejects"]
+    assert {k: v["pairs"] for k, v in rejects.items()} == {
+        "dedup: exact duplicate": {"fr-en": 1},
+        "dedup: near duplicate: same target": {"fr-en": 1},  # the English one, its target
+    }
+
+
 def test_quality_by_the_corpus_own_score(corpus, tmp_path):
     """A score equal to the threshold stays, one below goes, one that is not there stays."""
     lines = (corpus / "sw.jsonl").read_text().splitlines()[:12]

@@ -196,6 +196,23 @@ def test_the_survivor_does_not_depend_on_the_order():
         assert {p for p, r in zip(pairs, found, strict=True) if not r} == {pair, other}
 
 
+def test_of_two_spellings_the_plain_one_stays():
+    plain = ("The house is red.", "La maison est rouge.")
+    for other in (("THE HOUSE IS RED.", "LA MAISON EST ROUGE."), ("THE HOUSE IS RED", plain[1])):
+        assert duplicates(plain, other) == ["", "exact duplicate"]
+        assert duplicates(other, plain) == ["exact duplicate", ""]
+    others = [(f"The house is red{mark}", plain[1]) for mark in ("!", "", ";")]
+    kept = {
+        pairs[duplicates(*pairs).index("")]
+        for pairs in (others, others[::-1], others[1:] + others[:1])
+    }
+    assert len(kept) == 1  # whatever the order
+    chinese = "\u6211\u4eec\u73b0\u5728\u6709\u56db\u4e2a\u6708\u5927\u7684\u8001\u9f20\u3002"
+    assert duplicates(("Mice.", chinese), ("Mice.", " ".join(chinese))).count("") == 1
+    # vowel signs are parts of words: these differ in nothing else
+    assert duplicates(("Meat.", "\u0915\u093f"), ("Meat.", "\u0915\u0941"))[1] != "exact duplicate"
+
+
 def test_variants_of_one_side_and_other_languages():
     a = ("The quick brown fox jumps over it.", "Le rapide renard brun saute par-dessus.")
     b = (a[0], "Le rapide renard brun saute par-dessous.")

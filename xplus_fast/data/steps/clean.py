@@ -49,9 +49,12 @@ _STOPS = re.compile(
     "\u0589\u055c\u055e\u1362\u1367\u1368\u17d4\u17d5\u0f0d\u104a\u104b\u037e\u203c\u2047-\u2049\u2e2e]"
     '[^\\w\\s]{0,4}$|["\u201c\u201d\u00bb\u00ab\u300d\u300f\u3011)\\]\uff09]$'  # or closed
 )
-LONGEST_ROOT = 1 / math.sqrt(22)  # one over the root of a length: shorter texts are not judged
 LOOP = 15  # characters of a text that repeats itself
-SHORTER = 0.1  # ln of the lengths: a text that breaks off is shorter than expected
+# A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
+# over the square root of the length. Headlines have no full stop either, and are shorter than their
+# translations.
+SHORTER = {"target": (0.05, 1.0), "unmarked": (0.15, 2.6), "source": (0.1, 4.5)}
+MEASURED = 22  # characters of a text, at least, whose end is looked at
 _DOTTED = re.compile(r"\.\w|@|//")
 _LINK = re.compile(
     r"https?://\S+|www\.\S+|\b[\w.+-]{1,64}@[\w-]+\.\w\S*|\b\w+\.(?:com|org|net|html?|php)\b\S*"
@@ -182,16 +185,12 @@ def _lengths(source: str, target: str, languages: tuple[str, str], options: Clea
         raise Reject("target too short for its source", f"{math.exp(off):.2f}x as long as expected")
     if not options.truncated:
         return
-    # a sentence that breaks off is shorter, too
     stops = bool(_STOPS.search(source)), bool(_STOPS.search(target))
-    roots = [
-        1 / math.sqrt(len(text) / r) for text, r in zip((source, target), relative, strict=True)
-    ]
+    if stops[0] == stops[1]:
+        return
     unmarked = not NO_STOP.isdisjoint(code.partition("_")[0] for code in languages)
-    shorter = 0.15 + 2.6 * roots[0] if unmarked else SHORTER
-    if stops == (True, False) and -off > shorter and roots[0] < LONGEST_ROOT:
-        raise Reject("target breaks off", target[-20:])
-    # headlines have no full stop, and are shorter than their translations
-    shorter = SHORTER + 4.5 * roots[1]
-    if stops == (False, True) and off > shorter and roots[1] < LONGEST_ROOT:
-        raise Reject("source breaks off", source[-20:])
+    side = "source" if stops[1] else "target"
+    size, sign = (len(target) / relative[1], 1) if stops[1] else (len(source) / relative[0], -1)
+    least, more = SHORTER["unmarked" if unmarked and not stops[1] else side]
+    if size >= MEASURED and off * sign > least + more / math.sqrt(size):
+        raise Reject(f"{side} breaks off", (source if stops[1] else target)[-20:])
