@@ -28,7 +28,7 @@ from xplus_fast.config import (
     stage_name,
 )
 from xplus_fast.data.chat import Encoded, preview
-from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
+from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus, read_validation
 from xplus_fast.data.packed import look_at_work
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
@@ -193,7 +193,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         else:
             kept = hidden.of_stage(i, plan.request.hidden, model)
             memory = _train_stage(
-                recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout, kept
+                recipe, i, model, corpora[i], plan, run, place, tokenizer, (heldout, texts), kept
             )
         weights.cover(read_header(done / FINAL_TENSORS))
         forget_changes(model)
@@ -261,11 +261,12 @@ class _RunLog(TrainerCallback):
 
 def _train_stage(
     recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path,
-    place: Place, tokenizer: Any, heldout: dict[str, Any], hidden: HiddenCache | None,
+    place: Place, tokenizer: Any, watched: tuple[dict[str, Any], list[str]],
+    hidden: HiddenCache | None,
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
-    rows = corpus.train
+    rows, (heldout, texts) = corpus.train, watched
     folder = run / name
     if place.first:
         make_folder(folder)
@@ -316,8 +317,10 @@ def _train_stage(
         data_collator=PackCollator(shared_prefixes=recipe.data.shared_prompts),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    if recipe.evaluation.every and heldout:
-        trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
+    watch = None
+    if recipe.evaluation.every and (heldout or texts):
+        watch = Watch(recipe, name, run, tokenizer, heldout, texts, place, log.say)
+        trainer.add_callback(watch)
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
     with finish_first(f"stage {name} finishes its step and saves") as asked:
@@ -329,6 +332,10 @@ def _train_stage(
         finally:
             log.close()
         stop.check(name)
+    best = 0 if watch is None or recipe.evaluation.keep == "last" else watch.best_step
+    if best and best != trainer.state.global_step:
+        trainer.go_back(best)
+        log.say(f"stage {name} ends with step {best}, the best that was measured")
     if place.first:
         write_checkpoint(
             folder / FINAL,
@@ -359,6 +366,9 @@ def _load_corpora(
     out, the others keep the same ones out. Steps look at data alone and at no plan: a run goes on
     with the same ones under another budget.
     """
+    given = read_validation(recipe.data) if recipe.data.validation else {}
+    if given:
+        say("validation: " + ", ".join(f"{tag} {len(part):,}" for tag, part in given.items()))
     loaded: dict[Any, Corpus] = {}
     works: dict[Any, Work] = {}
     keys = []
@@ -371,7 +381,8 @@ def _load_corpora(
         key = repr(sources)
         if key not in loaded:
             first = next(iter(loaded.values()), None)
-            held = [] if first is None else [e for part in first.heldout.values() for e in part]
+            heldout = given if first is None else first.heldout
+            held = [e for part in heldout.values() for e in part]
             data = recipe.data if first is None else replace(recipe.data, heldout=0)
             if not place.first:
                 barrier(place)  # the first process makes the corpus, the others find it
@@ -385,6 +396,8 @@ def _load_corpora(
             works[key] = look_at_work(rows, data.pack_tokens, shared=data.shared_prompts)
             summary = {**corpus.summary, "saved": works[key].saved}
             loaded[key] = replace(corpus, train=rows, summary=summary)
+            if given:
+                loaded[key] = replace(loaded[key], heldout=given)
             say(describe(summary))
             say(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
         keys.append(key)
