@@ -97,8 +97,12 @@ class Stage:
     layers: str | int | list[int]
     name: Annotated[str, FOLDER_NAME] = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
-    learning_rate: Annotated[float, Positive] = 1e-5
-    min_learning_rate: Annotated[float, AtLeast0] = 2e-6  # floor of the cosine
+    # one, or by layers and what trains beside them: {"21-28": 1e-5, "29-35": 2e-5}
+    learning_rate: Annotated[float, Positive] | dict[str, Annotated[float, Positive]] = 1e-5
+    # of a layer that trains, what the next one above it that does has, times this
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
+    # floor of the cosine for the highest rate; lower ones have theirs in proportion
+    min_learning_rate: Annotated[float, AtLeast0] = 2e-6
     warmup: Annotated[float, Range(0, 1, below=True)] = 0.03  # share of the steps
     epochs: Annotated[float, Positive] | None = None  # epochs or steps, not both; neither: 1 epoch
     steps: Count | None = None
@@ -227,10 +231,15 @@ def _check(recipe: Recipe) -> None:
         at = f"stages.{i}"
         if s.epochs is not None and s.steps is not None:
             raise UserError(f"{at}: epochs and steps are both given; one of them is wanted")
-        if s.min_learning_rate > s.learning_rate:
+        rates = s.learning_rate if isinstance(s.learning_rate, dict) else {"": s.learning_rate}
+        if not rates:
+            raise UserError(f"{at}.learning_rate: a number or some by layers is wanted")
+        if s.layer_decay != 1 and len(rates) > 1:
+            raise UserError(f"{at}.layer_decay: goes with one learning_rate, not with several")
+        if s.min_learning_rate > max(rates.values()):
             raise UserError(
                 f"{at}.min_learning_rate: {s.min_learning_rate} is not between 0 and"
-                f" learning_rate {s.learning_rate}"
+                f" learning_rate {max(rates.values())}"
             )
         # some file systems do not tell a from A
         name = stage_name(recipe, i).casefold()
