@@ -50,6 +50,11 @@ def load_options(cls: type[Options], path: str | Path, overrides: Sequence[str] 
     return _build(cls, tree, "")
 
 
+def overlaid(options: Options, changes: dict[str, Any], at: str) -> Options:
+    """The options with others laid over them. Raises `UserError`, which names them below `at`."""
+    return _build(type(options), {**to_dict(options), **changes}, at)
+
+
 def to_dict(options: Any) -> dict[str, Any]:
     return dataclasses.asdict(options)
 

@@ -28,7 +28,7 @@ from xplus_fast.data.conversations import (
     meaningful,
     say,
     tools_of,
-)
+)  # fmt: skip
 from xplus_fast.data.files import (
     TEXT_LIMIT,
     WHOLE_LIMIT,
