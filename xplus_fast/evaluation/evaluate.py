@@ -6,6 +6,7 @@ is evaluated once.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
-from xplus_fast.evaluation.generate import Generator, check_model, model_digest
+from xplus_fast.evaluation.generate import Generator, Subject, check_model, subject_of
 from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.translation import (
@@ -25,8 +26,18 @@ from xplus_fast.evaluation.translation import (
     score,
 )
 from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
+from xplus_fast.training.run_folder import is_run
 
 SAMPLES = 3  # translations shown of each direction
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model answered, and what that is worth."""
+
+    answers: dict[str, list[tuple[str, bool]]]  # by direction: (text, cut off), in order
+    scores: dict[str, dict[str, Any]]  # by direction, as `translation.score` has them
+    tasks: dict[str, dict[str, Any]]  # as `run_tasks` has them
 
 
 def evaluate(
@@ -43,65 +54,82 @@ def evaluate(
     for folder in folders.values():
         check_model(folder, stock=stock)
     make_folder(out)
-    answered: dict[str, dict[str, list[tuple[str, bool]]]] = {}
-    tasks: dict[str, dict[str, Any]] = {}
-    done: dict[str, dict[str, Any]] = {}  # by the model's digest
-    for which, folder in folders.items():
-        answered[which] = _translate(which, folder, lines, recipe, out, show)
-        if lines and not any(text for made in answered[which].values() for text, _ in made):
-            raise UserError(
-                f"{which}: {folder} emits nothing: every answer is empty (its end-of-text token,"
-                " or a chat template that it was not trained with?)"
-            )
-        if recipe.reasoning.tasks:
-            digest = model_digest(folder)
-            if digest not in done:
-                done[digest] = run_tasks(
-                    folder, digest, recipe, out / "reasoning", show=show, what=which
-                )
-            tasks[which] = done[digest]
-    result: dict[str, Any] = {
-        "model": str(model), "base": None if base is None else str(base), "rows": [],
-        "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [],
-    }  # fmt: skip
-    for each in lines:
-        _judge_direction(each, answered, recipe, result)
-    for task in recipe.reasoning.tasks:
-        _judge_task(task, tasks, recipe, result)
-    if not result["rows"]:
-        why = "; ".join(f"{k}: {v}" for k, v in result["missing"].items())
-        raise UserError(f"nothing could be measured: {why}")
-    result["changes"] = verdict.summary(result["rows"])
+    subjects = {w: subject_of(f, recipe.dtype, recipe.device) for w, f in folders.items()}
+    found: dict[str, Measured] = {}  # by digest
+    for which, subject in subjects.items():
+        if subject.digest not in found:
+            found[subject.digest] = measure(subject, which, lines, recipe, out, show=show)
+    measured = {which: found[subject.digest] for which, subject in subjects.items()}
+    for which, of_model in measured.items():
+        write_answers(of_model, out, which)
+    result = {"model": str(model), "base": None if base is None else str(base)}
+    result |= judge(lines, measured, recipe)
     verdict.write(out, result)
     return result
 
 
-def _translate(
-    which: str, folder: Path, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, show: bool
-) -> dict[str, list[tuple[str, bool]]]:
-    if not lines:
-        return {}
-    generator = Generator(
-        folder, out / "generations", engine=recipe.engine, batch_size=recipe.batch_size,
-        max_new_tokens=recipe.translation.max_new_tokens, dtype=recipe.dtype,
-        device=recipe.device, show=show,
-    )  # fmt: skip
-    found = {}
+def measure(
+    subject: Subject, which: str, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, *,
+    show: bool,
+) -> Measured:  # fmt: skip
+    """A model's answers and figures. which: what it is called while it works."""
+    answers, tasks = {}, {}
+    if lines:
+        generator = Generator(
+            subject, out / "generations", engine=recipe.engine, batch_size=recipe.batch_size,
+            max_new_tokens=recipe.translation.max_new_tokens, dtype=recipe.dtype, show=show,
+        )  # fmt: skip
+        for each in lines:
+            asked = prompts(each, recipe.translation, generator.tokenizer)
+            answers[each.name] = generator.answer(asked, f"{which} {each.name}")
+        if not any(text for made in answers.values() for text, _ in made):
+            raise UserError(
+                f"{which}: {subject.folder} emits nothing: every answer is empty (its end-of-text"
+                " token, or a chat template that it was not trained with?)"
+            )
+    scores = {each.name: score(each, answers[each.name], recipe.translation) for each in lines}
+    if recipe.reasoning.tasks:
+        tasks = run_tasks(subject, recipe, out / "reasoning", show=show, what=which)
+    return Measured(answers, scores, tasks)
+
+
+def write_answers(measured: Measured, out: Path, which: str) -> None:
+    """A direction's answers, one in a line, for whoever scores them again."""
+    for name, answers in measured.answers.items():
+        texts = "\n".join(" ".join(text.split()) for text, _ in answers)
+        write_text(out / f"{which}.{name.replace(':', '.')}.txt", texts + "\n")
+
+
+def judge(
+    lines: Sequence[Lines], measured: dict[str, Measured], recipe: EvaluateRecipe
+) -> dict[str, Any]:
+    """A model ("tuned") and its base, if there is one, side by side: rows, samples, mean changes.
+
+    Raises `UserError` where nothing could be measured.
+    """
+    result: dict[str, Any] = {
+        "rows": [], "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [],
+    }  # fmt: skip
+    means = verdict.Means(recipe.confidence)
     for each in lines:
-        asked = prompts(each, recipe.translation, generator.tokenizer)
-        found[each.name] = generator.answer(asked, f"{which} {each.name}")
-        texts = "\n".join(" ".join(text.split()) for text, _ in found[each.name])
-        name = each.name.replace(":", ".")
-        write_text(out / f"{which}.{name}.txt", texts + "\n")
-    return found
+        _judge_direction(each, measured, recipe, result, means)
+    for task in recipe.reasoning.tasks:
+        _judge_task(task, measured, recipe, result, means)
+    if not result["rows"]:
+        why = "; ".join(f"{k}: {v}" for k, v in result["missing"].items())
+        raise UserError(f"nothing could be measured: {why}")
+    result["means"] = means.told()
+    result["changes"] = verdict.summary(result["rows"], result["means"])
+    return result
 
 
 def _judge_direction(
-    lines: Lines, answered: dict[str, Any], recipe: EvaluateRecipe, result: dict[str, Any]
-) -> None:
+    lines: Lines, measured: dict[str, Measured], recipe: EvaluateRecipe, result: dict[str, Any],
+    means: verdict.Means,
+) -> None:  # fmt: skip
     config = recipe.translation
-    outputs = {which: found[lines.name] for which, found in answered.items()}
-    scored = {which: score(lines, found, config) for which, found in outputs.items()}
+    outputs = {which: found.answers[lines.name] for which, found in measured.items()}
+    scored = {which: found.scores[lines.name] for which, found in measured.items()}
     for which, found in scored.items():
         kept = {k: found[k] for k in ("empty", "truncated", "sentences")}
         result["counts"][f"{which} {lines.name}"] = kept
@@ -131,6 +159,8 @@ def _judge_direction(
                 before, after, len(lines.sources), samples=recipe.bootstrap,
                 confidence=recipe.confidence, seed=recipe.seed,
             )  # fmt: skip
+        if name == "chrf" and base is not None:
+            means.add("translation", tuned - base, interval)
         falling = name == "off_target"
         result["rows"].append(
             verdict.row("translation", lines.name, name, base, tuned, interval, falling=falling)
@@ -143,14 +173,15 @@ def _judge_direction(
 
 
 def _judge_task(
-    task: str, tasks: dict[str, Any], recipe: EvaluateRecipe, result: dict[str, Any]
-) -> None:
-    found = {which: each[task] for which, each in tasks.items()}
+    task: str, measured: dict[str, Measured], recipe: EvaluateRecipe, result: dict[str, Any],
+    means: verdict.Means,
+) -> None:  # fmt: skip
+    found = {which: each.tasks[task] for which, each in measured.items()}
     for each in found.values():
         if "missing" in each:
             result["missing"][task] = each["missing"]
             return
-    for name, tuned in found["tuned"]["scores"].items():
+    for i, (name, tuned) in enumerate(found["tuned"]["scores"].items()):
         percent = 0 <= tuned <= 1
         scale = 100 if percent else 1
         base = found["base"]["scores"].get(name) if "base" in found else None
@@ -166,6 +197,9 @@ def _judge_task(
                         verdict.mean_scorer(a, scale), verdict.mean_scorer(b, scale), len(a),
                         samples=recipe.bootstrap, confidence=recipe.confidence, seed=recipe.seed,
                     )  # fmt: skip
+            if i == 0:
+                falling = name in found["tuned"]["falling"]
+                means.add("reasoning", scale * (tuned - base), interval, falling=falling)
         result["rows"].append(
             verdict.row(
                 "reasoning",
@@ -187,12 +221,13 @@ def model_folder(given: str, out: Path) -> Path:
     from xplus_fast.model.checkpoint_files import RECORD, read_json, resolve_model
 
     path = resolve(given)
-    if not (path / "run.json").is_file() and not (path / ".xplus-run").is_file():
+    if not is_run(path):
         return resolve_model(given)
+    from xplus_fast.training.changes import Changes
     from xplus_fast.training.export import export
-    from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(path)
+    changes = Changes(path)
+    record = changes.record
     folder = out / "model"
     sweep(out, folder.name)
     if (folder / RECORD).is_file():
@@ -200,5 +235,5 @@ def model_folder(given: str, out: Path) -> Path:
         if all(known.get(key) == value for key, value in record.items()):
             return folder
         remove(folder)
-    export(base, tensors, folder, record)
+    export(changes.base, changes, folder, record)
     return folder
