@@ -45,6 +45,10 @@ def test_sets_by_their_whole_names(tmp_path: Path) -> None:
     assert answers(root, split="test") == ["data/test_sft-00000-of-00001.jsonl"]
     with pytest.raises(UserError, match="several sets, train_gen, train_sft; .* as `split:`"):
         answers(root)
+    plain = layout(tmp_path / "p", "a.jsonl", "b.jsonl")
+    assert answers(plain, split="train") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="no split 'test'; found a, b"):
+        answers(plain, split="test")
     files = layout(tmp_path / "f", "en-fr.train.jsonl", "en-sw.train.jsonl", "en-sw.test.jsonl")
     assert answers(files, subset="en-sw") == ["en-sw.train.jsonl"]
 
@@ -149,3 +153,18 @@ def test_options_that_fit_nothing(options: dict[str, Any], says: str, tmp_path: 
     with pytest.raises(UserError) as e:
         list(read_examples(load_recipe(tmp_path / "r.yaml").data.sources[0], PLAIN, Reading()))
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_folder_of_one_set_has_no_splits(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
+    one.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / ".xplus-prepare").touch()
+    one.to_parquet(tmp_path / "made" / "data-00000.parquet")
+    for name in ("saved", "made"):
+        assert answers(tmp_path / name) == ["a"]
+        for option in ({"split": "train"}, {"subset": "x"}):
+            with pytest.raises(UserError, match="this folder holds one set, with no"):
+                answers(tmp_path / name, **option)

@@ -28,7 +28,7 @@ from xplus_fast.data.conversations import (
     meaningful,
     say,
     tools_of,
-)  # fmt: skip
+)
 from xplus_fast.data.files import (
     TEXT_LIMIT,
     WHOLE_LIMIT,
@@ -38,12 +38,7 @@ from xplus_fast.data.files import (
     require,
 )
 from xplus_fast.data.folders import RECORDS, saved_dataset
-from xplus_fast.data.languages import (
-    is_language,
-    language_name,
-    languages_of_name,
-    two_languages,
-)
+from xplus_fast.data.languages import is_language, language_name, languages_of_name, two_languages
 from xplus_fast.data.records import (
     CONVERSATIONS,
     Form,
@@ -180,7 +175,7 @@ def file_format(source: Source) -> str:
     if pinned == "lines":
         raise UserError(f"{path}: format 'lines' wants a list of two files, found one path")
     if path.is_dir():
-        saved = saved_dataset(path, source.split)
+        saved = saved_dataset(path, source.split, source.subset)
         catalogs = not saved and any(path.glob("**/LC_MESSAGES/*.po"))
         found = "gettext" if catalogs else "records"
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xplus_fast.config import Source, is_hub_data
 from xplus_fast.data.files import require
-from xplus_fast.data.folders import Chosen, choose_files, choose_names, saved_dataset, snapshot
+from xplus_fast.data.folders import Chosen, choose_files, choose_names, snapshot
 from xplus_fast.model.hub import data_from_hub
 
 
@@ -30,6 +30,4 @@ def _downloaded(name: str, split: str | None, subset: str | None) -> Path:
 
 def chosen_files(source: Source) -> Chosen:
     """The files of records that a source is read from, and those left alone."""
-    path = located(source)
-    saved = saved_dataset(path, source.split) if path.is_dir() else None
-    return choose_files(saved or path, source.split, source.subset)
+    return choose_files(located(source), source.split, source.subset)

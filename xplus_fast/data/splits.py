@@ -65,7 +65,10 @@ def choose_split(
             )
         chosen = chosen or unclear
     else:
-        chosen = told.get(_SPLITS.get(split.lower(), " "), [])
+        wanted = _SPLITS.get(split.lower(), " ")
+        chosen = told.get(wanted, [])
+        if wanted == "train" and {*told} == {""}:
+            chosen = told[""]
         # one by its whole name: train_sft, validation_matched
         chosen = chosen or [f for f in files if split in (_set_of(f), *_folders(f, folder))]
         if not chosen:

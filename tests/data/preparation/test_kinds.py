@@ -80,12 +80,22 @@ def test_members_of_unequal_length_leave_nothing(short: str, more: int, tmp_path
         prepare(recipe, show=False)
 
 
+def test_of_two_corpora_the_whole_one_is_read(tmp_path: Path) -> None:
+    short = {"Bible.en-sw.en": lines("a", "b"), "Bible.en-sw.sw": lines("a")}
+    path = archive(tmp_path / "x.zip", short | GNOME)
+    first, *others = rows(path)
+    assert str(first).startswith(f"{path}/Bible.en-sw: a corpus that is not whole (")
+    assert [(row["source"], row["target"]) for row in others] == PAIRS
+
+
 def test_zips_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no two line-aligned members; found nothing" in fault(archive(tmp_path / "x.zip", {}))
     alone = archive(tmp_path / "x.zip", {"x.en": lines("a"), "README": lines("b")})
     assert "no two line-aligned members; found x.en" in fault(alone)
     only_xml = {k: v for k, v in BESIDE.items() if k != "x"}
     assert "no two line-aligned members; found README" in fault(archive(alone, only_xml))
+    empty = dict.fromkeys(GNOME, b"")
+    assert "GNOME.en-sw.en is empty" in fault(archive(alone, empty))
     whole = archive(alone, GNOME).read_bytes()
     flags = bytearray(whole)
     for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # says that members are encrypted
@@ -148,6 +158,7 @@ TABLES: dict[str, tuple[list[str], dict[str, Any], list[float | None]]] = {
     "WikiMatrix.en-sw.tsv.gz": (["1.07\t{a}\t{b}"], {}, [1.07]),
     "en-sw.bitextf.tsv.gz": (["1.25\t{a}\t{b}"], {}, [1.25]),
     "en_sw.tsv": (["{a}\t{b}"], {}, [None]),
+    "en-zh_TW.tsv": (["{a}\t{b}"], {"columns": {"en": 1, "sw": 2}}, [None]),
     "mined.tsv": (["1.5\t{a}\t{b}"], {"languages": ["en", "sw"]}, [1.5]),
     "named.tsv": (["sw\ten\tscore", "{b}\t{a}\t0.5"], {"languages": ["en", "sw"]}, [0.5]),
     "aliases.en-sw.tsv": (["source\ttarget", "{a}\t{b}"], {}, [None]),

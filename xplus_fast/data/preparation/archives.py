@@ -33,7 +33,17 @@ def read_archive(
     not clear which are meant.
     """
     with _opened(path) as archive:
-        for stem, members in _corpora(archive, path, languages, subset).items():
+        corpora = _corpora(archive, path, languages, subset)
+        # Counted before any work: of members that slipped no pair is right.
+        for stem, members in list(corpora.items()):
+            try:
+                _check_lengths(archive, path, stem, members)
+            except UserError as e:
+                if len(corpora) == 1:
+                    raise
+                del corpora[stem]  # the others are right
+                yield Rejected(f"{path}/{stem}", "a corpus that is not whole", str(e))
+        for stem, members in corpora.items():
             yield from _read(archive, path, stem, members)
 
 
@@ -108,22 +118,31 @@ def _two(members: dict[str, str], languages: Sequence[str], where: str) -> dict[
     return found
 
 
-def _read(
+def _check_lengths(
     archive: zipfile.ZipFile, path: Path, stem: str, members: dict[str, str]
-) -> Iterator[Scored | Rejected]:
-    first, second = members
-    scores = f"{stem}.scores" if f"{stem}.scores" in archive.namelist() else None
-    names = [*members.values(), *filter(None, [scores])]
-    # Counted before any work: of members that slipped no pair is right.
+) -> None:
+    names = [*members.values(), *_scores(archive, stem)]
     counts = {name: sum(1 for _ in _lines(archive, path, name)) for name in names}
     short, long = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if not counts[long]:
+        raise UserError(f"{path}: {long} is empty")
     if counts[short] != counts[long]:
         raise UserError(
             f"{path}: {short} is shorter than the other, which ends in {path}/{long}:{counts[long]}"
             f" (not :{counts[short]})"
         )
+
+
+def _scores(archive: zipfile.ZipFile, stem: str) -> list[str]:
+    return [name for name in archive.namelist() if name == f"{stem}.scores"]
+
+
+def _read(
+    archive: zipfile.ZipFile, path: Path, stem: str, members: dict[str, str]
+) -> Iterator[Scored | Rejected]:
+    first, second = members
     streams = [_lines(archive, path, name) for name in members.values()]
-    scored = _lines(archive, path, scores) if scores else None
+    scored = next((_lines(archive, path, name) for name in _scores(archive, stem)), None)
     for (where, a), (_, b) in zip(*streams, strict=True):
         score = next(scored) if scored else None
         if isinstance(a, Rejected):
