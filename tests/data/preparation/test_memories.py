@@ -77,6 +77,7 @@ def test_comments_and_cdata_in_memories(tmp_path: Path) -> None:
 BAD_MEMORIES = [
     (TMX.replace("</body>", ""), "x.tmx:4: not valid TMX (mismatched tag)"),
     (TMX[:-40], "x.tmx:3: not valid TMX"),
+    (TMX.replace("</body></tmx>\n", f"{UNIT}\n\n"), "x.tmx:6: not valid TMX (no element found)"),
     (TMX.replace("tmx", "html"), "x.tmx: not TMX: its root is <html>"),
     (TMX.replace('"1.0"?', '"1.0" encoding="klingon"?'), "in an unknown encoding, klingon"),
     ("", "x.tmx: the file is empty"),

@@ -35,18 +35,24 @@ def read_tmx(path: Path, limit: int) -> Iterator[tuple[str, dict[str, str] | Rej
     """
     around = _Around(path)
     number, line = 0, 1
+    unfed = 0  # lines of units and between them, which errors behind them count, too
     for piece in _pieces(path, limit):
         start = _UNIT.search(piece)
         before = piece[: start.start()] if start else piece
         unit = piece[len(before) :]
-        around.feed(before)
+        if before.strip():
+            around.feed("\n" * unfed + before)
+            unfed = 0
+        else:
+            unfed += before.count("\n")
+        line += before.count("\n")
         if start:
             number += 1
-            at = line + before.count("\n")
-            around.feed("\n" * unit.count("\n"))
-            yield f"{path}: unit {number}", _unit(unit, around.namespaces, number, at, path)
-        line += piece.count("\n")
-    around.close()
+            where = f"{path}: unit {number}"
+            yield where, _unit(unit, around.namespaces, where, line)
+            unfed += unit.count("\n")
+            line += unit.count("\n")
+    around.feed("\n" * unfed, last=True)
 
 
 class _Around:
@@ -76,9 +82,6 @@ class _Around:
             ) from None
         if self._root not in ("", "tmx"):
             raise UserError(f"{self.path}: not TMX: its root is <{self._root}>")
-
-    def close(self) -> None:
-        self.feed("", last=True)
 
 
 def _pieces(path: Path, limit: int) -> Iterator[str]:
@@ -138,10 +141,7 @@ def _encoding(head: bytes, path: Path) -> str:
     return "utf-8-sig" if known in ("utf-8", "utf-16") else known
 
 
-def _unit(
-    unit: str, namespaces: str, number: int, line: int, path: Path
-) -> dict[str, str] | Rejected:
-    where = f"{path}: unit {number}"
+def _unit(unit: str, namespaces: str, where: str, line: int) -> dict[str, str] | Rejected:
     if "\ufffd" in unit:
         return Rejected(where, "broken characters", f"line {line}")
     try:
@@ -150,7 +150,7 @@ def _unit(
         said = str(e).partition(":")[0]
         return Rejected(where, "a unit that is no XML", f"line {line}: {said}")
     texts: dict[str, str] = {}
-    for variant in tree.iter():
+    for variant in tree[0]:
         if _bare(variant) != "tuv":
             continue
         code = variant.get(XML_LANG) or variant.get("lang") or ""
