@@ -55,7 +55,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         with listen():
             return options.run(options)
     except UserError as e:
-        print(f"xplus-fast: {one_line(str(e))}", file=sys.stderr)
+        for line in e.args:
+            print(f"xplus-fast: {one_line(str(line))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         signum, said = (e.signum, e.said) if isinstance(e, Stopped) else (signal.SIGINT, "")
@@ -279,21 +280,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet()
     from xplus_fast.evaluation import curve, verdict
     from xplus_fast.evaluation.evaluate import evaluate, model_folder
+    from xplus_fast.evaluation.ready import check
     from xplus_fast.model.checkpoint_files import resolve_model
 
-    if options.fail_if:
-        if not options.base and not options.scales:
-            raise UserError("--fail-if is about changes: it goes with --base")
-        verdict.parse_condition(options.fail_if)
-    base = resolve_model(options.base) if options.base else None
-    with working_in(resolve(recipe.output)):
-        if options.scales:
-            result = curve.curve(resolve(options.model), base, recipe, options.scales)
-            said = curve.describe(recipe.output, result)
-        else:
-            model = model_folder(options.model, resolve(recipe.output))
-            result = evaluate(model, base, recipe)
-            said = verdict.describe(recipe.output, result)
+    if options.fail_if and not options.base and not options.scales:
+        raise UserError("--fail-if is about changes: it goes with --base")
+    out = resolve(recipe.output)
+    # what is missing is told before a model is downloaded or exported
+    if options.scales:
+        base = resolve_model(options.base) if options.base else None
+        with working_in(out):
+            result = curve.curve(
+                resolve(options.model), base, recipe, options.scales, condition=options.fail_if
+            )
+        said = curve.describe(recipe.output, result)
+    else:
+        lines = check(recipe, options.fail_if)
+        base = resolve_model(options.base) if options.base else None
+        with working_in(out):
+            result = evaluate(model_folder(options.model, out), base, recipe, lines=lines)
+        said = verdict.describe(recipe.output, result)
     print(json.dumps(result, indent=2) if options.json else said)
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 

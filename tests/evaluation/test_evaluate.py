@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.assets import load_tokenizer, save_small_tokenizer, save_tiny_model
+from tests.assets import load_tokenizer
+from tests.evaluation.conftest import SENTENCES
 from xplus_fast import cli
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation import generate, reasoning, translation, verdict
+from xplus_fast.evaluation import generate, reasoning, sets, translation, verdict
 from xplus_fast.evaluation.recipe import (
     EvaluateRecipe,
     ReasoningConfig,
@@ -26,40 +27,6 @@ from xplus_fast.evaluation.recipe import (
 from xplus_fast.files import append_lines
 
 ROOT = Path(__file__).parents[2]
-SENTENCES = {
-    "en": ["Good morning.", "The house is red.", "It rains today.", "She has two dogs."],
-    "fr": ["Bonjour.", "La maison est rouge.", "Il pleut aujourd'hui.", "Elle a deux chiens."],
-}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Two models that differ, a test set, a task of lm-evaluation-harness."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    save_small_tokenizer(folder / "tokenizer")
-    save_tiny_model(folder / "base", folder / "tokenizer")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    for p in model.model.layers[0].parameters():
-        p.data *= 1.5
-    model.save_pretrained(folder / "tuned")
-    load_tokenizer(folder / "tokenizer").save_pretrained(folder / "tuned")
-    for code, lines in SENTENCES.items():
-        (folder / f"{code}.devtest").write_text("\n".join(lines) + "\n")
-    tasks = folder / "tasks"
-    tasks.mkdir()
-    rows = [{"q": f"{a}+{b}=", "c": [str(a + b), str(a * b + 7)], "a": 0}
-            for a in range(2) for b in range(3)]  # fmt: skip
-    (tasks / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = {
-        "task": "sums", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}},
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
-    }  # fmt: skip
-    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
-    return folder
 
 
 def recipe(place, out, **options):
@@ -274,7 +241,7 @@ def test_batches_sorted_by_length_answer_in_order(place):
 def test_lm_evaluation_harness_says_the_same_itself(place, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="runs the tasks: pip install 'xplus-fast[reasoning]'")
     path = recipe(
-        place, tmp_path / "out", translation={"sets": []}, batch_size=2,
+        place, tmp_path / "out", translation={"sets": []}, batch_size=2, on_missing="skip",
         reasoning={"tasks": ["sums", "humaneval", "nonsense"], "chat": False,
                    "include_path": str(place / "tasks")},
     )  # fmt: skip
@@ -363,10 +330,11 @@ def test_spbleu_trusts_no_file_but_the_right_one(tmp_path, monkeypatch):
 def test_a_metric_without_its_model_costs_that_metric(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SACREBLEU", str(tmp_path / "nothing"))
     path = recipe(
-        place, tmp_path / "out",
+        place, tmp_path / "out", on_missing="skip",
         translation={"metrics": ["chrf", "spbleu", "xcomet"], "comet_python": "no-such-python"},
     )  # fmt: skip
-    code, out, _ = run(capsys, place / "tuned", path, "--json")
+    code, out, err = run(capsys, place / "tuned", path, "--json")
+    assert "left out: spbleu: " in err and "left out: translation.comet_python: no-such-" in err
     result = json.loads(out)
     assert code == 0 and {r["metric"] for r in result["rows"]} == {"chrf"}
     assert "is missing" in result["missing"]["mine:en-fr spbleu"]
@@ -414,8 +382,8 @@ def test_bad_files_models_and_conditions_are_one_line(place, tmp_path, capsys):
 
 def test_prompts_are_the_trainings_own_with_thinking_off(place):
     tokenizer = load_tokenizer(place / "tokenizer")
-    sets = [TestSet("m", str(place / "{lang}.devtest"), ["en-fr"], limit=1)]
-    (lines,) = translation.read_sets(sets)
+    named = [TestSet("m", str(place / "{lang}.devtest"), ["en-fr"], limit=1)]
+    (lines,) = sets.read_sets(named)
     (prompt,) = translation.prompts(lines, TranslationConfig(), tokenizer)
     assert "Translate the following text from English to French." in prompt
     assert "English source: Good morning." in prompt

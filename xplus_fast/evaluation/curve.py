@@ -17,8 +17,9 @@ from xplus_fast.evaluation.evaluate import Measured, judge, measure, write_answe
 from xplus_fast.evaluation.front import Point
 from xplus_fast.evaluation.generate import check_model, model_digest
 from xplus_fast.evaluation.in_place import InPlace
+from xplus_fast.evaluation.ready import check
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.translation import Lines, read_sets
+from xplus_fast.evaluation.sets import Lines
 from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.model.checkpoint_files import read_json
 from xplus_fast.training.changes import Changes, grid
@@ -31,11 +32,12 @@ NOTED = Path("evaluation") / CURVE  # in a run's folder
 
 def curve(
     run: Path, base: Path | None, recipe: EvaluateRecipe, scales: Sequence[str], *,
-    show: bool = True,
+    condition: str = "", show: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate a finished run at several scales; returns what curve.json holds.
 
     run: its folder. base: None, or the run's own. scales: as `grid` reads them.
+    condition: of `--fail-if`, to be looked at.
     Raises `UserError` for what is wrong in any of it, before a model is loaded.
     """
     changes = Changes(run)
@@ -44,7 +46,7 @@ def curve(
     own = changes.base
     if base is not None and base != own and model_digest(base) != model_digest(own):
         raise UserError(f"--base: {base} is not what {run} began with: {own}")
-    lines = read_sets(recipe.translation.sets)
+    lines = check(recipe, condition, [*points])
     check_model(changes.base, stock=False)
     out = resolve(recipe.output)
     make_folder(out)
@@ -62,8 +64,7 @@ def curve(
         results[text] |= judge(lines, both, recipe)
         folder = out / POINTS / text.replace(",", "_")
         make_folder(folder)
-        for which, measured in both.items():
-            write_answers(measured, folder, which)
+        write_answers(lines, both, folder)
         verdict.write(folder, results[text])
     result: dict[str, Any] = {
         "run": str(run),

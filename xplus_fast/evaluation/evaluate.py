@@ -15,44 +15,49 @@ import numpy as np
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
 from xplus_fast.evaluation.generate import Generator, Subject, check_model, subject_of
+from xplus_fast.evaluation.outputs import Answer, one_line
+from xplus_fast.evaluation.ready import check
 from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
 from xplus_fast.evaluation.recipe import EvaluateRecipe
-from xplus_fast.evaluation.translation import (
-    Lines,
-    make_metric,
-    off_target,
-    prompts,
-    read_sets,
-    score,
-)
+from xplus_fast.evaluation.sets import Lines
+from xplus_fast.evaluation.translation import note, prompts, read_answers, score
 from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
+from xplus_fast.model.pretrained import load_tokenizer
 from xplus_fast.training.run_folder import is_run
 
 SAMPLES = 3  # translations shown of each direction
+FALLING = ("off_target", "metricx")  # metrics of which less is better
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a model answered, and what that is worth."""
 
-    answers: dict[str, list[tuple[str, bool]]]  # by direction: (text, cut off), in order
+    answers: dict[str, list[Answer]]  # by direction, in order
     scores: dict[str, dict[str, Any]]  # by direction, as `translation.score` has them
     tasks: dict[str, dict[str, Any]]  # as `run_tasks` has them
 
 
 def evaluate(
-    model: Path, base: Path | None, recipe: EvaluateRecipe, *, show: bool = True
-) -> dict[str, Any]:
+    model: Path, base: Path | None, recipe: EvaluateRecipe, *,
+    lines: Sequence[Lines] | None = None, show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate a model folder, and another one beside it; returns what verdict.json holds.
 
-    Raises `UserError` for what is wrong in the recipe, its files and the models.
+    lines: the recipe's test sets, where `ready.check` has been asked for them. Raises `UserError`
+    for what is wrong in the recipe, its files and the models, before anything is generated.
     """
     out = resolve(recipe.output)
-    lines = read_sets(recipe.translation.sets)  # before anything is generated
+    if lines is None:
+        lines = check(recipe)
     folders = {"tuned": model} if base is None else {"base": base, "tuned": model}
     stock = bool(recipe.reasoning.tasks) and harness_model(recipe) == "hf"
     for folder in folders.values():
         check_model(folder, stock=stock)
+    for folder in folders.values() if lines else ():
+        tokenizer = load_tokenizer(folder)
+        for each in lines:  # a template that refuses is found before any is answered
+            prompts(each.first(1), recipe.translation, tokenizer)
     make_folder(out)
     subjects = {w: subject_of(f, recipe.dtype, recipe.device) for w, f in folders.items()}
     found: dict[str, Measured] = {}  # by digest
@@ -60,8 +65,7 @@ def evaluate(
         if subject.digest not in found:
             found[subject.digest] = measure(subject, which, lines, recipe, out, show=show)
     measured = {which: found[subject.digest] for which, subject in subjects.items()}
-    for which, of_model in measured.items():
-        write_answers(of_model, out, which)
+    write_answers(lines, measured, out)
     result = {"model": str(model), "base": None if base is None else str(base)}
     result |= judge(lines, measured, recipe)
     verdict.write(out, result)
@@ -81,11 +85,15 @@ def measure(
         )  # fmt: skip
         for each in lines:
             asked = prompts(each, recipe.translation, generator.tokenizer)
-            answers[each.name] = generator.answer(asked, f"{which} {each.name}")
-        if not any(text for made in answers.values() for text, _ in made):
+            made = generator.answer(asked, f"{which} {each.name}")
+            answers[each.name] = read_answers(each, made, recipe.translation)
+        every = [answer for of_direction in answers.values() for answer in of_direction]
+        if not any(answer.text for answer in every):
+            why = "its end-of-text token, or a chat template that it was not trained with?"
+            if all("thoughts" in answer.odd for answer in every):
+                why = "a think block each, and nothing after it: translation.max_new_tokens?"
             raise UserError(
-                f"{which}: {subject.folder} emits nothing: every answer is empty (its end-of-text"
-                " token, or a chat template that it was not trained with?)"
+                f"{which}: {subject.folder} emits nothing: every answer is empty ({why})"
             )
     scores = {each.name: score(each, answers[each.name], recipe.translation) for each in lines}
     if recipe.reasoning.tasks:
@@ -93,11 +101,13 @@ def measure(
     return Measured(answers, scores, tasks)
 
 
-def write_answers(measured: Measured, out: Path, which: str) -> None:
-    """A direction's answers, one in a line, for whoever scores them again."""
-    for name, answers in measured.answers.items():
-        texts = "\n".join(" ".join(text.split()) for text, _ in answers)
-        write_text(out / f"{which}.{name.replace(':', '.')}.txt", texts + "\n")
+def write_answers(lines: Sequence[Lines], measured: dict[str, Measured], out: Path) -> None:
+    """Each direction's texts, one in a line, for whoever scores them again."""
+    for each in lines:
+        _write_lines(out, "source", each, each.sources)
+        _write_lines(out, "reference", each, each.references)
+        for which, found in measured.items():
+            _write_lines(out, which, each, [answer.text for answer in found.answers[each.name]])
 
 
 def judge(
@@ -109,6 +119,7 @@ def judge(
     """
     result: dict[str, Any] = {
         "rows": [], "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [],
+        "notes": [],
     }  # fmt: skip
     means = verdict.Means(recipe.confidence)
     for each in lines:
@@ -123,6 +134,12 @@ def judge(
     return result
 
 
+def _write_lines(out: Path, what: str, lines: Lines, texts: Sequence[str]) -> None:
+    """Texts of a direction, as they are scored: a line each."""
+    name = lines.name.replace(":", ".")
+    write_text(out / f"{what}.{name}.txt", "".join(f"{one_line(text)}\n" for text in texts))
+
+
 def _judge_direction(
     lines: Lines, measured: dict[str, Measured], recipe: EvaluateRecipe, result: dict[str, Any],
     means: verdict.Means,
@@ -131,40 +148,39 @@ def _judge_direction(
     outputs = {which: found.answers[lines.name] for which, found in measured.items()}
     scored = {which: found.scores[lines.name] for which, found in measured.items()}
     for which, found in scored.items():
-        kept = {k: found[k] for k in ("empty", "truncated", "sentences")}
-        result["counts"][f"{which} {lines.name}"] = kept
+        result["counts"][f"{which} {lines.name}"] = found["counts"]
         for name, why in found["missing"].items():
             result["missing"][f"{lines.name} {name}"] = why
-        for name, signature in found["signatures"].items():
-            result["signatures"][f"{name} {lines.name}"] = signature
-        if found["empty"] == len(lines.sources):
+        for name, figure in found["measured"].items():
+            if figure.signature:
+                result["signatures"][f"{name} {lines.name}"] = figure.signature
+        if found["counts"]["empty"] == len(lines.sources):
             result["silent"].append(f"{which} {lines.name}")
-    texts = {which: [text for text, _ in found] for which, found in outputs.items()}
+    if lines.left_out:
+        said = f"{lines.name}: {lines.left_out} rows that the set calls bad are left out"
+        result["notes"].append(said)
     for name in config.metrics:
-        if any(name not in found["scores"] for found in scored.values()):
+        if any(name not in found["measured"] for found in scored.values()):
             continue
-        tuned = scored["tuned"]["scores"][name]
-        base = scored["base"]["scores"][name] if "base" in scored else None
+        if (said := note(name, lines.languages[1])) and said not in result["notes"]:
+            result["notes"].append(said)
+        tuned = scored["tuned"]["measured"][name]
+        base = scored["base"]["measured"][name] if "base" in scored else None
         interval = None
-        if base is not None and name != "xcomet" and len(lines.sources) > 1:
-            before, after = (
-                verdict.mean_scorer(off_target(lines, texts[which]), 100)
-                if name == "off_target"
-                else verdict.corpus_scorer(
-                    make_metric(name, lines.languages[1], config), texts[which], lines.references
-                )
-                for which in ("base", "tuned")
-            )
+        if base is not None and len(lines.sources) > 1:
             interval = verdict.difference(
-                before, after, len(lines.sources), samples=recipe.bootstrap,
+                base.of, tuned.of, len(lines.sources), samples=recipe.bootstrap,
                 confidence=recipe.confidence, seed=recipe.seed,
             )  # fmt: skip
         if name == "chrf" and base is not None:
-            means.add("translation", tuned - base, interval)
-        falling = name == "off_target"
+            means.add("translation", tuned.score - base.score, interval)
         result["rows"].append(
-            verdict.row("translation", lines.name, name, base, tuned, interval, falling=falling)
-        )
+            verdict.row(
+                "translation", lines.name, name, None if base is None else base.score, tuned.score,
+                interval, falling=name in FALLING,
+            )
+        )  # fmt: skip
+    texts = {which: [answer.text for answer in found] for which, found in outputs.items()}
     shown = []
     for i in range(min(SAMPLES, len(lines.sources))):
         sample = {"source": lines.sources[i], "reference": lines.references[i]}

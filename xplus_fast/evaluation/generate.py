@@ -113,6 +113,29 @@ def subject_of(folder: Path, dtype: str, device: str) -> Subject:
     return Subject(folder, model_digest(folder), lambda: load(folder, dtype, device))
 
 
+def pick_engine(wanted: str) -> str:
+    """ "vllm" or "generate", as a recipe's `engine` says. Raises `UserError` if it is missing."""
+    found = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not found:
+        raise UserError("engine: vllm is not installed: pip install vllm, or engine=generate")
+    return "vllm" if wanted != "generate" and found else "generate"
+
+
+def check_device(device: str) -> None:
+    """See that a recipe's `device` is there. Raises `UserError`."""
+    if device == "auto":
+        return
+    try:
+        usable = torch.device(device).type != "meta" and torch.zeros(1, device=device).sum() == 0
+        why = "" if usable else "it computes nothing"
+    except (RuntimeError, AssertionError) as e:  # of PyTorch built without it
+        why = str(e).partition("\n")[0]
+    if why:
+        raise UserError(
+            f"device: {device!r:.40} is not there ({why:.200}): auto, cpu, cuda, cuda:0"
+        )
+
+
 class Generator:
     """A model's answers, out of a cache where they have been made before.
 
@@ -124,12 +147,8 @@ class Generator:
         self, subject: Subject, cache: Path, *, engine: str, batch_size: int, max_new_tokens: int,
         dtype: str, show: bool,
     ) -> None:  # fmt: skip
-        found = importlib.util.find_spec("vllm") is not None
-        if engine == "vllm" and not found:
-            raise UserError("engine: vllm is not installed: pip install vllm, or engine=generate")
         self.subject, self.show = subject, show
-        fast = engine != "generate" and found and subject.harness is None
-        self.engine = "vllm" if fast else "generate"
+        self.engine = pick_engine(engine) if subject.harness is None else "generate"
         self.batch_size, self.max_new_tokens, self.dtype = batch_size, max_new_tokens, dtype
         self.made = 0  # answers that were not in the cache
         identity = f"{subject.digest}|{self.engine}|{max_new_tokens}|{dtype}"

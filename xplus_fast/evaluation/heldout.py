@@ -19,6 +19,7 @@ from xplus_fast.data.corpus import PackCollator, pack_examples, pack_texts
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import answers, greedy
+from xplus_fast.evaluation.outputs import without_thought
 from xplus_fast.model.prepare import is_prepared
 
 # "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
@@ -41,7 +42,8 @@ def measure(
     (the first `config.translate` sentences, greedily). retention: plain texts. Returns, ready for
     JSON: `loss` {tag: nats per supervised token}, `chrf` {tag: chrF++, 0 to 100}, `samples`
     {tag: [{source, reference, output}]}, `signature` of sacrebleu or None, `retention`
-    {loss, tokens} or None, `off_length` {tag: {empty, truncated}} counts of translated sentences.
+    {loss, tokens} or None, `off_length` {tag: {empty, truncated}} counts of translated sentences,
+    and `thoughts` where some had a think block, which is left out of what is scored.
     show: a progress bar, on a terminal.
 
     Raises `UserError` where a tag or the retention texts hold nothing supervised.
@@ -76,16 +78,20 @@ def measure(
             # Thinking is off whatever data.think says: a base Qwen3 would think through its budget
             # of tokens, score near zero, and every gain over it would be an artefact.
             prompts = [prompt_text(e, tokenizer, "masked") for e in examples]
-            outputs, truncated = _translate(
+            made, truncated = _translate(
                 model, tokenizer, prompts, config.batch_size, bar, f"translating {tag}"
             )
+            sources = [_sentence(e, data.prompt) for e in examples]
+            read = [without_thought(text, s) for text, s in zip(made, sources, strict=True)]
+            outputs = [text.strip() for text, _ in read]
             references = [e.messages[-1]["content"].strip() for e in examples]
             result["chrf"][tag], result["signature"] = _chrf(outputs, references)
             result["off_length"][tag] = {"empty": outputs.count(""), "truncated": truncated}
-            shown = list(zip(examples, references, outputs, strict=True))[: config.samples]
+            if thoughts := sum(thought for _, thought in read):
+                result["off_length"][tag]["thoughts"] = thoughts
+            shown = list(zip(sources, references, outputs, strict=True))[: config.samples]
             result["samples"][tag] = [
-                {"source": _sentence(e, data.prompt), "reference": r, "output": o}
-                for e, r, o in shown
+                {"source": s, "reference": r, "output": o} for s, r, o in shown
             ]
     return result
 

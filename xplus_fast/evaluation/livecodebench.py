@@ -18,6 +18,7 @@ from xplus_fast.evaluation.generate import Generator, Subject
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import make_folder, remove, resolve, write_json, write_text
+from xplus_fast.foreign import check_packages
 from xplus_fast.options import parse_bytes
 
 NAME = "livecodebench"
@@ -33,7 +34,7 @@ def measure(
     generations: Path,
     show: bool,
     what: str,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """pass@1 of one greedy answer a question, as `reasoning.run_tasks` returns it.
 
     folder: where its files lie, by the model and the options; a finished one is read again.
@@ -47,14 +48,8 @@ def measure(
     return {**json.loads(results.read_text(encoding="utf-8")), "falling": []}
 
 
-def _run(
-    subject: Subject,
-    recipe: EvaluateRecipe,
-    folder: Path,
-    generations: Path,
-    show: bool,
-    what: str,
-) -> None:
+def check(recipe: EvaluateRecipe) -> None:
+    """See that it is allowed and that its checkout is there. Raises `UserError`."""
     r, own = recipe.reasoning, recipe.reasoning.livecodebench
     if not r.allow_code:
         raise UserError("it executes what the model writes; reasoning.allow_code=true lets it")
@@ -65,11 +60,21 @@ def _run(
         )
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
-    permitted(r.code_isolation)  # before the model answers
-    reads = readable(r.code_reads)
-    checkout = resolve(own.folder)
-    if not (checkout / "lcb_runner").is_dir():
-        raise UserError(f"reasoning.livecodebench.folder: {checkout} is not {WANTED}")
+    permitted(r.code_isolation)
+    readable(r.code_reads)
+    if not (resolve(own.folder) / "lcb_runner").is_dir():
+        raise UserError(f"reasoning.livecodebench.folder: {resolve(own.folder)} is not {WANTED}")
+    check_packages(own.python, (), option="reasoning.livecodebench.python")
+
+
+def _run(
+    subject: Subject, recipe: EvaluateRecipe, folder: Path, generations: Path, show: bool,
+    what: str,
+) -> None:  # fmt: skip
+    check(recipe)  # before the model answers
+    r, own = recipe.reasoning, recipe.reasoning.livecodebench
+    assert own.folder is not None
+    checkout, reads = resolve(own.folder), readable(r.code_reads)
     options = ["--scenario", "codegeneration", "--release_version", own.release]
     for name in ("start_date", "end_date"):
         if value := getattr(own, name):

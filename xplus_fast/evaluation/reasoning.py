@@ -26,6 +26,7 @@ from xplus_fast.evaluation.generate import Subject, load_kind
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import move, remove
+from xplus_fast.foreign import check_packages
 from xplus_fast.options import parse_bytes
 
 REPLAY = Path(__file__).with_name("replay.py")
@@ -68,6 +69,37 @@ def run_tasks(
     return found
 
 
+def check_setup(recipe: EvaluateRecipe) -> None:
+    """See at once that what all tasks of the harness need is there. Raises `UserError`."""
+    r = recipe.reasoning
+    readable(r.code_reads)
+    if r.include_path and not Path(r.include_path).is_dir():
+        raise UserError(f"reasoning.include_path: {r.include_path}: no such folder")
+    if any(task != livecodebench.NAME for task in r.tasks):
+        python = _python(recipe)
+        needs = ["lm-eval", *(["vllm"] if harness_model(recipe) == "vllm" else [])]
+        check_packages(python, needs, option="reasoning.python")
+
+
+def check_task(task: str, recipe: EvaluateRecipe) -> None:
+    """See that a task is known and may be run, which takes seconds. Raises `UserError`."""
+    if task == livecodebench.NAME:
+        return livecodebench.check(recipe)
+    r = recipe.reasoning
+    about = _look(_python(recipe), tuple(r.tasks), r.include_path)[task]
+    if not about["known"]:
+        raise UserError(
+            f"lm-evaluation-harness has no task '{task}'; `lm-eval ls tasks` lists them"
+        )
+    if about["executes"] and not r.allow_code:
+        raise UserError("it executes what the model writes; reasoning.allow_code=true lets it")
+    if about["judges"]:
+        raise UserError(f"{about['judges'][0]} executes code where it cannot be limited")
+    if about["executes"]:
+        permitted(r.code_isolation)
+        readable(r.code_reads)
+
+
 def _key(subject: Subject, recipe: EvaluateRecipe, *more: object) -> str:
     """A hash of all that decides a figure, the files of one's own tasks included."""
     r = recipe.reasoning
@@ -98,20 +130,13 @@ def _run(
 ) -> str | None:
     """Run one task; why it could not be, or None."""
     r = recipe.reasoning
+    try:
+        check_task(task, recipe)
+    except UserError as e:
+        return str(e)
     python = _python(recipe)
     about = _look(python, tuple(r.tasks), r.include_path)[task]
-    if not about["known"]:
-        return f"lm-evaluation-harness has no task '{task}'; `lm-eval ls tasks` lists them"
-    if about["executes"] and not r.allow_code:
-        return "it executes what the model writes; reasoning.allow_code=true lets it"
-    if about["judges"]:
-        return f"{about['judges'][0]} executes code where it cannot be limited"
-    if about["executes"]:
-        try:  # before the model answers
-            permitted(r.code_isolation)
-            reads = readable(r.code_reads) + ([Path(r.include_path)] if r.include_path else [])
-        except UserError as e:
-            return str(e)
+    reads = readable(r.code_reads) + ([Path(r.include_path)] if r.include_path else [])
     working = folder.with_name(f".{folder.name}")
     remove(working)
     command = command_line(subject, task, recipe, working, cache)

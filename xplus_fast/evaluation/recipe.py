@@ -19,18 +19,20 @@ from xplus_fast.options import (
     parse_bytes,
 )
 
-Metric = Literal["chrf", "bleu", "spbleu", "off_target", "xcomet"]
+Metric = Literal["chrf", "bleu", "spbleu", "off_target", "terms", "xcomet", "metricx"]
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Line-aligned files of several languages, such as FLORES."""
+    """Line-aligned files of several languages, such as FLORES, or those of WMT24++ (.jsonl)."""
 
     name: Annotated[str, FOLDER_NAME]
     files: Path_  # {lang} stands for a language: data/flores200/{lang}.devtest
     directions: list[str]  # "en-sw", in the codes of `languages` or of the files
     languages: dict[str, str] = field(default_factory=dict)  # en: eng_Latn, as files are named
     limit: Count | None = None  # first sentences only
+    documents: bool = False  # a text is what stands between empty lines, or shares a document_id
+    terms: Path_ | None = None  # a TSV, for the metric "terms": docs/evaluation.md
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class TranslationConfig:
     # whose SentencePiece model spBLEU splits by; figures of the two do not compare
     spbleu: Literal["flores200", "flores101"] = "flores200"
     comet_python: str = "python"  # of the environment that has unbabel-comet
-    comet_model: str = "Unbabel/XCOMET-XL"
+    comet_model: str = "Unbabel/XCOMET-XL"  # a name on the hub, or a checkpoint file
+    metricx_python: str = "python"  # of an environment that has torch, transformers, sentencepiece
+    metricx_model: str = "google/metricx-24-hybrid-xl-v2p6"  # a name on the hub, or a folder
+    metricx_tokenizer: str = "google/mt5-xl"
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class EvaluateRecipe:
     translation: TranslationConfig = field(default_factory=TranslationConfig)
     reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
     engine: Literal["auto", "vllm", "generate"] = "auto"  # auto: vLLM where it is installed
+    # a metric or task that lacks something is told before anything is made; skip: and left out
+    on_missing: Literal["stop", "skip"] = "stop"
     batch_size: Count = 16
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
@@ -122,8 +129,12 @@ def _resolved(recipe: EvaluateRecipe) -> EvaluateRecipe:
         output=str(resolve(recipe.output)),
         translation=replace(
             recipe.translation,
-            sets=[replace(s, files=str(resolve(s.files))) for s in recipe.translation.sets],
+            sets=[
+                replace(s, files=str(resolve(s.files)), terms=s.terms and str(resolve(s.terms)))
+                for s in recipe.translation.sets
+            ],
             comet_python=program(recipe.translation.comet_python),
+            metricx_python=program(recipe.translation.metricx_python),
         ),
         reasoning=replace(
             tasks,

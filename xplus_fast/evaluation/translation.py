@@ -1,8 +1,10 @@
-"""Translation quality: test sets, answers, and the metrics of sacrebleu and of this project."""
+"""Translation quality: what is asked, and the metrics of sacrebleu, of others and our own."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xplus_fast.data.chat import prompt_text
-from xplus_fast.data.files import Rejected, read_lines
 from xplus_fast.data.languages import canonical, language_name
 from xplus_fast.data.readers import Example
 from xplus_fast.data.records import say
-from xplus_fast.data.steps.quality import comet_scores
+from xplus_fast.data.scripts import in_script
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.recipe import TestSet, TranslationConfig
-from xplus_fast.files import resolve
+from xplus_fast.evaluation.outputs import Answer, count, one_line, read
+from xplus_fast.evaluation.recipe import TranslationConfig
+from xplus_fast.evaluation.sets import Lines, folded
+from xplus_fast.evaluation.verdict import corpus_scorer, mean_scorer
+from xplus_fast.foreign import comet_scores, metricx_scores
 
 # The SentencePiece models that sacrebleu downloads at first use; it trusts any file of the name
 SPM = {
@@ -28,50 +32,9 @@ SPM = {
     ),
     "flores101": ("sacrebleu_tokenizer_spm.model", None),
 }
-TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # of BLEU, else 13a
-
-
-@dataclass(frozen=True)
-class Lines:
-    """One direction of a test set."""
-
-    name: str  # "flores200:en-sw"
-    languages: tuple[str, str]
-    sources: list[str]
-    references: list[str]
-
-
-def read_sets(sets: Sequence[TestSet]) -> list[Lines]:
-    """Every direction of the test sets. Raises `UserError` for missing files and unequal lines."""
-    found, files = [], {}
-    for test in sets:
-        for direction in test.directions:
-            texts = []
-            for code in direction.split("-"):
-                path = resolve(test.files.format(lang=test.languages.get(code, code)))
-                if path not in files:
-                    files[path] = _read(path)
-                texts.append(files[path])
-            if len(texts[0]) != len(texts[1]):
-                raise UserError(
-                    f"translation.sets: {test.name} {direction}: {len(texts[0])} lines and"
-                    f" {len(texts[1])}: equally many are wanted"
-                )
-            a, b = direction.split("-")
-            cut = [side[: test.limit] for side in texts]
-            found.append(Lines(f"{test.name}:{direction}", (a, b), cut[0], cut[1]))
-    return found
-
-
-def _read(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"translation.sets: {path}: no such file")
-    lines = []
-    for _, line in read_lines(path):
-        if isinstance(line, Rejected):
-            raise UserError(f"translation.sets: {line}")
-        lines.append(line)
-    return lines
+# of BLEU, else 13a
+TOKENIZERS = {"zh": "zh", "yue": "zh", "wuu": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+UNSPACED = {"zh", "yue", "wuu", "ja", "th", "lo", "km", "my", "bo", "dz"}
 
 
 def prompts(lines: Lines, config: TranslationConfig, tokenizer: Any) -> list[str]:
@@ -88,50 +51,110 @@ def prompts(lines: Lines, config: TranslationConfig, tokenizer: Any) -> list[str
     return made
 
 
-def score(
-    lines: Lines, outputs: list[tuple[str, bool]], config: TranslationConfig
-) -> dict[str, Any]:
-    """Scores, sacrebleu's signatures, and counts, of one direction.
+def read_answers(
+    lines: Lines, made: Sequence[tuple[str, bool]], config: TranslationConfig
+) -> list[Answer]:
+    """What is scored of each (answer, whether it was cut off), and what is odd about it."""
+    prompt = config.prompt if not config.system else f"{_literal(config.system)}\n{config.prompt}"
+    return [
+        read(text, cut, source=source, reference=reference, prompt=prompt,
+             languages=lines.languages)
+        for (text, cut), source, reference in zip(
+            made, lines.sources, lines.references, strict=True
+        )
+    ]  # fmt: skip
 
-    Returns {"scores": {metric: value}, "signatures": {...}, "empty", "truncated", "missing":
-    {metric: why}}: a metric whose model is absent costs that metric alone.
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def score(lines: Lines, answers: Sequence[Answer], config: TranslationConfig) -> dict[str, Any]:
+    """Scores of one direction, with what a confidence interval needs, and counts.
+
+    Returns {"measured": {metric: Measured}, "missing": {metric: why}, "counts": {...}}: a metric
+    that does not run after all costs that metric alone.
     """
-    texts = [text for text, _ in outputs]
-    found: dict[str, Any] = {
-        "scores": {}, "signatures": {}, "missing": {}, "sentences": len(texts),
-        "empty": texts.count(""), "truncated": sum(cut for _, cut in outputs),
-    }  # fmt: skip
+    texts = [answer.text for answer in answers]
+    found: dict[str, Any] = {"measured": {}, "missing": {}, "counts": count(answers)}
     for name in config.metrics:
+        if name == "terms" and lines.terms is None:
+            continue  # of another set
         try:
-            if name == "off_target":
-                found["scores"][name] = 100 * float(np.mean(off_target(lines, texts)))
-            elif name == "xcomet":
-                found["scores"][name] = 100 * float(np.mean(xcomet(lines, texts, config)))
-            else:
-                metric = make_metric(name, lines.languages[1], config)
-                result = metric.corpus_score(texts, [lines.references])
-                found["scores"][name] = result.score
-                found["signatures"][name] = str(metric.get_signature())
+            found["measured"][name] = measure(name, lines, texts, config)
         except UserError as e:
             found["missing"][name] = str(e)
     return found
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A metric of one direction."""
+
+    score: float
+    of: Callable[[NDArray[np.intp]], float]  # the score of the sentences with these indices
+    signature: str = ""  # sacrebleu's
+
+
+def measure(name: str, lines: Lines, texts: Sequence[str], config: TranslationConfig) -> Measured:
+    """Score answers, one line each, by a metric. Raises `UserError` where it does not run."""
+    if name == "off_target":
+        of = mean_scorer(off_target(lines, texts), 100)
+    elif name == "xcomet":
+        of = mean_scorer(xcomet(lines, texts, config), 100)
+    elif name == "metricx":
+        of = mean_scorer(metricx(lines, texts, config))
+    elif name == "terms":
+        of = _share_scorer(kept_terms(lines, texts))
+    else:
+        metric = make_metric(name, lines.languages[1], config)
+        references = [one_line(text) for text in lines.references]
+        result = metric.corpus_score(texts, [references])
+        of = corpus_scorer(metric, texts, references)
+        return Measured(result.score, of, str(metric.get_signature()))
+    return Measured(of(np.arange(len(texts))), of)
+
+
 def make_metric(name: str, target: str, config: TranslationConfig) -> Any:
     """sacrebleu's metric. Raises `UserError` where what it needs is missing or another."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics import CHRF
 
     if name == "chrf":
         return CHRF(word_order=2)
     if name == "spbleu":
         check_spm(config.spbleu)
-        return BLEU(tokenize=config.spbleu)
-    tokenizer = TOKENIZERS.get(canonical(target).partition("_")[0], "13a")
+        return _bleu("spbleu", config.spbleu)
+    return _bleu("bleu", bleu_tokenizer(target))
+
+
+def _bleu(name: str, tokenizer: str) -> Any:
+    from sacrebleu.metrics import BLEU
+
     try:
         return BLEU(tokenize=tokenizer)
-    except (ImportError, RuntimeError) as e:
+    except (ImportError, RuntimeError, OSError) as e:  # a package, its dictionary, its model
         said = " ".join(str(e).split())
-        raise UserError(f"bleu: the tokenizer {tokenizer} is not there ({said})") from None
+        raise UserError(f"{name}: the tokenizer {tokenizer} is not there ({said})") from None
+
+
+def bleu_tokenizer(target: str) -> str:
+    """sacrebleu's tokenizer for a language: 13a, unless it is written without spaces and has one of
+    its own."""
+    return TOKENIZERS.get(_base(target), "13a")
+
+
+def note(name: str, target: str) -> str:
+    """What a reader of a score should know; empty where it is nothing."""
+    if name == "bleu" and _base(target) in UNSPACED and bleu_tokenizer(target) == "13a":
+        return (
+            f"bleu of {language_name(target)} by 13a takes whole phrases for words, as it is"
+            " written without spaces, and means little; spbleu and chrf are for it"
+        )
+    return ""
+
+
+def _base(code: str) -> str:
+    return canonical(code).partition("_")[0]
 
 
 def check_spm(name: str) -> None:
@@ -142,27 +165,105 @@ def check_spm(name: str) -> None:
     path = Path(os.environ.get("SACREBLEU", SACREBLEU_DIR)) / "models" / file
     if not path.is_file():
         raise UserError(
-            f"spbleu: {path} is missing; sacrebleu downloads it at its first use of"
-            f" tokenize={name}, where there is a network"
+            f"spbleu: {path} is missing; sacrebleu downloads it, where there is a network: python"
+            f" -c \"from sacrebleu.metrics import BLEU; BLEU(tokenize='{name}')\""
         )
     if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
         raise UserError(f"spbleu: {path} is not the model of {name} (its checksum is another)")
 
 
 def off_target(lines: Lines, texts: Sequence[str]) -> NDArray[np.float64]:
-    """1 where a text is of another language than it should be (or empty), 0 where it is not."""
+    """1 where a text is of another language or script than it should be (or empty), else 0.
+
+    A script counts where the reference is in the right one: a name in Latin letters is in order.
+    """
     from xplus_fast.data.steps.identify import IdentifyOptions, advantage
 
-    language = canonical(lines.languages[1]).partition("_")[0]
+    target = lines.languages[1]
     margin = IdentifyOptions().margin
-    wrong = [not text or advantage(text, language)[0] > margin for text in texts]
+    wrong = [
+        not text
+        or advantage(text, _base(target))[0] > margin
+        or (in_script(reference, target) is not False and in_script(text, target) is False)
+        for text, reference in zip(texts, lines.references, strict=True)
+    ]
     return np.array(wrong, float)
 
 
-def xcomet(lines: Lines, texts: Sequence[str], config: TranslationConfig) -> list[float]:
+def check_identifier(name: str, target: str, config: TranslationConfig) -> None:
+    """See that `off_target` can tell a language. Raises `UserError`."""
+    from xplus_fast.data.steps.identify import is_identified
+
+    if not is_identified(_base(target)):
+        raise UserError(f"{name}: py3langid does not know {language_name(target)} ({target})")
+
+
+def xcomet(lines: Lines, texts: Sequence[str], config: TranslationConfig) -> NDArray[np.float64]:
     """Sentence scores of XCOMET, 0 to 1, by unbabel-comet in its own environment."""
     triples = zip(lines.sources, texts, lines.references, strict=True)
     rows = [{"src": s, "mt": t, "ref": r} for s, t, r in triples]
-    return comet_scores(
-        rows, config.comet_python, config.comet_model, option="translation.comet_python"
+    found = np.array(
+        comet_scores(
+            rows, config.comet_python, config.comet_model, option="translation.comet_python"
+        )
     )
+    # models that average over a translation's tokens have no number for an empty one
+    found[[i for i, text in enumerate(texts) if not text and not np.isfinite(found[i])]] = 0
+    return _finite(found, config.comet_model)
+
+
+def metricx(lines: Lines, texts: Sequence[str], config: TranslationConfig) -> NDArray[np.float64]:
+    """Errors of each sentence by MetricX, 0 to 25, in its own environment."""
+    triples = zip(lines.sources, texts, lines.references, strict=True)
+    rows = [{"source": s, "hypothesis": t, "reference": r} for s, t, r in triples]
+    found = metricx_scores(
+        rows, config.metricx_python, config.metricx_model, config.metricx_tokenizer,
+        option="translation.metricx_python",
+    )  # fmt: skip
+    return _finite(np.array(found), config.metricx_model)
+
+
+def _finite(scores: NDArray[np.float64], model: str) -> NDArray[np.float64]:
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise UserError(f"{model}: {bad} of {len(scores)} scores are no numbers")
+    return scores
+
+
+def kept_terms(lines: Lines, texts: Sequence[str]) -> NDArray[np.intp]:
+    """[n, 2]: of each sentence, terms that its translation has, and those that its source has.
+
+    Longer terms go first, and what is in one is no other. Case does not count; what is written with
+    spaces is a word by itself.
+    """
+    forms = lines.terms or {}
+    sources, targets = (_finder(code) for code in lines.languages)
+    terms = sources(list(forms))
+    wanted = {term: targets(kept) for term, kept in forms.items()}
+    found = np.zeros((len(texts), 2), np.intp)
+    for i, (source, text) in enumerate(zip(lines.sources, texts, strict=True)):
+        asked = Counter(match.group() for match in terms.finditer(folded(source)))
+        for term, times in asked.items():
+            has = len(wanted[term].findall(folded(text)))
+            found[i] += min(times, has), times
+    return found
+
+
+def _share_scorer(kept: NDArray[np.intp]) -> Callable[[NDArray[np.intp]], float]:
+    """Per cent of the terms that sources have that their translations have; 0 of none."""
+
+    def scored(chosen: NDArray[np.intp]) -> float:
+        has, asked = kept[chosen].sum(0)
+        return float(100 * has / asked) if asked else 0.0
+
+    return scored
+
+
+def _finder(code: str) -> Callable[[Sequence[str]], re.Pattern[str]]:
+    """Terms of a language -> what finds them in a text that is folded."""
+    before, behind = ("", "") if _base(code) in UNSPACED else (r"(?<!\w)", r"(?!\w)")
+
+    def compiled(terms: Sequence[str]) -> re.Pattern[str]:
+        longest = sorted(map(folded, terms), key=len, reverse=True)
+        return re.compile(f"{before}(?:{'|'.join(map(re.escape, longest))}){behind}")
+
+    return compiled

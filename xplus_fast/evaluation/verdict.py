@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation.outputs import describe as describe_oddities
 from xplus_fast.files import write_json, write_picture, write_text
 
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -175,6 +176,8 @@ def describe(out: str, result: dict[str, Any]) -> str:
     lines += [mean_line(kind, mean) for kind, mean in result["means"].items()]
     lines += [f"not measured: {where}: {why}" for where, why in result["missing"].items()]
     lines += [f"{where}: every answer is empty" for where in result["silent"]]
+    lines += _odd_answers(result)
+    lines += [f"note: {said}" for said in result["notes"]]
     return "\n".join([*lines, f"read {Path(out) / 'verdict.md'}"])
 
 
@@ -195,6 +198,8 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
     lines = ["# Verdict", ""]
     lines += [mean_line(kind, mean) for kind, mean in result["means"].items()]
     lines += ["", table(result["rows"]), ""]
+    if said := [f"- {text}" for text in (*_odd_answers(result), *result["notes"])]:
+        lines += [*said, ""]
     if picture:
         lines += ["![what was gained and what it cost](verdict.png)", ""]
     if result["signatures"]:
@@ -203,12 +208,6 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
         lines.append("")
     for where, why in result["missing"].items():
         lines.append(f"- not measured: {where}: {why}")
-    for where, counts in result["counts"].items():
-        if counts["empty"] or counts["truncated"]:
-            lines.append(
-                f"- {where}: {counts['empty']} empty and {counts['truncated']} cut-off answers of"
-                f" {counts['sentences']}"
-            )
     for where, samples in result["samples"].items():
         lines += ["", f"## {where}", ""]
         for sample in samples:
@@ -225,6 +224,15 @@ def mean_line(kind: str, mean: dict[str, Any]) -> str:
     if mean["low"] is None:
         return line
     return f"{line} ({mean['low']:+.2f} to {mean['high']:+.2f}): {mean['verdict']}"
+
+
+def _odd_answers(result: dict[str, Any]) -> list[str]:
+    """Of each model and direction, the answers that are no plain translations."""
+    return [
+        f"{where}: of {counts['sentences']} answers {odd}"
+        for where, counts in result["counts"].items()
+        if (odd := describe_oddities(counts))
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

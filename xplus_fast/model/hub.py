@@ -77,6 +77,23 @@ def is_hub_id(name: str) -> bool:
     return bool(known) and not resolve(name).parent.is_dir()
 
 
+def on_hub(name: str, file: str) -> Path:
+    """See that a file of a repository is in the hub's cache, or may be downloaded. Raises
+    `UserError`."""
+
+    def ask(hub: Any) -> str:
+        cached = hub.try_to_load_from_cache(name, file)
+        if isinstance(cached, str):
+            return cached
+        if hub.constants.HF_HUB_OFFLINE:
+            raise hub.errors.OfflineModeIsEnabled(name)
+        _reach(hub.constants.ENDPOINT)
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, file), timeout=10)
+        return file
+
+    return _had(name, ask)
+
+
 def _had(name: str, download: Callable[[Any], str]) -> Path:
     if not is_hub_id(name):
         raise UserError(f"{name}: no such model folder")

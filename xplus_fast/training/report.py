@@ -147,8 +147,9 @@ def _before_after(rows: list[Row], measured: Measured) -> str:
     for label, value in measured.items():
         off = [
             f"{tag} {n['empty']} empty, {n['truncated']} cut at the token limit"
+            + (f", {n['thoughts']} with a think block, not scored" if "thoughts" in n else "")
             for tag, n in value["off_length"].items()
-            if n["empty"] or n["truncated"]
+            if any(n.values())
         ]
         notes += [_escape(f"Translations {label}: {'; '.join(off)}.")] if off else []
     for signature in sorted({v["signature"] for v in measured.values() if v["signature"]}):

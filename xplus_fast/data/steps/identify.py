@@ -75,6 +75,12 @@ def advantage(text: str, language: str) -> tuple[float, str]:
     return 0.0, ""
 
 
+def is_identified(language: str) -> bool:
+    """Whether the identifier knows a language, or one that counts as the same."""
+    known = {SAME.get(label, label) for label in _identifier().labels}
+    return SAME.get(language, language) in known
+
+
 @cache
 def _identifier() -> Any:
     try:

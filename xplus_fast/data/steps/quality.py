@@ -11,8 +11,6 @@ e5 finds misalignment; it does not rank translations. Its cosine alone says litt
 whether a pair is closer than the same source with neighbours' targets.
 """
 
-import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
-from xplus_fast.files import scratch, write_text
+from xplus_fast.foreign import comet_scores
 from xplus_fast.options import Count
 
 NEIGHBOURS = 4  # targets of other pairs that a pair's own is held against
@@ -121,48 +119,6 @@ def _e5(
     return own.tolist(), margin
 
 
-# Runs in another environment: nothing of ours can be imported there
-_COMET = """
-import json, sys
-from comet import download_model, load_from_checkpoint
-name, inside, outside = sys.argv[1:]
-path = name if name.endswith(".ckpt") else download_model(name)
-data = [json.loads(line) for line in open(inside, encoding="utf-8")]
-made = load_from_checkpoint(path).predict(data, batch_size=16, progress_bar=False)
-json.dump(made["scores"], open(outside, "w"))
-"""
-
-
 def _cometkiwi(source: list[str], target: list[str], options: QualityOptions) -> list[float]:
     rows = [{"src": s, "mt": t} for s, t in zip(source, target, strict=True)]
     return comet_scores(rows, options.python, options.model, option="quality.python")
-
-
-def comet_scores(
-    rows: Sequence[dict[str, str]], python: str, model: str, *, option: str
-) -> list[float]:
-    """Scores by a model of unbabel-comet, in a process of the Python that has it.
-
-    rows: "src", "mt" and, for models that want one, "ref". option: names the Python in a recipe.
-    Raises `UserError` where that Python or its unbabel-comet does not run.
-    """
-    if not rows:
-        return []
-    with scratch("xplus-comet-") as folder:
-        given, made = folder / "rows.jsonl", folder / "scores.json"
-        write_text(given, "".join(json.dumps(row) + "\n" for row in rows))
-        command = [python, "-c", _COMET, model, str(given), str(made)]
-        try:
-            ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        except OSError as e:
-            raise UserError(f"{option}: {python}: {e.strerror}") from None
-        if ran.returncode or not made.exists():
-            said = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"{model} does not run in {python} ({said}); it needs an environment with"
-                f" unbabel-comet: {option} names its Python"
-            )
-        scores = json.loads(made.read_text())
-    if len(scores) != len(rows):
-        raise UserError(f"{model}: {len(scores)} scores of {len(rows)} rows")
-    return scores
