@@ -201,6 +201,8 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 def _convert(hint: Any, value: Any, at: str, extra: Any = None) -> Any:
     """The value as its type wants it; `extra` is a `Range` or a kind of text."""
+    if hint is Any:  # laid over options later, by `overlaid`, which looks at it
+        return value
     origin = get_origin(hint)
     if origin is Annotated:
         inner, extra = get_args(hint)

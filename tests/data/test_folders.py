@@ -79,6 +79,10 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     cache = tmp_path / "datasets--org--name"
     layout(cache / "snapshots" / "abc", "train.jsonl")
     layout(cache / "snapshots" / "def", "data/train.jsonl", "data/test.jsonl")
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(sorted((cache / "snapshots" / "def" / "data").iterdir())):
+        file.rename(cache / "blobs" / f"{i}")  # where the bytes are, under names that tell nothing
+        file.symlink_to(f"../../../blobs/{i}")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("def")
     assert answers(cache) == ["data/train.jsonl"]

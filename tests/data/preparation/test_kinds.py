@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,18 @@ def test_scripts_are_converted_where_the_recipe_asks(tmp_path: Path) -> None:
     (row,) = rows(zh, convert={"zh_TW": "zh"})
     assert (row["target"], row["target_language"]) == ("\u5934\u53d1\u4e0e\u53d1\u5c55", "zh")
     assert rows(zh)[0]["target_language"] == "zh_Hant"
+    both = archive(tmp_path / "x.zip", {"x.sr_Latn": lines("Dan."), "x.sr": lines("Dan.")})
+    (same,) = rows(both, convert={"sr_Latn": "sr"})
+    assert str(same) == f"{both}/x.sr_Latn:1: one language twice (sr)"
+
+
+def test_a_conversion_that_is_not_installed_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opencc", None)
+    with pytest.raises(UserError, match=r"convert: to zh: needs opencc: pip install 'xplus-fast"):
+        prepare_recipe(tmp_path, {"path": "x.csv", "convert": {"zh_Hant": "zh"}})
+    prepare_recipe(tmp_path, {"path": "x.csv", "convert": {"sr_Latn": "sr"}})
 
 
 # --- recipes

@@ -70,7 +70,8 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
             yield item
             continue
         pair, score = item if isinstance(item, tuple) else (item, None)
-        codes = [canonical(code) for code in pair.languages]
+        told = [canonical(code) for code in pair.languages]
+        codes = [convert.get(code, code) for code in told]
         if codes[0] == codes[1]:
             yield Rejected(pair.where, "one language twice", codes[0])
             continue
@@ -81,9 +82,8 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
             continue
         texts = [
             converters[code](text) if code in converters else text
-            for code, text in zip(codes, pair.texts, strict=True)
+            for code, text in zip(told, pair.texts, strict=True)
         ]
-        codes = [convert.get(code, code) for code in codes]
         yield {
             "source": texts[0], "target": texts[1], "source_language": codes[0],
             "target_language": codes[1], "corpus": name, "where": pair.where, "score": score,

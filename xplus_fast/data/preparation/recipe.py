@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from xplus_fast.config import Path_, Seed
 from xplus_fast.data.languages import canonical
@@ -22,7 +22,6 @@ from xplus_fast.options import Amount, Count, Range, check_fields, load_options,
 Format = Literal[
     "auto", "lines", "moses", "nllb", "translation", "tmx", "xliff", "gettext", "hub"
 ]  # fmt: skip
-Value = str | int | float | bool | None
 OWN_STEPS = ("format", "clean", "identify", "quality")  # whose options a corpus may have of its own
 
 
@@ -42,7 +41,7 @@ class Corpus:
     columns: dict[str, str | int] = field(default_factory=dict)
     convert: dict[str, str] = field(default_factory=dict)  # scripts, such as {sr_Latn: sr}
     # its own options of steps, laid over the recipe's: {quality: {threshold: 0.5}}
-    steps: dict[str, dict[str, Value]] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: Count | None = None  # first pairs only
 
 

@@ -39,10 +39,11 @@ _KEPT = re.compile(
 
 
 def check_conversion(source: str, target: str, at: str) -> None:
-    """See that one code's texts can be turned into the other's. Raises `UserError`."""
+    """See that one code's texts can be turned into the other's here. Raises `UserError`."""
     if KNOWN.get(canonical(source)) != canonical(target):
         known = ", ".join(f"{a}: {b}" for a, b in KNOWN.items())
         raise UserError(f"{at}: {source}: {target}: not known; known: {known}")
+    converter(canonical(target))
 
 
 def converter(target: str) -> Callable[[str], str]:
