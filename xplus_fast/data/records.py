@@ -111,15 +111,17 @@ def detect(
         return next((lower[name] for name in names if name in lower), None)
 
     wanted = {"sharegpt": "messages"}.get(pinned, pinned)
+    flat = wanted in ("auto", "translation") and len(languages_in(record)) >= 2
     for name, keys, more in _FORMS:
-        if wanted not in ("auto", name):
+        # beside two languages "text" is one of many notes
+        if wanted not in ("auto", name) or (flat and name == "text"):
             continue
         found = {ours: called((ours, *theirs)) for ours, theirs in keys.items()}
         if None in found.values() or len({*found.values()}) < len(found):
             continue
         found |= {ours: key for ours, names in more.items() if (key := called((ours, *names)))}
         return _form(name, record, found, given)
-    if wanted in ("auto", "translation") and len(languages_in(record)) >= 2:
+    if flat:
         return _form("translation", record, {}, given)
     if pinned != "auto":  # reading will say what it lacks
         return Form(pinned, given, READ[pinned])
