@@ -69,6 +69,9 @@ def test_the_card_of_a_snapshot_says_what_is_where(tmp_path: Path) -> None:
     (root / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: gone/*\n---\n")
     with pytest.raises(UserError, match="none of the files is there that its card names for 'x'"):
         answers(root)
+    files = "    train: sw/a.jsonl\n    dev: sw/b.jsonl\n"
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files:\n{files}---\n")
+    assert answers(root) == ["sw/a.jsonl"] and answers(root, split="dev") == ["sw/b.jsonl"]
     card = "---\nconfigs:\n- config_name: x\n  data_dir: sw\n  data_files: '*.jsonl'\n---\n"
     (root / "README.md").write_text(card)
     assert answers(root) == ["sw/a.jsonl", "sw/b.jsonl", "sw/held.jsonl"]

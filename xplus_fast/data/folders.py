@@ -168,6 +168,8 @@ def _configs(root: Path, card: str) -> dict[str, dict[str, list[str]]]:
             files = "**"
         if files is None:
             continue
+        if isinstance(files, dict):
+            files = [{"split": split, "path": path} for split, path in files.items()]
         below = str(config["data_dir"]).strip("./") + "/" if config.get("data_dir") else ""
         splits: dict[str, list[str]] = {}
         for item in files if isinstance(files, list) else [files]:

@@ -87,6 +87,18 @@ def choose_split(
     return sorted(chosen), sorted(file for file in files if file not in chosen)
 
 
+def missing_piece(files: Sequence[Path]) -> str:
+    """The first piece that is not among those of its set, as 00001-of-00002; empty if none is."""
+    names = {stem(file) for file in files}
+    for name in sorted(names):
+        if shard := _SHARD.fullmatch(name):
+            pieces = int(name[-5:])
+            wanted = [f"{shard[1]}-{i:05}-of-{pieces:05}" for i in range(pieces)]
+            if gone := next((piece for piece in wanted if piece not in names), ""):
+                return gone
+    return ""
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     listed = list(names)
