@@ -10,7 +10,7 @@ import yaml
 from tests.data.kinds import CARD, PLAIN, StandIn, jsonl, layout
 from xplus_fast.config import DataConfig, Source, load_recipe
 from xplus_fast.data.corpus import describe, load_corpus
-from xplus_fast.data.readers import Reading, read_examples
+from xplus_fast.data.readers import Reading, read_examples, read_text
 from xplus_fast.errors import UserError
 from xplus_fast.model import hub as hub_module
 
@@ -175,3 +175,25 @@ def test_a_folder_of_one_set_has_no_splits(tmp_path: Path) -> None:
         for option in ({"split": "train"}, {"subset": "x"}):
             with pytest.raises(UserError, match="this folder holds one set, with no"):
                 answers(tmp_path / name, **option)
+
+
+def test_what_only_records_have_is_not_asked_of_others(tmp_path: Path) -> None:
+    for name in ("x.en", "x.sw", "x.txt"):
+        (tmp_path / name).write_text("one\n")
+    lines = [str(tmp_path / "x.en"), str(tmp_path / "x.sw")]
+    columns = {"columns": {"user": "a"}}
+    for options in (columns, {"split": "test"}, {"subset": "x"}):
+        (option,) = options
+        with pytest.raises(UserError, match=f"{option}: format lines has none"):
+            list(read_examples(Source(lines, **options), PLAIN, Reading()))
+    with pytest.raises(UserError, match="columns: format text has none"):
+        read_text([Source(str(tmp_path / "x.txt"), **columns)])
+
+
+@pytest.mark.parametrize("name", ["sources", "retention", "validation"])
+def test_columns_are_checked_wherever_sources_stand(name: str, tmp_path: Path) -> None:
+    source = {"path": "x.csv", "columns": {"nothing": "a"}}
+    tree = {"model": "m", "output": "o", "stages": [{"layers": 1}], "data": {name: [source]}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=f"data.{name}.0.columns.nothing: unknown"):
+        load_recipe(tmp_path / "r.yaml")

@@ -66,6 +66,7 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
     """
     name, chosen = _name(source), file_format(source)
     items: Iterator[Pair | Example | Rejected]
+    _check_options(source, chosen)
     if chosen == "lines":
         items = line_pairs(source)
     elif chosen == "gettext":
@@ -97,6 +98,7 @@ def read_text(sources: Sequence[Source]) -> list[str]:
         if source.format not in ("auto", "text"):
             raise UserError(f"{_name(source)}: raw text is wanted here, not '{source.format}'")
         source = replace(source, format="text")
+        _check_options(source, "text")
         items = _from_records(source, "text", Reading()) if has_records(source) else None
         of_source = []
         for item in islice(items or paragraphs(source), source.limit):
@@ -107,6 +109,14 @@ def read_text(sources: Sequence[Source]) -> list[str]:
             raise UserError(f"{_name(source)}: no text in it")
         texts += of_source
     return texts
+
+
+def _check_options(source: Source, chosen: str) -> None:
+    """See that what only records have is asked of records alone. Raises `UserError`."""
+    if chosen in ("lines", "gettext") or (chosen == "text" and not has_records(source)):
+        for option in ("split", "subset", "columns"):
+            if getattr(source, option):
+                raise UserError(f"{_name(source)}: {option}: format {chosen} has none")
 
 
 def paragraphs(source: Source) -> Iterator[Example | Rejected]:

@@ -259,6 +259,17 @@ def test_scripts_are_converted_where_the_recipe_asks(tmp_path: Path) -> None:
     assert str(same) == f"{both}/x.sr_Latn:1: one language twice (sr)"
 
 
+def test_options_that_a_format_does_not_have(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.zip", GNOME)
+    said = fault(path, columns={"en": "a", "sw": "b"})
+    assert said == f"{path}: columns: goes with translation, hub, not with moses"
+    assert "scores: goes with lines, not with moses" in fault(path, scores="x")
+    (tmp_path / "x.tmx").write_text(TMX)
+    assert "subset: goes with translation, hub, moses, not with tmx" in fault(
+        tmp_path / "x.tmx", subset="a"
+    )
+
+
 def test_a_conversion_that_is_not_installed_is_told_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

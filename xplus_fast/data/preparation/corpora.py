@@ -38,6 +38,10 @@ from xplus_fast.files import resolve
 
 Row = dict[str, Any]  # a row of `steps.batch.SCHEMA`
 _SCORES = ("score", "laser_score")  # keys of records
+_ONLY = {  # options -> the formats that have such a thing
+    "columns": ("translation", "hub"), "subset": ("translation", "hub", "moses"),
+    "scores": ("lines",),
+}  # fmt: skip
 _XLIFF = (".xlf", ".xliff", ".sdlxliff", ".mqxliff")
 
 
@@ -45,6 +49,9 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
     """Stream a corpus's pairs, languages in their canonical codes."""
     name = corpus_name(corpus)
     chosen = corpus_format(corpus)
+    for option, formats in _ONLY.items():
+        if getattr(corpus, option) and chosen not in formats:
+            raise UserError(f"{name}: {option}: goes with {', '.join(formats)}, not with {chosen}")
     items: Iterator[Pair | tuple[Pair, float | None] | Rejected]
     if chosen == "lines":
         items = _lines(corpus)
