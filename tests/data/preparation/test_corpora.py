@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from xplus_fast.data.files import Rejected
-from xplus_fast.data.languages import canonical
+from xplus_fast.data.languages import canonical, languages_of_name
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
 from xplus_fast.data.preparation.recipe import Corpus
 from xplus_fast.data.steps.format import FormatOptions, tidy
@@ -37,6 +37,19 @@ def texts(rows):
 )  # fmt: skip
 def test_all_spellings_of_a_language_are_one(codes, expected):
     assert {canonical(code) for code in codes.split()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("WikiMatrix.en-sw.tsv.gz", "en sw"), ("eng_Latn-swh_Latn.gz", "eng_Latn swh_Latn"),
+        ("en-zh_TW.tsv", "en zh_TW"), ("x.en-zh_cn.csv", "en zh_cn"), ("x.en_sw.csv", "en sw"),
+        ("en-fr-train.jsonl", "en fr"), ("en-ckb.tsv", "en ckb"), ("my-data.csv", ""),
+        ("pre-val.csv", ""), ("to-do.csv", ""), ("en-en.csv", ""), ("en-fr.en-sw.csv", ""),
+    ],
+)  # fmt: skip
+def test_what_a_name_says_of_languages(name, expected):
+    assert " ".join(languages_of_name(name)) == expected
 
 
 def test_unknown_languages_are_refused():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xplus_fast.data.preparation.engines import run_calls
 from xplus_fast.data.preparation.parts import SAMPLES, Part, quality_part, sample, smallest
-from xplus_fast.data.preparation.recipe import PrepareRecipe
+from xplus_fast.data.preparation.recipe import PrepareRecipe, of_corpus
 from xplus_fast.data.steps.dedup import (
     COLUMNS,
     REASONS,
@@ -121,8 +121,9 @@ class Rows:
     def drop_poor(
         self, recipe: PrepareRecipe, counts: dict[str, Any], bar: Callable[..., Any]
     ) -> None:
+        recipes = [of_corpus(recipe, i) for i in range(len(recipe.corpora))]
         calls = (
-            (Part(name, str(self.work)), kept, recipe)
+            (Part(name, str(self.work)), kept, recipes[int(name[:5])])
             for name, kept in self.by_part(self.kept)
             if not (self.work / f"{name}.quality.parquet").exists()
         )
@@ -132,21 +133,36 @@ class Rows:
         rows = np.flatnonzero(self.kept)
         scores = [np.empty(len(rows), np.float32) for _ in SCORES]
         at = 0
-        quality, margin, least = scores
         for name in self.names:
             table = pq.read_table(self.work / f"{name}.quality.parquet")
             here = slice(at, at + table.num_rows)
             for values, name in zip(scores, SCORES, strict=True):
                 values[here] = table[name].to_numpy()
             at += table.num_rows
-        judged = judge_quality(
-            quality, margin, least, self.pair[rows], self._hash(rows), recipe.quality
-        )
+        judged = self._judge_quality(rows, scores, recipes)
         reasons = ["", *sorted({reason for reason in judged if reason})]
         number = {reason or None: i for i, reason in enumerate(reasons)}
         found = np.zeros(len(self.kept), np.uint8)
         found[rows] = [number[reason] for reason in judged]
         self._drop(counts, "quality", found, reasons)
+
+    def _judge_quality(
+        self, rows: NDArray[np.intp], scores: Sequence[NDArray[np.floating]],
+        recipes: Sequence[PrepareRecipe],
+    ) -> list[str | None]:  # fmt: skip
+        """Corpora with the same options together: `best` is a choice among them all."""
+        judged: list[str | None] = [None] * len(rows)
+        all_options = [recipe.quality for recipe in recipes]
+        for options in dict.fromkeys(all_options):
+            alike = [i for i, own in enumerate(all_options) if own == options]
+            at = np.flatnonzero(np.isin(self.corpus[rows], alike))
+            quality, margin, least = (values[at] for values in scores)
+            found = judge_quality(
+                quality, margin, least, self.pair[rows[at]], self._hash(rows[at]), options
+            )
+            for i, reason in zip(at, found, strict=True):
+                judged[i] = reason
+        return judged
 
     def _hash(self, rows: Any) -> NDArray[np.uint64]:
         first, second = (self.hashes[f"{side}_hash"][rows] for side in ("first", "second"))
