@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, MT5ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, MT5ForConditionalGeneration
 
 ERRORS = 250089  # the piece <extra_id_10>
 LENGTH = 1536  # tokens, as it was trained
@@ -25,7 +25,9 @@ def main(model_name: str, tokenizer_name: str, rows: str, scores: str) -> None:
         data = [json.loads(line) for line in f]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = MT5ForConditionalGeneration.from_pretrained(model_name)
+    config = AutoConfig.from_pretrained(model_name)
+    config.tie_word_embeddings = False  # its head is its own; transformers 5 ties it all the same
+    model: Any = MT5ForConditionalGeneration.from_pretrained(model_name, config=config)
     model.to(device).eval()
     asked = []
     for row in data:
