@@ -210,6 +210,7 @@ def test_comet_in_an_environment_of_its_own(place, tmp_path, capsys):
 def test_metricx_on_the_classes_of_transformers(tmp_path):
     """A tiny mT5 with MetricX's vocabulary: batches of padded texts say what one alone does."""
     import torch
+    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -234,8 +235,11 @@ def test_metricx_on_the_classes_of_transformers(tmp_path):
         for p in model.parameters():  # so that what is read makes a difference
             p.copy_(torch.randn_like(p) if p.dim() > 1 else torch.ones_like(p))
         model.lm_head.weight[250089] *= -15
-    assert not torch.equal(model.lm_head.weight, model.shared.weight)
-    model.save_pretrained(tmp_path)
+    for stack in (model.encoder, model.decoder):
+        stack.set_input_embeddings(model.shared)
+    model.config.save_pretrained(tmp_path)
+    weights = {k: v for k, v in model.state_dict().items() if "embed_tokens" not in k}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     texts = ["", "a", "b c", "d e f a", "c " * 40]
     rows = [
         {"source": texts[i], "hypothesis": texts[j], "reference": texts[(i + j) % 5]}
@@ -251,6 +255,10 @@ def test_metricx_on_the_classes_of_transformers(tmp_path):
         right = float(logits.logits[0, 0, 250089])
         assert score == pytest.approx(min(max(right, 0), 25), abs=1e-3)
     assert 0 < sum(0 < score < 25 for score in found) < len(found)  # some beyond the ends
+    save_file({"shared.weight": weights["shared.weight"]}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match="it lacks .* no MetricX model"):
+        metricx_scores(rows, sys.executable, str(tmp_path), str(tmp_path), option="x")
 
 
 def test_missing_things_do_not_stop_where_the_recipe_says_so(place, tmp_path, capsys, monkeypatch):

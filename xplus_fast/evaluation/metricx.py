@@ -25,10 +25,7 @@ def main(model_name: str, tokenizer_name: str, rows: str, scores: str) -> None:
         data = [json.loads(line) for line in f]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(model_name)
-    config.tie_word_embeddings = False  # its head is its own; transformers 5 ties it all the same
-    model: Any = MT5ForConditionalGeneration.from_pretrained(model_name, config=config)
-    model.to(device).eval()
+    model = load(model_name).to(device).eval()
     asked = []
     for row in data:
         text = f"source: {row['source']} candidate: {row['hypothesis']}"
@@ -58,6 +55,22 @@ def main(model_name: str, tokenizer_name: str, rows: str, scores: str) -> None:
             found[i] = value
     with open(scores, "w") as f:
         json.dump(found, f)
+
+
+def load(name: str) -> Any:
+    """A model whose embeddings are one and whose head is its own, as T5 of version 1.1 has it:
+    transformers 4 reads it so, 5 takes all three for one or for none."""
+    config = AutoConfig.from_pretrained(name)
+    config.tie_word_embeddings = False
+    model: Any
+    model, info = MT5ForConditionalGeneration.from_pretrained(
+        name, config=config, output_loading_info=True
+    )
+    if missing := [key for key in info["missing_keys"] if "embed_tokens" not in key]:
+        sys.exit(f"it lacks {missing[0]} and {len(missing) - 1} more: no MetricX model")
+    for stack in (model.encoder, model.decoder):
+        stack.set_input_embeddings(model.shared)
+    return model
 
 
 if __name__ == "__main__":
