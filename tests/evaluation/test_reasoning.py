@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.evaluation.test_evaluate import place, recipe, run  # noqa: F401  (a fixture)
+from tests.evaluation.test_evaluate import recipe, run
 from xplus_fast.evaluation import sandbox
 
 CODE = {  # what a task executes -> whether it may succeed

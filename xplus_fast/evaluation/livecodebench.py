@@ -55,7 +55,6 @@ def check(recipe: EvaluateRecipe) -> None:
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
     permitted(r.code_isolation)
-    readable(r.code_reads)
     if not (resolve(own.folder) / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {resolve(own.folder)} is not {WANTED}")
     check_packages(own.python, (), option="reasoning.livecodebench.python")
