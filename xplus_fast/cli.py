@@ -1,4 +1,4 @@
-"""`xplus-fast`: prepare · plan · train · export · verify · sensitivity · bench."""
+"""`xplus-fast`: prepare, plan, train, export, verify, sensitivity, evaluate, compare, bench."""
 
 import argparse
 import importlib
@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a finished run -> a Hugging Face folder")
     export.add_argument("run_folder", type=Path, metavar="RUN", help="the run's output folder")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    export.add_argument(
+        "--scale", default="", metavar="S",
+        help="as much of the change: 0.7, or stage-1=1,stage-2=0.5, or 21-28=0.5",
+    )  # fmt: skip
     export.set_defaults(run=_export)
 
     verify = commands.add_parser(
@@ -147,10 +151,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch_size=32")
     evaluate.add_argument("--base", default="", help="to compare with: a folder or hub id")
     evaluate.add_argument(
+        "--scales", action="append", default=[], metavar="S,S,...",
+        help="the run at these parts of its change: 0,0.5,1; again for stages: stage-2=0,1",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--fail-if", default="", metavar="CONDITION", help="exit code 1 if, e.g. 'reasoning < -2'"
     )
     evaluate.add_argument("--json", action="store_true", help="for programs")
     evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser(
+        "compare", help="runs that were evaluated at several scales, in one table and picture"
+    )
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its evaluation's"
+    )
+    compare.add_argument(
+        "--out", type=Path, default=Path("comparison"), metavar="DIR",
+        help="for comparison.md, .json, .csv and .png (default: comparison)",
+    )  # fmt: skip
+    compare.add_argument("--json", action="store_true", help="for programs")
+    compare.set_defaults(run=_compare)
 
     bench = commands.add_parser(
         "bench", help="time kernels and training steps (in a checkout of the source)"
@@ -217,16 +238,23 @@ def _export(options: argparse.Namespace) -> int:
     _quiet()
     from xplus_fast.model.checkpoint_files import DTYPE_CODES, CheckpointFiles
     from xplus_fast.model.quantized import plain_code
+    from xplus_fast.training.changes import Changes
     from xplus_fast.training.export import export
-    from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(resolve(options.run_folder))
-    export(base, tensors, resolve(options.out), record)
-    print(f"{options.out}: {len(tensors)} tensors from {options.run_folder}, the rest from {base}")
+    changes = Changes(resolve(options.run_folder))
+    if options.scale:
+        changes = changes.at(options.scale)
+    base = changes.base
+    export(base, changes, resolve(options.out), changes.record)
+    scaled = f", {options.scale} of what was changed" if "scale" in changes.record else ""
+    print(
+        f"{options.out}: {len(changes)} tensors from {options.run_folder}{scaled},"
+        f" the rest from {base}"
+    )
     files = CheckpointFiles.open(base)
-    entries = [files.entries[name] for name in tensors]
+    entries = [files.entries[name] for name in changes]
     stored = {plain_code(files.config, entry) for entry in entries}
-    for code in sorted(stored - {DTYPE_CODES[str(t.dtype)] for t in tensors.values()}):
+    for code in sorted(stored - {DTYPE_CODES[str(dtype)] for dtype in changes.dtypes}):
         print(f"the trained tensors are rounded to {code}, in which the base stores them")
     if codes := sum(entry.scale is not None for entry in entries):
         print(f"{codes} of them are FP8 in the base, and {', '.join(sorted(stored))} in the result")
@@ -238,20 +266,41 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     recipe = load_evaluate_recipe(options.recipe, options.overrides)
     _quiet()
-    from xplus_fast.evaluation import verdict
+    from xplus_fast.evaluation import curve, verdict
     from xplus_fast.evaluation.evaluate import evaluate, model_folder
     from xplus_fast.evaluation.ready import check
     from xplus_fast.model.checkpoint_files import resolve_model
 
-    if options.fail_if and not options.base:
+    if options.fail_if and not options.base and not options.scales:
         raise UserError("--fail-if is about changes: it goes with --base")
-    lines = check(recipe, options.fail_if)  # before a model is downloaded or exported
-    base = resolve_model(options.base) if options.base else None
-    with working_in(resolve(recipe.output)):
-        model = model_folder(options.model, resolve(recipe.output))
-        result = evaluate(model, base, recipe, lines=lines)
-    print(json.dumps(result, indent=2) if options.json else verdict.describe(recipe.output, result))
+    out = resolve(recipe.output)
+    # what is missing is told before a model is downloaded or exported
+    if options.scales:
+        base = resolve_model(options.base) if options.base else None
+        with working_in(out):
+            result = curve.curve(
+                resolve(options.model), base, recipe, options.scales, condition=options.fail_if
+            )
+        said = curve.describe(recipe.output, result)
+    else:
+        lines = check(recipe, options.fail_if)
+        base = resolve_model(options.base) if options.base else None
+        with working_in(out):
+            result = evaluate(model_folder(options.model, out), base, recipe, lines=lines)
+        said = verdict.describe(recipe.output, result)
+    print(json.dumps(result, indent=2) if options.json else said)
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    _quiet()
+    from xplus_fast.evaluation.compare import compare, describe
+
+    out = resolve(options.out)
+    with working_in(out):
+        result = compare([resolve(run) for run in options.runs], out)
+    print(json.dumps(result, indent=2) if options.json else describe(options.out, result))
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

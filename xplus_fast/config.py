@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from xplus_fast.data.records import check_columns
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
+from xplus_fast.model.hub import is_hub_id
 from xplus_fast.model.layout import FORMATS
 from xplus_fast.options import (
     FOLDER_NAME,
@@ -38,14 +40,27 @@ RESERVED = (
     "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png",
     "quality.png",
 )  # fmt: skip
-Format = Literal["auto", "messages", "prompt", "alpaca", "translation", "lines", "gettext", "text"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "prompt", "alpaca", "translation", "lines", "gettext", "text"
+]  # fmt: skip
+
+
+_FILE = re.compile(r"\.(jsonl?|parquet|[ct]sv|txt|po|[gx]z|bz2|zst|zip)$")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from: a file, a folder, or the two files of a line-aligned pair."""
+    """Where examples come from.
+
+    A file, a folder, a data set of the hub (org/name), or the two files of a line-aligned pair.
+    """
 
     path: Path_ | list[Path_]
+    split: str | None = None  # of a folder or a data set of the hub; None: that of training
+    subset: str | None = None  # of those: the configuration, such as en-fr; None: the only one
+    # which of the records' keys or a table's columns is what: {src: source, tgt: target},
+    # {user: question, assistant: answer}; numbers, from 1, where a table has no header
+    columns: dict[str, str | int] = field(default_factory=dict)
     format: Format = "auto"
     languages: list[str] = field(default_factory=list)  # of line-aligned files, in their order;
     # of gettext catalogs: the language of the msgids, then those to read; empty: by file name
@@ -160,12 +175,11 @@ def resolved(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths: they mean the same wherever the run is gone on with."""
 
     def known(source: Source) -> Source:
-        paths = [source.path] if isinstance(source.path, str) else source.path
-        found = [str(resolve(path)) for path in paths]
-        return replace(source, path=found[0] if isinstance(source.path, str) else found)
+        if isinstance(source.path, str):
+            on_hub = is_hub_data(source.path)
+            return source if on_hub else replace(source, path=str(resolve(source.path)))
+        return replace(source, path=[str(resolve(path)) for path in source.path])
 
-    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", recipe.model, re.ASCII)
-    here = not hub or resolve(recipe.model).parent.is_dir()  # as `resolve_model` has it
     hidden = recipe.data.cache_hidden
     data = replace(
         recipe.data,
@@ -180,11 +194,16 @@ def resolved(recipe: Recipe) -> Recipe:
     ]
     return replace(
         recipe,
-        model=str(resolve(recipe.model)) if here else recipe.model,  # or a hub id
+        model=recipe.model if is_hub_id(recipe.model) else str(resolve(recipe.model)),
         output=str(resolve(recipe.output)),
         data=data,
         stages=stages,
     )
+
+
+def is_hub_data(path: str) -> bool:
+    """Whether a source's path is a data set's id on the hub: pairs/x.jsonl is a file not there."""
+    return is_hub_id(path) and not _FILE.search(path)
 
 
 def _check(recipe: Recipe) -> None:
@@ -216,7 +235,16 @@ def _check(recipe: Recipe) -> None:
     if not recipe.data.cache_hidden:
         raise UserError("data.cache_hidden: off, host or a folder is wanted")
     _check_memory(recipe)
+    for at, sources in _all_sources(recipe).items():
+        for i, source in enumerate(sources):
+            check_columns(source.columns, f"{at}.{i}.columns")
     check_fields(recipe.data.prompt, "data.prompt", ("src", "tgt", "text"), "text")
+
+
+def _all_sources(recipe: Recipe) -> dict[str, list[Source]]:
+    found = {"data.sources": recipe.data.sources, "data.retention": recipe.data.retention}
+    stages = {f"stages.{i}.sources": stage.sources or [] for i, stage in enumerate(recipe.stages)}
+    return found | stages
 
 
 def _check_memory(recipe: Recipe) -> None:

@@ -229,7 +229,7 @@ def test_language_names(code: str, name: str) -> None:
 
 
 GOOD = json.dumps(MESSAGES).encode()
-TOOL = {"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]}
+TOOL = {"role": "assistant", "content": "a", "tool_calls": [{"function": "f"}]}
 BAD_LINES = [
     (b'{"messages": [', "malformed JSON"),
     (b'{"messages": "caf\xe9"}', "not UTF-8"),
@@ -243,7 +243,10 @@ BAD_LINES = [
     (GOOD.replace(b'"a"', b'" \\n"'), "the answer is empty"),
     (GOOD.replace(b'"q"', b'""'), "the text to answer is empty"),
     (GOOD.replace(b'"a"', b'"\\ud800"'), "a lone surrogate"),
-    (json.dumps({"messages": [MESSAGES["messages"][0], TOOL]}).encode(), "tool_calls; only role"),
+    (
+        json.dumps({"messages": [MESSAGES["messages"][0], TOOL]}).encode(),
+        "a function with a name is wanted",
+    ),
     (b'{"messages": ' + b"[" * 100_000, "malformed JSON"),
 ]
 
@@ -288,8 +291,8 @@ def test_a_fault_of_the_whole_file_always_stops(data: DataConfig, tmp_path: Path
     fails(x, "x.jsonl: the file is empty")
     x.write_text('[{"messages": []},\n oops]')
     fails(x, "x.jsonl:2: malformed JSON")
-    jsonl(x, {"question": "q", "answer": "a"})
-    fails(x, "x.jsonl:1: no known format has the keys question, answer")
+    jsonl(x, {"title": "q", "body": "a"})
+    fails(x, "x.jsonl:1: no known format has the keys title, body")
     fails(good, "good.jsonl:1: not of the format 'alpaca': expected instruction and output, "
           "found messages", format="alpaca")  # fmt: skip
     fails(good, "format 'gettext' wants .po catalogs, found .jsonl", format="gettext")
@@ -327,8 +330,13 @@ def test_a_fault_of_the_whole_file_always_stops(data: DataConfig, tmp_path: Path
 def test_splits_are_not_mixed(tmp_path: Path) -> None:
     import datasets
 
-    one = datasets.Dataset.from_list([MESSAGES])
-    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "d"))
+    def of(answer: str) -> Any:
+        return datasets.Dataset.from_list([{"prompt": "q", "completion": answer}])
+
+    path = tmp_path / "d"
+    datasets.DatasetDict({"train": of("a"), "test": of("b")}).save_to_disk(str(path))
+    assert [turns(e)[1][1] for e in read(path)] == ["a"]
+    assert [turns(e)[1][1] for e in read(path, split="test")] == ["b"]
+    assert [turns(e)[1][1] for e in read(path / "test")] == ["b"]
     with pytest.raises(UserError, match="holds the splits train, test; name one of these"):
-        read(tmp_path / "d")
-    assert len(read(tmp_path / "d" / "train")) == 1
+        read(path, split="more")

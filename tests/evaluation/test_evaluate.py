@@ -49,6 +49,10 @@ def recipe(place, out, **options):
     return str(path)
 
 
+def subject(folder):
+    return generate.subject_of(folder, "auto", "cpu")
+
+
 def run(capsys, *arguments):
     code = cli.main(["evaluate", *map(str, arguments)])
     out, err = capsys.readouterr()
@@ -73,7 +77,7 @@ def test_side_by_side_and_again_from_the_cache(place, tmp_path, capsys, monkeypa
         assert (tmp_path / "out" / name).stat().st_size > 100
     assert "| mine:en-fr | chrf |" in (tmp_path / "out/verdict.md").read_text()
     # again: nothing is loaded, nothing generated
-    monkeypatch.setattr(generate, "_load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(generate, "load", lambda *a: pytest.fail("a model was loaded"))
     assert json.loads(run(capsys, *arguments, "--json")[1]) == result
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "mine:en-fr chrf" in out and "verdict.md" in out
@@ -105,11 +109,11 @@ def test_flores_with_the_cached_answers_of_a_real_model(place, tmp_path, capsys,
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr("xplus_fast.evaluation.evaluate.check_model", lambda *a, **k: None)
     monkeypatch.setattr(generate, "model_digest", lambda folder: "smollm2")
-    monkeypatch.setattr(generate, "_load", lambda *a: pytest.fail("an answer is not in the cache"))
-    options = dict(engine="auto", batch_size=32, max_new_tokens=96, dtype="auto", device="auto")
+    monkeypatch.setattr(generate, "load", lambda *a: pytest.fail("an answer is not in the cache"))
+    options = dict(engine="auto", batch_size=32, max_new_tokens=96, dtype="auto")
     cache = tmp_path / "out/generations"
     cache.mkdir(parents=True)
-    file = generate.Generator(folder, cache, show=False, **options)._file
+    file = generate.Generator(subject(folder), cache, show=False, **options)._file
     shutil.copy(ROOT / "tests/evaluation/flores-generations.jsonl", file)
     code, out, err = run(
         capsys, folder, ROOT / "recipes/evaluate-demo.yaml", f"output={tmp_path / 'out'}",
@@ -148,27 +152,27 @@ def test_scores_are_those_of_sacrebleus_command_line(place, tmp_path, capsys):
 
 def test_a_killed_run_generates_nothing_twice(place, tmp_path):
     tokenizer_folder = place / "tuned"
-    options = dict(engine="generate", batch_size=1, max_new_tokens=4, dtype="auto", device="cpu")
+    options = dict(engine="generate", batch_size=1, max_new_tokens=4, dtype="auto")
     asked = [f"prompt {i}" for i in range(4)]
-    first = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    first = generate.Generator(subject(tokenizer_folder), tmp_path, show=False, **options)
     whole = first.answer(asked, "x")
     assert first.made == 4
     (file,) = tmp_path.glob("*.jsonl")
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:2]) + "\n" + lines[2][:9])  # killed while it wrote
-    again = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    again = generate.Generator(subject(tokenizer_folder), tmp_path, show=False, **options)
     assert again.answer([*asked, asked[0]], "x") == [*whole, whole[0]] and again.made == 2
-    third = generate.Generator(tokenizer_folder, tmp_path, show=False, **options)
+    third = generate.Generator(subject(tokenizer_folder), tmp_path, show=False, **options)
     assert third.answer(asked, "x") == whole and third.made == 0
-    other = generate.Generator(place / "base", tmp_path, show=False, **options)
+    other = generate.Generator(subject(place / "base"), tmp_path, show=False, **options)
     other.answer(asked[:1], "x")
     assert other.made == 1  # another model's answers are its own
 
 
 def test_answers_that_a_kill_cut_off_inside_a_character(place, tmp_path):
     """Whatever line separators Unicode knows stand inside of an answer, and are kept."""
-    options = dict(engine="generate", batch_size=2, max_new_tokens=4, dtype="auto", device="auto")
-    made = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+    options = dict(engine="generate", batch_size=2, max_new_tokens=4, dtype="auto")
+    made = generate.Generator(subject(place / "tuned"), tmp_path, show=False, **options)
     prompts = ["one", "two", "three"]
     keys = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
     texts = ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh", "é 象", "cut 象"]
@@ -177,11 +181,11 @@ def test_answers_that_a_kill_cut_off_inside_a_character(place, tmp_path):
     whole = made._file.read_bytes()
     for end in range(1, 12):
         made._file.write_bytes(whole[:-end])
-        again = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        again = generate.Generator(subject(place / "tuned"), tmp_path, show=False, **options)
         assert again.answer(prompts[:2], "x") == [(t, True) for t in texts[:2]]
         again._batches = lambda asked: iter([[(i, f"{p}!", False) for i, p in enumerate(asked)]])
         assert again.answer(prompts, "x")[2] == ("three!", False)  # made again, on its own line
-        after = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        after = generate.Generator(subject(place / "tuned"), tmp_path, show=False, **options)
         assert after.answer(prompts, "x")[2] == ("three!", False)
     # a line that the disk damaged is an answer to be made again, the others are there
     lines = whole.split(b"\n")
@@ -194,7 +198,7 @@ def test_answers_that_a_kill_cut_off_inside_a_character(place, tmp_path):
         b"[[],1,2]",
     ):
         made._file.write_bytes(b"\n".join([damaged, *lines[1:]]))
-        after = generate.Generator(place / "tuned", tmp_path, show=False, **options)
+        after = generate.Generator(subject(place / "tuned"), tmp_path, show=False, **options)
         assert keys[0] not in after._known and len(after._known) == 2
 
 
@@ -253,7 +257,7 @@ def test_lm_evaluation_harness_says_the_same_itself(place, tmp_path, capsys):
     assert "nonsense" in result["missing"]["nonsense"]
     ran = subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-         f"pretrained={place / 'tuned'},dtype=auto", "--tasks", "sums", "--include_path",
+         f"pretrained={place / 'tuned'},dtype=float32", "--tasks", "sums", "--include_path",
          str(place / "tasks"), "--output_path", str(tmp_path / "theirs"), "--batch_size", "2"],
         capture_output=True, text=True, env=os.environ,
     )  # fmt: skip
@@ -273,13 +277,13 @@ def test_intervals_by_hand():
     found = verdict.difference(
         verdict.mean_scorer(a), verdict.mean_scorer(b), 4, samples=2000, confidence=0.95, seed=0
     )
-    assert found[0] == 0.5 and found[1] == 0.0 and found[2] == 1.0
-    assert verdict.judge(*found) == "same"
+    assert (found.change, found.low, found.high) == (0.5, 0.0, 1.0)
+    assert verdict.judge(found.change, found.low, found.high) == "same"
     assert verdict.judge(1.0, 0.5, 1.5) == "better" and verdict.judge(-1.0, -2, -0.5) == "worse"
     assert verdict.judge(1.0, 0.5, 1.5, lower_is_better=True) == "worse"
     same = verdict.difference(verdict.mean_scorer(a), verdict.mean_scorer(a), 4, samples=10,
                               confidence=0.9, seed=0)  # fmt: skip
-    assert same == (0.0, 0.0, 0.0)
+    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_resampled_corpus_scores_are_sacrebleus():
@@ -411,7 +415,9 @@ def test_what_loads_models_by_itself_is_told_to_run_none_of_their_code(
 ):
     for engine, kind in (("generate", "hf"), ("vllm", "vllm")):
         options = EvaluateRecipe(str(tmp_path), engine=engine, reasoning=ReasoningConfig(["x"]))
-        line = reasoning.command_line(tmp_path, "x", options, tmp_path, tmp_path)
+        line = reasoning.command_line(
+            generate.Subject(tmp_path, "", None), "x", options, tmp_path, tmp_path
+        )
         told = dict(zip(line, line[1:], strict=False))
         assert told["--model"] == kind and "--trust_remote_code" not in line
         assert "trust_remote_code=False" in told["--model_args"].split(",")
@@ -428,8 +434,8 @@ def test_what_loads_models_by_itself_is_told_to_run_none_of_their_code(
     fake = SimpleNamespace(LLM=LLM, SamplingParams=dict, __spec__=object())
     monkeypatch.setitem(sys.modules, "vllm", fake)
     generator = generate.Generator(
-        place / "tuned", tmp_path / "cache", engine="vllm", batch_size=1, max_new_tokens=1,
-        dtype="auto", device="cpu", show=False,
+        subject(place / "tuned"), tmp_path / "cache", engine="vllm", batch_size=1,
+        max_new_tokens=1, dtype="auto", show=False,
     )  # fmt: skip
     assert generator.answer(["x", "y"], "") == [("yes", True)] * 2
     assert made == [(str(place / "tuned"), {"dtype": "auto", "trust_remote_code": False})]

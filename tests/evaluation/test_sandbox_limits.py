@@ -297,6 +297,7 @@ except OSError:
 def test_the_command_line_refuses_before_the_model_answers(tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval", reason="runs the tasks: pip install 'xplus-fast[reasoning]'")
     from xplus_fast.evaluation import reasoning
+    from xplus_fast.evaluation.generate import Subject
     from xplus_fast.evaluation.recipe import EvaluateRecipe, ReasoningConfig
 
     monkeypatch.setattr(sandbox, "_missing", lambda level: "" if level == "limits" else "no")
@@ -305,6 +306,8 @@ def test_the_command_line_refuses_before_the_model_answers(tmp_path, capsys, mon
     monkeypatch.setattr(reasoning, "_look", lambda *a: looked)
     config = ReasoningConfig(tasks=["x"], allow_code=True)
     recipe = EvaluateRecipe(str(tmp_path), reasoning=config)
-    found = reasoning.run_tasks(tmp_path, "d", recipe, tmp_path / "out", show=False)
+    found = reasoning.run_tasks(
+        Subject(tmp_path, "d", load=None), recipe, tmp_path / "out", show=False
+    )
     assert "code is not executed, as this system lets nobody" in found["x"]["missing"]
     assert json.dumps(found).count("\\n") == 0

@@ -94,7 +94,7 @@ def test_blocks_cut_off_at_the_edge(base, tmp_path):
     # transformers takes a quarter of a matrix for a block: nothing here is left to it
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     assert not torch.equal(theirs[DOWN], expected[DOWN].bfloat16())
-    model = generate._load(folder, "float32", "cpu")
+    model = generate.load(folder, "float32", "cpu")
     ids = torch.arange(5, 50)[None]
     wanted = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     assert difference(model(ids).logits, wanted(ids).logits) < 1e-5
@@ -292,7 +292,7 @@ def test_a_code_that_is_no_number_is_found_when_it_is_read(base, tmp_path):
         with pytest.raises(UserError, match=r"an FP8 code in rows 0 to 191.*is not a number"):
             loaded(folder)
         with pytest.raises(UserError, match="is not a number"):
-            generate._load(folder, "auto", "cpu")
+            generate.load(folder, "auto", "cpu")
     folder = fp8_copy(base, tmp_path / "large", scales=torch.float32)
     edit_tensors(folder, **{SCALE: lambda t: torch.full_like(t, 3e38)})
     with pytest.raises(UserError, match="makes weights that overflow"):
@@ -352,8 +352,8 @@ def test_it_answers_as_its_decoded_copy_does(tmp_path):
     made = []
     for model in (folder, other):
         generator = generate.Generator(
-            model, tmp_path / "cache", engine="generate", batch_size=2, max_new_tokens=8,
-            dtype="float32", device="cpu", show=False,
+            generate.subject_of(model, "float32", "cpu"), tmp_path / "cache", engine="generate",
+            batch_size=2, max_new_tokens=8, dtype="float32", show=False,
         )  # fmt: skip
         made.append(generator.answer(["The house", "A dog is"], "x"))
     assert made[0] == made[1] and all(text for text, _ in made[0])

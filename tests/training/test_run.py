@@ -13,54 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from xplus_fast.cli import main
+from tests.training.workplace import PAIRS, losses, make_workplace, xplus
 from xplus_fast.data.packed import PackedDataset
 from xplus_fast.training import checkpoints
 from xplus_fast.training.optimizer import AdamW
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [(f"the cat number {i} sleeps", f"paka namba {i} analala") for i in range(60)]
 
 
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir):
     """A folder with a model, a corpus and a recipe of two stages."""
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps({"translation": {"en": e, "sw": s}}) + "\n" for e, s in PAIRS)
-    )
-    (tmp_path / "english.txt").write_text("A plain paragraph.\n\nAnother one, longer.\n")
-    recipe = {
-        "model": str(tiny_model_dir),
-        "output": str(tmp_path / "run"),
-        "data": {
-            "sources": [{"path": str(tmp_path / "pairs.jsonl")}],
-            "retention": [{"path": str(tmp_path / "english.txt")}],
-            "heldout": 4,
-            "pack_tokens": 192,
-            "cache": str(tmp_path / "cache"),
-        },
-        "stages": [
-            {"layers": "bottom:2", "name": "low", "learning_rate": 1e-3, "steps": 6},
-            {"layers": "top:2", "name": "high", "learning_rate": 1e-3, "steps": 6},
-        ],
-        "training": {"tokens_per_step": 384, "save_steps": 2},
-        "evaluation": {"translate": 2, "samples": 1, "max_new_tokens": 4},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    make_workplace(tmp_path, tiny_model_dir)
     return tmp_path
-
-
-def xplus(*arguments):
-    return main([str(a) for a in arguments])
-
-
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["stage"], line["step"], line["loss"]) for line in lines]
 
 
 def test_train_export_verify(workplace, tiny_model_dir, capsys):

@@ -154,12 +154,13 @@ def _join(pieces: list[tuple[list[int], bool]], where: str, max_tokens: int) -> 
     ids = np.concatenate([np.asarray(i, np.int32) for i, _ in pieces])
     supervised = np.repeat([on for _, on in pieces], [len(i) for i, _ in pieces])
     supervised[0] = False  # nothing predicts it
-    answer = len(pieces[-1][0])
-    before = len(ids) - answer
+    last = max(i for i, (_, on) in enumerate(pieces) if on)  # what follows it is not learnt
+    answer = len(pieces[last][0])
+    before = sum(len(i) for i, _ in pieces[:last])
     if answer > max_tokens:
         detail = f"the answer alone has {answer} tokens, data.pack_tokens is {max_tokens}"
     elif before >= max_tokens:
         detail = f"{before} tokens before an answer of {answer}, data.pack_tokens is {max_tokens}"
     else:
-        return Encoded(ids[:max_tokens], supervised[:max_tokens], cut=len(ids) > max_tokens)
+        return Encoded(ids[:max_tokens], supervised[:max_tokens], before + answer > max_tokens)
     return Rejected(where, "longer than the token budget", detail)

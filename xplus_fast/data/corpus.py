@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Of everything between the sources' bytes and the files below; raise it when it changes.
-_VERSION = 4
+_VERSION = 5
 _BATCH = 1000  # examples tokenized together
 _BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
@@ -103,7 +103,7 @@ def describe(summary: dict[str, Any]) -> str:
     lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
     for name, files in summary["files"].items():
         left = summary["left"][name]
-        aside = f"; other splits, left alone: {some(left)}" if left else ""
+        aside = f"; left alone: {some(left)}" if left else ""
         lines.append(f"read: {some(files)} of {name}{aside}")
     if summary["unread"]:
         lines.append(f"keys of records that are not read: {some(summary['unread'], 12)}")

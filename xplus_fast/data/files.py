@@ -4,16 +4,16 @@ A fault of one line or record comes back in its place as a `Rejected`, because t
 it; a fault of the whole file (missing, empty, a broken gzip) raises `UserError`.
 """
 
-import gzip
+import csv
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xplus_fast.data.splits import choose_split, some, split_of
+from xplus_fast.data.compressed import kind, opened
+from xplus_fast.data.folders import RECORDS, TABLES, choose_files, saved_dataset
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 
@@ -21,13 +21,7 @@ LINE_LIMIT = 16 << 20  # bytes of a line, or of an item of a JSON list
 WHOLE_LIMIT = 64 << 20  # bytes of a file, or of a unit of one, that a library takes in whole
 TEXT_LIMIT = 4_000_000  # characters of a conversation; tokenizing one takes 100 bytes
 _ROWS = 256  # of a table that are in memory at a time
-RECORDS = (".jsonl", ".json", ".parquet")
-PREPARED = ".xplus-prepare"  # marks what `xplus-fast prepare` made: shards, manifest, report
-# Descriptions that lie beside data.
-_ABOUT = ("dataset_infos.json", "dataset_info.json", "state.json", "manifest.json", "config.json")
 _SPACES = re.compile(r"[ \t\n\r]*")
-# What `datasets.save_to_disk` leaves beside the data: a dataset, a dictionary of splits.
-_DATASET, _SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -42,16 +36,6 @@ class Rejected:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-def kind(path: Path) -> str:
-    """The suffix that tells a file's format: ".jsonl" of both a.jsonl and a.jsonl.gz."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def stem(path: Path) -> str:
-    """The file's name without suffix: "a" of both a.jsonl and a.jsonl.gz."""
-    return path.name.removesuffix(".gz").removesuffix(kind(path))
-
-
 def require(path: str) -> Path:
     """The path with `~` expanded; `UserError` if there is nothing there."""
     found = resolve(path)
@@ -60,73 +44,17 @@ def require(path: str) -> Path:
     return found
 
 
-def data_files(path: Path) -> list[Path]:
-    """The files that hold the records of `path`: itself, or a folder's training split."""
-    return choose_files(path)[0]
-
-
-def choose_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The files that hold the records of `path`, and those of other splits that are left alone.
-
-    path: a file, what `xplus-fast prepare` or `datasets` wrote, or a folder with files of records,
-    laid out as on the hub or not: where names tell splits, those of the training split are taken.
-
-    Raises `UserError` for a folder without records, and where names do not tell what is meant.
-    """
-    if not path.is_dir():
-        return [path], []
-    if saved_dataset(path):
-        return sorted(p for p in path.rglob("*") if p.is_file()), []
-    if (path / PREPARED).is_file():
-        return sorted(path.glob("data-*.parquet")), []
-    return choose_split(path, _record_files(path))
-
-
-def _record_files(path: Path) -> list[Path]:
-    """What a folder has of files of records; of its subfolders only where it has none itself."""
-
-    def of(folder: Path) -> list[Path]:
-        found = (p for p in folder.iterdir() if kind(p) in RECORDS and p.is_file())
-        return sorted(p for p in found if p.name[0] != "." and p.name not in _ABOUT)
-
-    if found := of(path):
-        return found
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    below = {f: of(f) for f in folders}
-    below = {f: files for f, files in below.items() if files}
-    told = [split_of(f.name) for f in below]
-    if len(below) > 1 and not all(told):
-        raise UserError(
-            f"{path}: has data in the folders {some(f.name for f in below)}; name one of them"
-        )
-    if not below:
-        raise UserError(
-            f"{path}: no data in this folder; {', '.join(RECORDS)} files, gettext catalogs"
-            " (<language>/LC_MESSAGES/*.po) or a folder saved by `datasets` are read"
-        )
-    return [p for files in below.values() for p in files]
-
-
-def saved_dataset(path: Path) -> bool:
-    return (path / _DATASET).is_file() or (path / _SPLITS).is_file()
-
-
 def read_lines(path: Path) -> Iterator[tuple[str, str | Rejected]]:
-    r"""Yield ("file:line", text) for each line of a plain or gzip file, without its end.
+    r"""Yield ("file:line", text) for each line of a plain or compressed file, without its end.
 
     Only \n ends a line (\r before it is dropped): U+2028 and its like occur inside sentences, and
     splitting there would shift the alignment of two files.
     """
     empty = True
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            for line in decoded(f, str(path)):
-                empty = False
-                yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{path}: not a whole gzip file ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    with opened(path) as f:
+        for line in decoded(f, str(path)):
+            empty = False
+            yield line
     if empty:
         raise UserError(f"{path}: the file is empty")
 
@@ -148,18 +76,25 @@ def decoded(stream: Any, name: str) -> Iterator[tuple[str, str | Rejected]]:
             yield where, Rejected(where, "not UTF-8", f"byte {e.start + 1} of the line")
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
-    """Yield (where, record) from a JSONL, JSON or Parquet file or a folder of them.
+def read_records(
+    path: Path, split: str | None = None, subset: str | None = None, *, header: bool = True
+) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
+    """Yield (where, record) from a file of records (`RECORDS`) or a folder of them.
 
-    `where` is "file:line" for JSONL, "file:row" for Parquet and `datasets`, "file: item N" for a
-    JSON list; all count from 1.
+    split, subset: as `choose_files` has them. header: whether the first line of a table names its
+    columns; without one they are "1", "2", ...
+
+    `where` is "file:line" for JSONL and tables, "file:row" for Parquet and `datasets`,
+    "file: item N" for a JSON list; all count from 1.
     """
-    if path.is_dir() and saved_dataset(path):
-        yield from _saved(path)
+    if path.is_dir() and (saved := saved_dataset(path, split)):
+        yield from _saved(saved)
         return
-    for file in data_files(path):
+    for file in choose_files(path, split, subset).files:
         if file.suffix == ".parquet":
             yield from _parquet(file)
+        elif kind(file) in TABLES:
+            yield from _table(file, header)
         elif kind(file) in RECORDS:
             yield from _json(file)
         else:
@@ -263,6 +198,87 @@ def _list_items(path: Path) -> Iterator[Any]:
         raise fault("Extra data", at)
 
 
+def _table(path: Path, header: bool) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
+    """Rows of a CSV or TSV file, by the names of their columns.
+
+    CSV is quoted as RFC 4180 has it, parted by the comma, semicolon or tab that its first line has
+    most of. TSV is not quoted: a text may begin with a quote; but what writers of quoted TSV make
+    of one with quotes in it is undone.
+    """
+    csv.field_size_limit(LINE_LIMIT)
+    rows = _tsv_rows(path) if kind(path) == ".tsv" else _csv_rows(path)
+    names: list[str] | None = None
+    for where, row in rows:
+        if isinstance(row, Rejected):
+            if header and names is None:
+                raise UserError(f"{row}: the names of the columns are wanted here")
+            yield where, row
+            continue
+        if names is None:
+            names = [str(i) for i in range(1, len(row) + 1)]
+            if header:
+                names = [n.strip() or f"column {i}" for i, n in enumerate(row, 1)]
+                if twice := next((n for n in names if names.count(n) > 1), None):
+                    raise UserError(f"{where}: two columns are named '{twice}'")
+                continue
+        if len(row) != len(names):
+            detail = f"{len(names)} are wanted, found {len(row)}"
+            yield where, Rejected(where, "a row with more or fewer columns", detail)
+            continue
+        yield where, dict(zip(names, row, strict=True))
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[str, list[str] | Rejected]]:
+    for where, line in read_lines(path):
+        if isinstance(line, Rejected):
+            yield where, line
+        elif line:
+            yield where, [_unquoted(cell) for cell in line.split("\t")]
+
+
+def _unquoted(cell: str) -> str:
+    """`"a ""b"" c"` -> `a "b" c`; anything else as it is, `"a"` too, which is a text in quotes."""
+    if len(cell) < 4 or cell[0] != '"' or cell[-1] != '"':
+        return cell
+    inner = cell[1:-1]
+    return inner.replace('""', '"') if re.fullmatch(r'(?:[^"]|"")*""(?:[^"]|"")*', inner) else cell
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str] | Rejected]]:
+    places: list[str] = []  # of the row's lines
+    bad: list[Rejected] = []  # those of them that cannot be read
+
+    def lines() -> Iterator[str]:
+        for place, line in read_lines(path):
+            places.append(place)
+            if isinstance(line, Rejected):
+                bad.append(line)
+                line = ""
+            yield line + "\n"
+
+    first = next((line for _, line in read_lines(path) if line), "")
+    told = re.sub(r'"[^"]*"', "", first) if isinstance(first, str) else ""
+    delimiter = max(",;\t", key=told.count)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        places.clear()
+        bad.clear()
+        try:
+            row = next(reader, None)
+        except csv.Error as e:
+            where = places[0]
+            if "end of data" in str(e) or "field limit" in str(e):
+                raise UserError(f"{where}: a quoted text that does not end ({e})") from None
+            yield where, bad[0] if bad else Rejected(where, "malformed CSV", str(e))
+            continue
+        if row is None:
+            return
+        if bad:
+            yield bad[0].where, bad[0]
+        elif row:
+            yield places[0], row
+
+
 def _record(item: Any, where: str) -> dict[str, Any] | Rejected:
     if isinstance(item, dict):
         return item
@@ -303,7 +319,19 @@ def _rows(batch: Any) -> Iterator[Any]:
 
 
 def _placed(record: Any, where: str) -> tuple[str, dict[str, Any] | Rejected]:
-    return where, Rejected(where, *record) if isinstance(record, tuple) else record
+    if isinstance(record, tuple):
+        return where, Rejected(where, *record)
+    return where, {k: _there(v) for k, v in record.items()}
+
+
+def _there(value: Any) -> Any:
+    """Without the keys that a table makes up: it gives each item all keys of any, filled with null.
+
+    A tool's parameters would have those of all tools, a call's arguments those of all calls.
+    """
+    if isinstance(value, dict):
+        return {k: _there(v) for k, v in value.items() if v is not None}
+    return [_there(v) for v in value] if isinstance(value, list) else value
 
 
 def _saved(path: Path) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
@@ -313,18 +341,11 @@ def _saved(path: Path) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
     row = 0
     try:
         loaded = datasets.load_from_disk(str(path))
-        if isinstance(loaded, datasets.DatasetDict):
-            raise UserError(
-                f"{path}: holds the splits {', '.join(loaded)};"
-                " name one of these folders in it instead"
-            )
         for batch in loaded.with_format("arrow").iter(_ROWS):
             for record in _rows(batch):
                 row += 1
                 yield _placed(record, f"{path}:{row}")
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(
             f"{path}: not a whole folder of `datasets` ({' '.join(str(e).split())[:200]})"
         ) from None

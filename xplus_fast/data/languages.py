@@ -1,6 +1,7 @@
 """Language codes -> the English names that prompts use ("sw" -> "Swahili")."""
 
 import functools
+import re
 from collections.abc import Sequence
 
 from xplus_fast.errors import UserError
@@ -69,6 +70,44 @@ def is_language(code: str) -> bool:
     except UserError:
         return False
     return True
+
+
+@functools.cache
+def code_of(name: str) -> str | None:
+    """The code that a name is or whose language it names in English ("Swahili"); None: neither."""
+    from langcodes import Language
+
+    if is_language(name):
+        return name
+    try:
+        found = Language.find(name)
+    except LookupError:
+        return None
+    return found.to_tag() if found.display_name().lower() == name.lower() else None
+
+
+# en-sw, eng_Latn-swh_Latn, en_sw: parted from what stands around by no letter or digit
+_TWO_CODES = re.compile(
+    r"(?<![A-Za-z0-9])([a-z]{2,3}(?:_[A-Z][a-z]{3})?)[-_]([a-z]{2,3}(?:_[A-Z][a-z]{3})?)(?![A-Za-z0-9])"
+)
+
+
+def languages_of_name(name: str) -> list[str]:
+    """The two codes in a file's name (en-sw of "WikiMatrix.en-sw.tsv.gz"); none where unclear.
+
+    A code of three letters without a script is a word as often: it needs English beside it.
+    """
+
+    def sure(code: str, other: str) -> bool:
+        return len(code) != 3 or other in ("en", "eng")
+
+    found = {
+        (a, b)
+        for a, b in _TWO_CODES.findall(name)
+        if is_language(a) and is_language(b) and sure(a, b) and sure(b, a)
+        if canonical(a) != canonical(b)
+    }
+    return list(found.pop()) if len(found) == 1 else []
 
 
 def two_languages(codes: Sequence[str], where: str) -> tuple[str, str]:

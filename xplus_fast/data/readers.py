@@ -2,10 +2,11 @@
 
 | format | what a record is |
 |---|---|
-| messages | {"messages": [{"role": ..., "content": ...}, ...]} |
+| messages | {"messages": [{"role": ..., "content": ...}, ...]}, or {"conversations": ...} |
+| sharegpt | {"conversations": [{"from": "human", "value": ...}, ...]} |
 | prompt | {"prompt": ..., "completion": ...}: two strings or two lists of messages |
 | alpaca | {"instruction": ..., "input": ..., "output": ...}, `input` and `system` optional |
-| translation | {"translation": {"en": ..., "sw": ...}} or {"en": ..., "sw": ...} |
+| translation | {"translation": {"en": ..., "sw": ...}}, {"en": ..., "sw": ...}, {"src", "tgt"} |
 | lines | line i of one file and line i of another |
 | gettext | an entry of a .po catalog |
 """
@@ -18,33 +19,41 @@ from pathlib import Path
 from typing import Any
 
 from xplus_fast.config import DataConfig, Source
-from xplus_fast.data.files import (
-    RECORDS,
-    TEXT_LIMIT,
-    WHOLE_LIMIT,
-    Rejected,
-    choose_files,
-    data_files,
-    kind,
-    read_lines,
-    read_records,
-    require,
-    saved_dataset,
-    stem,
-)
-from xplus_fast.data.languages import is_language, language_name, two_languages
-from xplus_fast.data.records import (
-    CONVERSATIONS,
+from xplus_fast.data.compressed import bare, kind, stem
+from xplus_fast.data.conversations import (
     ODD_KEYS,
-    READ,
+    Messages,
     Unfit,
-    detect,
     is_empty,
     meaningful,
     say,
+    tools_of,
+)
+from xplus_fast.data.files import (
+    TEXT_LIMIT,
+    WHOLE_LIMIT,
+    Rejected,
+    read_lines,
+    read_records,
+    require,
+)
+from xplus_fast.data.folders import RECORDS, saved_dataset
+from xplus_fast.data.languages import (
+    is_language,
+    language_name,
+    languages_of_name,
+    two_languages,
+)
+from xplus_fast.data.records import (
+    CONVERSATIONS,
+    Form,
+    detect,
+    has_header,
+    languages_in,
     translation,
     without,
 )
+from xplus_fast.data.sources import chosen_files, located
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 
@@ -56,11 +65,12 @@ _UNREAD = 100  # keys that are noted as unread at most
 class Example:
     """One conversation to learn from."""
 
-    messages: tuple[dict[str, str], ...]  # {"role", "content"}; ends with the assistant's answer
+    messages: Messages  # ends with the assistant's answer
     where: str  # "file:line", for messages to the user
     tag: str  # translation direction "en-fr", else the source's file stem
     key: str  # "language pair\0content", equal for both directions and duplicates
     mirror: str = ""  # of a pair: the same with the other side's text
+    tools: list[dict[str, Any]] | None = None  # that the model is offered
 
     @property
     def group(self) -> str:
@@ -166,13 +176,17 @@ def file_format(source: Source) -> str:
         for each in source.path:
             require(each)
         return "lines"
-    path = require(source.path)
+    path = located(source)
     if pinned == "lines":
         raise UserError(f"{path}: format 'lines' wants a list of two files, found one path")
     if path.is_dir():
-        catalogs = not saved_dataset(path) and any(path.glob("**/LC_MESSAGES/*.po"))
+        saved = saved_dataset(path, source.split)
+        catalogs = not saved and any(path.glob("**/LC_MESSAGES/*.po"))
         found = "gettext" if catalogs else "records"
     else:
+        for option in ("split", "subset"):
+            if getattr(source, option) is not None:
+                raise UserError(f"{path}: a file has no {option}; folders and data of the hub do")
         found = {".po": "gettext", **dict.fromkeys(RECORDS, "records")}.get(kind(path), "text")
     if pinned == "auto" and found == "text":
         raise UserError(
@@ -193,8 +207,10 @@ def source_files(source: Source) -> list[Path]:
     chosen = file_format(source)
     if not isinstance(source.path, str):
         return [resolve(p) for p in source.path]
-    path = resolve(source.path)
-    return [p for p, _ in catalogs(path, source)] if chosen == "gettext" else data_files(path)
+    path = located(source)
+    if chosen == "gettext":
+        return [p for p, _ in catalogs(path, source)]
+    return chosen_files(source).files
 
 
 def _name(source: Source) -> str:
@@ -225,7 +241,7 @@ def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
 
 
 def _suffix_language(path: Path) -> str:
-    code = path.name.removesuffix(".gz").removesuffix(".txt").rpartition(".")[2]
+    code = bare(path.name).removesuffix(".txt").rpartition(".")[2]
     if not is_language(code):
         raise UserError(
             f"{path}: its name does not end in a language code; give the two files' languages,"
@@ -307,43 +323,49 @@ def _from_records(
     source: Source, chosen: str, reading: Reading
 ) -> Iterator[Pair | Example | Rejected]:
     assert isinstance(source.path, str)
-    path = resolve(source.path)
-    pinned, tag, seen = chosen != "auto", stem(path), False
+    path, tag = located(source), stem(Path(source.path))
+    form: Form | None = None
     if path.is_dir():
-        files, left = choose_files(path)
-        reading.files[source.path] = [str(f.relative_to(path)) for f in files]
-        reading.left[source.path] = [str(f.relative_to(path)) for f in left]
-    for where, record in read_records(path):
+        files = chosen_files(source)
+        reading.files[source.path] = [str(f.relative_to(path)) for f in files.files]
+        reading.left[source.path] = [str(f.relative_to(path)) for f in files.left]
+    named = languages_of_name(source.subset or "") or languages_of_name(path.name)
+    records = read_records(
+        path, source.split, source.subset, header=has_header(source.columns)
+    )  # fmt: skip
+    for where, record in records:
         if isinstance(record, Rejected):
             yield record
             continue
         if source.ignore:
             record = without(record, source.ignore)
-        if not seen and not pinned:
-            chosen = detect(record, where)
-            reading.formats[str(source.path)] = chosen
+        first = form is None
+        if form is None:
+            form = detect(record, where, source.columns, chosen)
+            reading.formats[source.path] = form.format
         try:
-            _look_beside(record, chosen, where, reading)
-            if chosen == "translation":
-                yield Pair(where, *translation(record, source.languages, where))
+            record = form.renamed(record)
+            _look_beside(record, form, where, reading)
+            if form.format == "translation":
+                yield Pair(where, *translation(record, source.languages, where, named))
             else:
-                messages = CONVERSATIONS[chosen](record)
+                messages = CONVERSATIONS[form.format](record)
                 asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
-                yield Example(messages, where, *_named(record, tag, asked))
+                tools = tools_of(record)
+                yield Example(messages, where, *_named(record, tag, asked), tools=tools)
         except Unfit as e:
             reason, detail = e.args
-            if not seen and pinned and reason == ODD_KEYS:
+            if first and chosen != "auto" and reason == ODD_KEYS:
                 raise UserError(f"{where}: not of the format '{chosen}': {detail}") from None
             yield Rejected(where, reason, detail)
-        seen = True
 
 
-def _look_beside(record: dict[str, Any], chosen: str, where: str, reading: Reading) -> None:
+def _look_beside(record: dict[str, Any], form: Form, where: str, reading: Reading) -> None:
     """Note the keys that are not read. Raises `Unfit` for those that change what is meant."""
-    read = {*READ[chosen], *_NAMED}
+    read = {*form.read, *_NAMED}
+    if form.format == "translation" and not {"translation", "src"} & set(record):
+        read |= {*languages_in(record).values()} | {k for k in record if is_language(k)}
     others = {k: v for k, v in record.items() if k not in read and not is_empty(v)}
-    if chosen == "translation" and "translation" not in record:
-        others = {k: v for k, v in others.items() if not is_language(k)}
     if meant := meaningful(others):
         raise Unfit(
             "keys that are not read",
@@ -370,7 +392,9 @@ def _check(example: Example) -> Example | Rejected:
         return Rejected(example.where, "a text that is too long", detail)
     for message in example.messages:
         role, content = message["role"], message["content"]
-        if role != "system" and not content.strip():
+        # an answer may be a call alone, and what a tool gives may be nothing
+        may_be_empty = role in ("system", "tool") or "tool_calls" in message
+        if not may_be_empty and not content.strip():
             what = "the answer" if role == "assistant" else "the text to answer"
             return Rejected(example.where, f"{what} is empty")
         try:

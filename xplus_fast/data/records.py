@@ -1,54 +1,139 @@
 """Records -> conversations and translation pairs; how a record's keys tell its format."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from xplus_fast.data.languages import is_language, two_languages
+from xplus_fast.data.conversations import (
+    ODD_KEYS,
+    WRONG_TYPE,
+    Messages,
+    Unfit,
+    conversation,
+    say,
+)
+from xplus_fast.data.languages import code_of, is_language, two_languages
 from xplus_fast.errors import UserError
 
-Messages = tuple[dict[str, str], ...]
+Columns = dict[str, str]  # our name of a key -> that of the records
 
-# What names of keys speak of that changes what is asked, answered or learnt.
-_MEANT = frozenset(
-    "tool tools function functions document documents context contexts history system developer"
-    " template kwargs thinking thought thoughts think reasoning image images audio audios video"
-    " videos weight weights train trainable learn loss mask masks".split()
-)
-# Of these, 0 and false say something, and 1 and true are what is done anyway.
-_SWITCHES = frozenset("weight weights train trainable learn loss mask masks".split())
-# What messages carry that says nothing to a model.
-_ABOUT = frozenset(
-    "id message_id parent_id uuid index turn timestamp created_at create_time date source model"
-    " lang language tokens token_count score".split()
-)
-
-_KEYS = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "translation": ("translation",),
+# A format's keys, and by what other names records have them; the first that fits is taken.
+_QUESTION = ("question", "query", "prompt", "user", "human", "input")
+_ANSWER = ("completion", "answer", "response", "assistant", "output")
+_SRC = ("src", "source", "source_text", "src_text", "source_sentence")
+_TGT = ("tgt", "target", "target_text", "tgt_text", "target_sentence", "trg")
+_SRC_LANG = ("src_lang", "source_lang", "source_language", "src_language")
+_TGT_LANG = ("tgt_lang", "target_lang", "target_language", "tgt_language", "trg_lang")
+_FORMS: tuple[tuple[str, dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]], ...] = (
+    ("messages", {"messages": ("conversations", "conversation")}, {}),
+    ("alpaca", {"instruction": (), "output": ()}, {}),
+    ("alpaca", {"instruction": (), "output": ("response",)}, {"input": ("context",)}),  # Dolly's
+    ("translation", {"translation": ()}, {}),
+    ("translation", {"src": _SRC, "tgt": _TGT}, {"src_lang": _SRC_LANG, "tgt_lang": _TGT_LANG}),
+    ("prompt", {"prompt": _QUESTION, "completion": _ANSWER}, {}),
+)  # fmt: skip
+# What `columns` may name, beside codes of languages
+COLUMNS = (
+    "src", "tgt", "src_lang", "tgt_lang", "score", "user", "assistant", "system", "messages",
+    "tools", "prompt", "completion", "instruction", "input", "output", "translation",
+)  # fmt: skip
+_OPTIONAL = ("system", "tools", "input", "src_lang", "tgt_lang", "score")  # of a record
+_SAME = {"user": "prompt", "assistant": "completion"}
+# Keys of each format that are read; of a pair written flat, its languages beside.
+READ = {
+    "messages": ("messages", "tools"),
+    "sharegpt": ("messages", "tools", "system"),
+    "prompt": ("prompt", "completion", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "translation": ("translation", "src", "tgt", "src_lang", "tgt_lang"),
 }
-_ROLES = ("system", "user", "assistant")
-ODD_KEYS = "missing or odd keys"
-_WRONG_TYPE = "a value of the wrong type"
 
 
-class Unfit(Exception):
-    """A record that is not of its format: (reason, detail)."""
+@dataclass(frozen=True)
+class Form:
+    """How the records of a source are read."""
+
+    format: str
+    columns: Columns
+    read: tuple[str, ...]  # keys
+
+    def renamed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record by our names of its keys. Raises `Unfit` where one is not there."""
+        if not self.columns:
+            return record
+        there = {ours: theirs for ours, theirs in self.columns.items() if theirs in record}
+        if missing := [v for k, v in self.columns.items() if k not in {*there, *_OPTIONAL}]:
+            raise Unfit(ODD_KEYS, f"expected {' and '.join(missing)}, found {_list(record)}")
+        taken = {*self.columns.values(), *self.columns}
+        rest = {k: v for k, v in record.items() if k not in taken}
+        return {ours: record[theirs] for ours, theirs in there.items()} | rest
 
 
-def detect(record: dict[str, Any], where: str) -> str:
-    """The format that has the record's keys; `UserError` if none has."""
-    for name, keys in _KEYS.items():
-        if all(k in record for k in keys):
-            return name
-    if len(_language_keys(record)) >= 2:
-        return "translation"
-    known = "; ".join(" and ".join(keys) for keys in _KEYS.values())
+def check_columns(columns: dict[str, Any], at: str) -> None:
+    """See that `columns` of a recipe names what there is. Raises `UserError`."""
+    for key in columns:
+        if key not in COLUMNS and not is_language(key):
+            raise UserError(
+                f"{at}.{key:.60}: unknown; a code of a language or one of {', '.join(COLUMNS)} is"
+                " wanted, with the name that it has in the records"
+            )
+    numbers = [isinstance(value, int) for value in columns.values()]
+    if any(numbers) and not all(numbers):
+        raise UserError(f"{at}: names and numbers; numbers are for tables without a header")
+
+
+def has_header(columns: dict[str, Any]) -> bool:
+    return not any(isinstance(value, int) for value in columns.values())
+
+
+def detect(
+    record: dict[str, Any], where: str, columns: dict[str, Any], pinned: str = "auto"
+) -> Form:
+    """The form that has the record's keys; `UserError` if none has.
+
+    columns: as the recipe names them. pinned: a format, or "auto".
+    """
+    given = {_SAME.get(ours, ours): str(theirs) for ours, theirs in columns.items()}
+    if missing := [theirs for theirs in given.values() if theirs not in record]:
+        raise UserError(f"{where}: columns: no {' and '.join(missing)} in {_list(record)}")
+    record = Form("", given, ()).renamed(record)
+    lower = {str(k).lower().replace(" ", "_"): k for k in reversed(record)}
+
+    def called(names: Iterable[str]) -> Any:
+        return next((lower[name] for name in names if name in lower), None)
+
+    wanted = {"sharegpt": "messages"}.get(pinned, pinned)
+    for name, keys, more in _FORMS:
+        if wanted not in ("auto", name):
+            continue
+        found = {ours: called((ours, *theirs)) for ours, theirs in keys.items()}
+        if None in found.values() or len({*found.values()}) < len(found):
+            continue
+        found |= {ours: key for ours, names in more.items() if (key := called((ours, *names)))}
+        return _form(name, record, found, given)
+    if wanted in ("auto", "translation") and len(languages_in(record)) >= 2:
+        return _form("translation", record, {}, given)
+    if pinned != "auto":  # reading will say what it lacks
+        return Form(pinned, given, READ[pinned])
+    known = "; ".join(" and ".join(keys) for _, keys, _ in _FORMS)
     raise UserError(
-        f"{where}: no known format has the keys {_list(record)}; known: {known}; two language codes"
+        f"{where}: no known format has the keys {_list(record)}; known: {known}; two languages;"
+        " `columns:` of the source says which is what, such as {user: question, assistant: answer}"
     )
+
+
+def _form(name: str, record: dict[str, Any], found: Columns, given: Columns) -> Form:
+    if name == "messages":
+        items = record[found["messages"]]
+        first = items[0] if isinstance(items, list) and items else None
+        if isinstance(first, dict) and "from" in first:
+            name = "sharegpt"
+    read = READ[name]
+    if "system" in given:
+        read = (*read, "system")
+    # of those that detection found, the ones that `columns` has not renamed already
+    columns = {ours: given.get(theirs, theirs) for ours, theirs in found.items() if ours != theirs}
+    return Form(name, {**given, **columns}, read)
 
 
 def _list(record: dict[str, Any]) -> str:
@@ -64,19 +149,8 @@ def _fields(
     for k in keys:
         if not isinstance(record[k], types):
             wanted = "text" if types is str else "a list" if types is list else "text or a list"
-            raise Unfit(_WRONG_TYPE, f"{k}: {wanted} is wanted, found {record[k]!r:.60}")
+            raise Unfit(WRONG_TYPE, f"{k}: {wanted} is wanted, found {record[k]!r:.60}")
     return [record[k] for k in keys]
-
-
-def say(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a key's value says nothing; tools and the like are often written as JSON in text."""
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
-    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def without(record: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
@@ -90,117 +164,85 @@ def without(record: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
     return {k: [*map(keep, v)] if isinstance(v, list) else v for k, v in keep(record).items()}
 
 
-def _words(key: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", str(key)).lower()))
-
-
-def meaningful(others: dict[str, Any]) -> list[str]:
-    """Those of a record's or message's further keys that change what is meant by it.
-
-    One without a value does not. "label", as preference data have it, marks an unwanted answer
-    where it is false.
-    """
-    found = []
-    for key, value in others.items():
-        words = _words(key)
-        if (
-            value is None
-            or value in ("", "[]", "{}", "null")
-            or isinstance(value, list | dict)
-            and not value
-        ):
-            continue
-        if words & _SWITCHES:
-            is_on = isinstance(value, int | float) and value == 1
-            found += [] if is_on else [key]
-        elif (words & _MEANT and value) or (key == "label" and value is False):
-            found.append(key)
-    return found
-
-
-def _conversation(items: Sequence[Any]) -> Messages:
-    messages = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise Unfit(_WRONG_TYPE, f"a message is an object, found {item!r:.60}")
-        role, content = _fields(item, ("role", "content"), str)
-        if role not in _ROLES:
-            raise Unfit("an unknown role", f"'{role}'; known: {', '.join(_ROLES)}")
-        # A tool call or a weight that went unheeded would train something else than was meant.
-        others = {k: v for k, v in item.items() if k not in ("role", "content")}
-        meant = meaningful(others)
-        more = [k for k, v in others.items() if v and k not in _ABOUT and not _words(k) & _SWITCHES]
-        if extra := [k for k in others if k in meant or k in more]:
-            raise Unfit(
-                "a message with other keys", f"{', '.join(extra)}; only role and content are read"
-            )
-        messages.append(say(role, content))
-    turns = [m["role"] for m in messages]
-    if turns[:1] == ["system"]:
-        turns = turns[1:]
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        detail = f"found {', '.join(m['role'] for m in messages) or 'no message'}"
-        raise Unfit("turns that do not alternate from user to a last assistant", detail)
-    return tuple(messages)
+def _after_system(record: dict[str, Any], messages: Messages) -> Messages:
+    """The messages, after the record's own system message where it has one."""
+    (system,) = _fields({"system": record.get("system") or ""}, ("system",), str)
+    if system and messages[0]["role"] == "system":
+        raise Unfit("two system messages", "one of the record, one of its messages")
+    return (say("system", system), *messages) if system else messages
 
 
 def _messages(record: dict[str, Any]) -> Messages:
-    return _conversation(_fields(record, _KEYS["messages"], list)[0])
+    return _after_system(record, conversation(_fields(record, ("messages",), list)[0]))
+
+
+def _sharegpt(record: dict[str, Any]) -> Messages:
+    items = _fields(record, ("messages",), list)[0]
+    return _after_system(record, conversation(items, sharegpt=True))
 
 
 def _prompt(record: dict[str, Any]) -> Messages:
-    prompt, completion = _fields(record, _KEYS["prompt"], (str, list))
+    prompt, completion = _fields(record, ("prompt", "completion"), (str, list))
     if type(prompt) is not type(completion):
-        raise Unfit(_WRONG_TYPE, "prompt and completion: one is text, one a list")
+        raise Unfit(WRONG_TYPE, "prompt and completion: one is text, one a list")
     if isinstance(prompt, str):
-        return say("user", prompt), say("assistant", completion)
-    return _conversation([*prompt, *completion])
+        return _after_system(record, (say("user", prompt), say("assistant", completion)))
+    return _after_system(record, conversation([*prompt, *completion]))
 
 
 def _alpaca(record: dict[str, Any]) -> Messages:
-    instruction, output = _fields(record, _KEYS["alpaca"], str)
-    optional = {k: record.get(k) or "" for k in ("input", "system")}
-    _fields(optional, list(optional), str)
+    instruction, output = _fields(record, ("instruction", "output"), str)
+    (more,) = _fields({"input": record.get("input") or ""}, ("input",), str)
     if record.get("history"):
         raise Unfit("a history", "alpaca records of one turn are read; use messages for several")
-    asked = f"{instruction}\n{optional['input']}" if optional["input"] else instruction
-    turn = say("user", asked), say("assistant", output)
-    return (say("system", optional["system"]), *turn) if optional["system"] else turn
+    asked = f"{instruction}\n{more}" if more else instruction
+    return _after_system(record, (say("user", asked), say("assistant", output)))
 
 
-def _language_keys(record: dict[str, Any]) -> list[str]:
-    return [k for k, v in record.items() if isinstance(v, str) and is_language(k)]
+def languages_in(record: dict[str, Any]) -> dict[str, str]:
+    """code -> key, of the keys that are codes of languages or, if these are none, their names."""
+    texts = [k for k, v in record.items() if isinstance(v, str)]
+    codes = {k: k for k in texts if is_language(k)}
+    if len(codes) >= 2:
+        return codes
+    return {code: k for k in texts if (code := code_of(k)) is not None}
 
 
 def translation(
-    record: dict[str, Any], languages: Sequence[str], where: str
+    record: dict[str, Any], languages: Sequence[str], where: str, named: Sequence[str] = ()
 ) -> tuple[tuple[str, str], tuple[str, str]]:
-    """The two language codes (`languages`, or the record's own if empty) and the two texts."""
+    """The two language codes (`languages`, or the record's own if empty) and the two texts.
+
+    named: the languages that the file's name tells, for records that do not.
+    """
+    if "src" in record and "tgt" in record:
+        first, second = _fields(record, ("src", "tgt"), str)
+        own = [record[k] for k in ("src_lang", "tgt_lang") if isinstance(record.get(k), str)]
+        codes = languages or own or named
+        if not codes:
+            raise UserError(
+                f"{where}: nothing tells the languages of src and tgt; `languages: [en, sw]` of the"
+                " source does; for prompts and answers, `columns: {user: ..., assistant: ...}`"
+            )
+        return two_languages(codes, where), (first, second)
     if "translation" in record:
         record = _fields(record, ("translation",), dict)[0]
         # Parquet fills the languages that a record lacks with nulls.
         record = {k: v for k, v in record.items() if v is not None}
-        keys = list(record)
+        keys = {k: k for k in record}
     else:
-        keys = _language_keys(record)
+        keys = languages_in(record)
     if not languages and len(keys) != 2:
         detail = f"expected two languages, or `languages` to choose them; found {_list(record)}"
         raise Unfit(ODD_KEYS, detail)
-    codes = two_languages(languages or keys, where)
-    first, second = _fields(record, codes, str)
+    codes = two_languages(languages or list(keys), where)
+    first, second = _fields(record, [keys.get(code, code) for code in codes], str)
     return codes, (first, second)
 
 
-# Keys of each format that are read; of a pair written flat, its languages beside.
-READ = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "translation": ("translation",),
-}
-
 CONVERSATIONS: dict[str, Callable[[dict[str, Any]], Messages]] = {
     "messages": _messages,
+    "sharegpt": _sharegpt,
     "prompt": _prompt,
     "alpaca": _alpaca,
 }

@@ -5,6 +5,8 @@ r"""A tokenizer's chat template: rendered within limits, and where in its text t
 
 A prompt is what the template renders of the messages before an answer, as generation is fed it; an
 answer is all that follows up to the token (or text) that ends the turn, with the space around it.
+Calls of tools are part of an answer, as the template writes them. What a conversation has and the
+template leaves out (tools, calls, what a tool gave) is a reason to reject it.
 """
 
 import re
@@ -17,7 +19,11 @@ from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
 from xplus_fast.limits import TooSlow, limits
 
-Segments = list[tuple[str, bool]]  # (text, supervised), alternating, ends with an answer
+Segments = list[tuple[str, bool]]  # (text, supervised), prompts and answers in turns
+
+_MARK = "xplusprobe"  # by which is seen whether a template renders what it is given
+_CALL = {"type": "function", "function": {"name": _MARK, "arguments": {}}}
+_TOOL = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {}}}
 
 SECONDS = 0.5  # of processor time that one rendering may take
 COMPILING = 3.0  # that the first one may take
@@ -67,6 +73,7 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.block = ""
+        self._kept: dict[str, bool] = {}
         if has_template(tokenizer):
             probe = [{"role": "user", "content": "?"}]
             try:
@@ -94,28 +101,36 @@ class Chat:
         """The text up to the last answer, as generation is fed it. Raises `Unrendered`."""
         answer = self._tidy(example.messages[-1])["content"].lstrip()
         block = "" if think == "absent" or answer.startswith("<think>") else self.block
-        return self._render(example.messages[:-1], True) + block
+        return self._render(example.messages[:-1], True, tools=example.tools) + block
 
     def segments(self, example: Example, think: str) -> Segments | Rejected:
-        """The conversation's text in pieces, supervised and not."""
+        """The conversation's text in pieces, supervised and not.
+
+        An answer that is not to be learnt ("learn": False) is a piece by itself all the same.
+        """
+        if lost := self._lost(example):
+            return Rejected(example.where, "the chat template has no place for it", lost)
         messages = [self._tidy(m) for m in example.messages]
+        learnt = [m.get("learn", True) for m in messages if m["role"] == "assistant"]
         try:
             if not has_template(self.tokenizer):
                 return [
                     (self._render(messages[:-1], True), False),
                     (messages[-1]["content"] + self.tokenizer.eos_token, True),
                 ]
-            full = self._render(messages, False)
+            full = self._render(messages, False, tools=example.tools)
             # Generation prompts up to every answer, the think block not in them.
             turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-            prompts = [self._render(messages[:k], True) for k in turns]
+            prompts = [self._render(messages[:k], True, tools=example.tools) for k in turns]
+            calls = [self._calls(messages[: k + 1], p, example.tools)
+                     for k, p in zip(turns, prompts, strict=True)]  # fmt: skip
         except Unrendered as e:
             return Rejected(example.where, "the chat template refuses it", str(e))
         answers = []
-        for k, prompt in zip(turns, prompts, strict=True):
+        for k, prompt, call in zip(turns, prompts, calls, strict=True):
             found = None
-            if full.startswith(prompt):
-                found = self._find(full, len(prompt), messages[k]["content"])
+            if full.startswith(prompt) and call is not None:
+                found = self._find(full, len(prompt), messages[k]["content"], call)
             if found is None:
                 return Rejected(
                     example.where, "the chat template does not keep the answer", f"turn {k + 1}"
@@ -125,7 +140,7 @@ class Chat:
         tail = full[self._past_space(full, answers[-1].end) :].rstrip()
         segments: Segments = []
         done = 0  # characters of `full` that are in segments already
-        for prompt, found in zip(prompts, answers, strict=True):
+        for prompt, found, learn in zip(prompts, answers, learnt, strict=True):
             end = found.end + self._ending(full, found.end, tail)
             if end == found.end:
                 return Rejected(
@@ -141,15 +156,61 @@ class Chat:
             )
             put = think != "absent" and (last or found.head == self.block)
             block = self.block if put else ""
-            masked, learnt = (block, thought) if think == "masked" else ("", block + thought)
+            masked, own = (block, thought) if think == "masked" else ("", block + thought)
             segments += [(full[done : len(prompt)] + masked, False)]
-            segments += [(learnt, True)] if learnt else []
-            segments += [(answer, True)]
+            segments += [(own, learn)] if own else []
+            segments += [(answer, learn)]
             done = end
         return segments
 
+    def _lost(self, example: Example) -> str:
+        """What the template would leave out of a conversation, in words; empty if nothing."""
+        has = {
+            "tools": example.tools is not None,
+            "tool_calls": any("tool_calls" in m for m in example.messages),
+            "messages of a tool": any(m["role"] == "tool" for m in example.messages),
+        }
+        return ", ".join(what for what, there in has.items() if there and not self._keeps(what))
+
+    def _keeps(self, what: str) -> bool:
+        """Whether the template renders it: asked once, of a conversation with a mark in it."""
+        if what not in self._kept:
+            user = {"role": "user", "content": "?"}
+            call: dict[str, Any] = {"role": "assistant", "content": ""}
+            messages: list[dict[str, Any]] = {
+                "tools": [user],
+                "tool_calls": [user, call | {"tool_calls": [_CALL]}],
+                "messages of a tool": [user, call | {"content": "?"},
+                                       {"role": "tool", "name": "f", "content": _MARK}],
+            }[what]  # fmt: skip
+            tools = [_TOOL] if what == "tools" else None
+            try:
+                self._kept[what] = has_template(self.tokenizer) and _MARK in self._render(
+                    messages, False, tools=tools
+                )
+            except Unrendered:  # the conversation itself will be refused, with the reason
+                self._kept[what] = True
+        return self._kept[what]
+
+    def _calls(self, messages: Sequence[dict[str, Any]], prompt: str, tools: Any) -> str | None:
+        """What the template writes of the last answer's calls behind its content; None: unclear.
+
+        It is seen where nothing follows: there the turn's end is the text's. Raises `Unrendered`.
+        """
+        if "tool_calls" not in messages[-1]:
+            return ""
+        alone = self._render(messages, False, tools=tools)
+        if not alone.startswith(prompt):
+            return None
+        found = self._find(alone, len(prompt), messages[-1]["content"], "")
+        if found is None:
+            return None
+        calls = alone[found.end :].rstrip()
+        stop = next((s for s in self.stops if calls.endswith(s)), "")
+        return calls.removesuffix(stop).rstrip() or None
+
     def _render(
-        self, messages: Sequence[dict[str, str]], prompt: bool, *, seconds: float = SECONDS,
+        self, messages: Sequence[dict[str, Any]], prompt: bool, *, seconds: float = SECONDS,
         **options: Any,
     ) -> str:  # fmt: skip
         """The messages' text; with `prompt`, the answer's beginning after it."""
@@ -160,8 +221,9 @@ class Chat:
             return (bos if bos and begins else "") + "".join(texts)
         try:
             with limits(seconds, MEMORY):
+                given = [{k: v for k, v in m.items() if k != "learn"} for m in messages]
                 text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=prompt, **options
+                    given, tokenize=False, add_generation_prompt=prompt, **options
                 )
                 text.encode()  # a lone surrogate is no text
         except TooSlow:
@@ -175,16 +237,19 @@ class Chat:
             raise Unrendered(f"it makes {len(text):,} characters, {TEXT_LIMIT:,} are read at most")
         return text
 
-    def _tidy(self, message: dict[str, str]) -> dict[str, str]:
+    def _tidy(self, message: dict[str, Any]) -> dict[str, Any]:
         """An answer without the empty thought that some data write before it."""
         content = message["content"].lstrip()
         empty = self.block.strip()
         if message["role"] != "assistant" or not empty or not content.startswith(empty):
             return message
-        return {"role": "assistant", "content": content.removeprefix(empty).lstrip("\n")}
+        return message | {"content": content.removeprefix(empty).lstrip("\n")}
 
-    def _find(self, full: str, at: int, content: str) -> _Found | None:
-        """The answer at full[at:], which the template may have stripped; None: not there."""
+    def _find(self, full: str, at: int, content: str, calls: str = "") -> _Found | None:
+        """The answer at full[at:], which the template may have stripped; None: not there.
+
+        calls: what it ends with, behind its content.
+        """
         thought, mark, answer = content.rpartition("</think>")
         ways = [(re.escape(self.block), content), ("", content)]
         if mark:  # rewritten by the template, or dropped from all turns but the last
@@ -199,8 +264,8 @@ class Chat:
                 continue
             core = text.strip()
             start = self._past_space(full, m.end())
-            if full.startswith(core, start):
-                return _Found(m.group(), m.end(), start + len(core))
+            if full.startswith(core + calls, start):
+                return _Found(m.group(), m.end(), start + len(core) + len(calls))
         return None
 
     def _ending(self, full: str, at: int, tail: str) -> int:

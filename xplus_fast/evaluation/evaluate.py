@@ -6,6 +6,7 @@ is evaluated once.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import verdict
-from xplus_fast.evaluation.generate import Generator, check_model, model_digest
+from xplus_fast.evaluation.generate import Generator, Subject, check_model, subject_of
 from xplus_fast.evaluation.outputs import Answer, one_line
 from xplus_fast.evaluation.ready import check
 from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_scores
@@ -22,9 +23,19 @@ from xplus_fast.evaluation.sets import Lines
 from xplus_fast.evaluation.translation import note, prompts, read_answers, score
 from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
 from xplus_fast.model.pretrained import load_tokenizer
+from xplus_fast.training.run_folder import is_run
 
 SAMPLES = 3  # translations shown of each direction
 FALLING = ("off_target", "metricx")  # metrics of which less is better
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model answered, and what that is worth."""
+
+    answers: dict[str, list[Answer]]  # by direction, in order
+    scores: dict[str, dict[str, Any]]  # by direction, as `translation.score` has them
+    tasks: dict[str, dict[str, Any]]  # as `run_tasks` has them
 
 
 def evaluate(
@@ -48,60 +59,79 @@ def evaluate(
         for each in lines:  # a template that refuses is found before any is answered
             prompts(each.first(1), recipe.translation, tokenizer)
     make_folder(out)
-    for each in lines:
-        _write_lines(out, "source", each, each.sources)
-        _write_lines(out, "reference", each, each.references)
-    answered: dict[str, dict[str, list[Answer]]] = {}
-    tasks: dict[str, dict[str, Any]] = {}
-    done: dict[str, dict[str, Any]] = {}  # by the model's digest
-    for which, folder in folders.items():
-        answered[which] = _translate(which, folder, lines, recipe, out, show)
-        made = [answer for answers in answered[which].values() for answer in answers]
-        if made and not any(answer.text for answer in made):
-            why = "its end-of-text token, or a chat template that it was not trained with?"
-            if all("thoughts" in answer.odd for answer in made):
-                why = "a think block each, and nothing after it: translation.max_new_tokens?"
-            raise UserError(f"{which}: {folder} emits nothing: every answer is empty ({why})")
-        if recipe.reasoning.tasks:
-            digest = model_digest(folder)
-            if digest not in done:
-                done[digest] = run_tasks(
-                    folder, digest, recipe, out / "reasoning", show=show, what=which
-                )
-            tasks[which] = done[digest]
-    result: dict[str, Any] = {
-        "model": str(model), "base": None if base is None else str(base), "rows": [],
-        "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [], "notes": [],
-    }  # fmt: skip
-    for each in lines:
-        _judge_direction(each, answered, recipe, result)
-    for task in recipe.reasoning.tasks:
-        _judge_task(task, tasks, recipe, result)
-    if not result["rows"]:
-        why = "; ".join(f"{k}: {v}" for k, v in result["missing"].items())
-        raise UserError(f"nothing could be measured: {why}")
-    result["changes"] = verdict.summary(result["rows"])
+    subjects = {w: subject_of(f, recipe.dtype, recipe.device) for w, f in folders.items()}
+    found: dict[str, Measured] = {}  # by digest
+    for which, subject in subjects.items():
+        if subject.digest not in found:
+            found[subject.digest] = measure(subject, which, lines, recipe, out, show=show)
+    measured = {which: found[subject.digest] for which, subject in subjects.items()}
+    write_answers(lines, measured, out)
+    result = {"model": str(model), "base": None if base is None else str(base)}
+    result |= judge(lines, measured, recipe)
     verdict.write(out, result)
     return result
 
 
-def _translate(
-    which: str, folder: Path, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, show: bool
-) -> dict[str, list[Answer]]:
-    if not lines:
-        return {}
-    generator = Generator(
-        folder, out / "generations", engine=recipe.engine, batch_size=recipe.batch_size,
-        max_new_tokens=recipe.translation.max_new_tokens, dtype=recipe.dtype,
-        device=recipe.device, show=show,
-    )  # fmt: skip
-    found = {}
+def measure(
+    subject: Subject, which: str, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, *,
+    show: bool,
+) -> Measured:  # fmt: skip
+    """A model's answers and figures. which: what it is called while it works."""
+    answers, tasks = {}, {}
+    if lines:
+        generator = Generator(
+            subject, out / "generations", engine=recipe.engine, batch_size=recipe.batch_size,
+            max_new_tokens=recipe.translation.max_new_tokens, dtype=recipe.dtype, show=show,
+        )  # fmt: skip
+        for each in lines:
+            asked = prompts(each, recipe.translation, generator.tokenizer)
+            made = generator.answer(asked, f"{which} {each.name}")
+            answers[each.name] = read_answers(each, made, recipe.translation)
+        every = [answer for of_direction in answers.values() for answer in of_direction]
+        if not any(answer.text for answer in every):
+            why = "its end-of-text token, or a chat template that it was not trained with?"
+            if all("thoughts" in answer.odd for answer in every):
+                why = "a think block each, and nothing after it: translation.max_new_tokens?"
+            raise UserError(
+                f"{which}: {subject.folder} emits nothing: every answer is empty ({why})"
+            )
+    scores = {each.name: score(each, answers[each.name], recipe.translation) for each in lines}
+    if recipe.reasoning.tasks:
+        tasks = run_tasks(subject, recipe, out / "reasoning", show=show, what=which)
+    return Measured(answers, scores, tasks)
+
+
+def write_answers(lines: Sequence[Lines], measured: dict[str, Measured], out: Path) -> None:
+    """Each direction's texts, one in a line, for whoever scores them again."""
     for each in lines:
-        asked = prompts(each, recipe.translation, generator.tokenizer)
-        made = generator.answer(asked, f"{which} {each.name}")
-        found[each.name] = read_answers(each, made, recipe.translation)
-        _write_lines(out, which, each, [answer.text for answer in found[each.name]])
-    return found
+        _write_lines(out, "source", each, each.sources)
+        _write_lines(out, "reference", each, each.references)
+        for which, found in measured.items():
+            _write_lines(out, which, each, [answer.text for answer in found.answers[each.name]])
+
+
+def judge(
+    lines: Sequence[Lines], measured: dict[str, Measured], recipe: EvaluateRecipe
+) -> dict[str, Any]:
+    """A model ("tuned") and its base, if there is one, side by side: rows, samples, mean changes.
+
+    Raises `UserError` where nothing could be measured.
+    """
+    result: dict[str, Any] = {
+        "rows": [], "signatures": {}, "missing": {}, "counts": {}, "samples": {}, "silent": [],
+        "notes": [],
+    }  # fmt: skip
+    means = verdict.Means(recipe.confidence)
+    for each in lines:
+        _judge_direction(each, measured, recipe, result, means)
+    for task in recipe.reasoning.tasks:
+        _judge_task(task, measured, recipe, result, means)
+    if not result["rows"]:
+        why = "; ".join(f"{k}: {v}" for k, v in result["missing"].items())
+        raise UserError(f"nothing could be measured: {why}")
+    result["means"] = means.told()
+    result["changes"] = verdict.summary(result["rows"], result["means"])
+    return result
 
 
 def _write_lines(out: Path, what: str, lines: Lines, texts: Sequence[str]) -> None:
@@ -111,18 +141,19 @@ def _write_lines(out: Path, what: str, lines: Lines, texts: Sequence[str]) -> No
 
 
 def _judge_direction(
-    lines: Lines, answered: dict[str, Any], recipe: EvaluateRecipe, result: dict[str, Any]
-) -> None:
+    lines: Lines, measured: dict[str, Measured], recipe: EvaluateRecipe, result: dict[str, Any],
+    means: verdict.Means,
+) -> None:  # fmt: skip
     config = recipe.translation
-    outputs = {which: found[lines.name] for which, found in answered.items()}
-    scored = {which: score(lines, found, config) for which, found in outputs.items()}
+    outputs = {which: found.answers[lines.name] for which, found in measured.items()}
+    scored = {which: found.scores[lines.name] for which, found in measured.items()}
     for which, found in scored.items():
         result["counts"][f"{which} {lines.name}"] = found["counts"]
         for name, why in found["missing"].items():
             result["missing"][f"{lines.name} {name}"] = why
-        for name, measured in found["measured"].items():
-            if measured.signature:
-                result["signatures"][f"{name} {lines.name}"] = measured.signature
+        for name, figure in found["measured"].items():
+            if figure.signature:
+                result["signatures"][f"{name} {lines.name}"] = figure.signature
         if found["counts"]["empty"] == len(lines.sources):
             result["silent"].append(f"{which} {lines.name}")
     if lines.left_out:
@@ -141,6 +172,8 @@ def _judge_direction(
                 base.of, tuned.of, len(lines.sources), samples=recipe.bootstrap,
                 confidence=recipe.confidence, seed=recipe.seed,
             )  # fmt: skip
+        if name == "chrf" and base is not None:
+            means.add("translation", tuned.score - base.score, interval)
         result["rows"].append(
             verdict.row(
                 "translation", lines.name, name, None if base is None else base.score, tuned.score,
@@ -156,14 +189,15 @@ def _judge_direction(
 
 
 def _judge_task(
-    task: str, tasks: dict[str, Any], recipe: EvaluateRecipe, result: dict[str, Any]
-) -> None:
-    found = {which: each[task] for which, each in tasks.items()}
+    task: str, measured: dict[str, Measured], recipe: EvaluateRecipe, result: dict[str, Any],
+    means: verdict.Means,
+) -> None:  # fmt: skip
+    found = {which: each.tasks[task] for which, each in measured.items()}
     for each in found.values():
         if "missing" in each:
             result["missing"][task] = each["missing"]
             return
-    for name, tuned in found["tuned"]["scores"].items():
+    for i, (name, tuned) in enumerate(found["tuned"]["scores"].items()):
         percent = 0 <= tuned <= 1
         scale = 100 if percent else 1
         base = found["base"]["scores"].get(name) if "base" in found else None
@@ -179,6 +213,9 @@ def _judge_task(
                         verdict.mean_scorer(a, scale), verdict.mean_scorer(b, scale), len(a),
                         samples=recipe.bootstrap, confidence=recipe.confidence, seed=recipe.seed,
                     )  # fmt: skip
+            if i == 0:
+                falling = name in found["tuned"]["falling"]
+                means.add("reasoning", scale * (tuned - base), interval, falling=falling)
         result["rows"].append(
             verdict.row(
                 "reasoning",
@@ -200,12 +237,13 @@ def model_folder(given: str, out: Path) -> Path:
     from xplus_fast.model.checkpoint_files import RECORD, read_json, resolve_model
 
     path = resolve(given)
-    if not (path / "run.json").is_file() and not (path / ".xplus-run").is_file():
+    if not is_run(path):
         return resolve_model(given)
+    from xplus_fast.training.changes import Changes
     from xplus_fast.training.export import export
-    from xplus_fast.training.run import changed_tensors
 
-    base, tensors, record = changed_tensors(path)
+    changes = Changes(path)
+    record = changes.record
     folder = out / "model"
     sweep(out, folder.name)
     if (folder / RECORD).is_file():
@@ -213,5 +251,5 @@ def model_folder(given: str, out: Path) -> Path:
         if all(known.get(key) == value for key, value in record.items()):
             return folder
         remove(folder)
-    export(base, tensors, folder, record)
+    export(changes.base, changes, folder, record)
     return folder

@@ -7,8 +7,9 @@ tokens, score near zero, and every gain over it would be an artefact. The full a
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from xplus_fast.errors import UserError
 from xplus_fast.files import append_lines, make_folder, whole_lines
 from xplus_fast.model.checkpoint_files import RECORD, CheckpointFiles, check_against
 from xplus_fast.model.families import FAMILIES, shape_of
+from xplus_fast.model.headers import read_range
 from xplus_fast.model.pretrained import load_tokenizer, refused
-
-CHUNK = 1 << 22  # bytes of a file hashed at a time
 
 
 @contextmanager
@@ -93,6 +93,26 @@ def answers(
         yield batch
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    folder: of its configuration and tokenizer, and, where `harness` is None, of its weights.
+    digest: of all of it (`model_digest`). load: it, to answer with. harness: lm-evaluation-harness
+    with it, given options and an environment: its exit code and the end of what it said.
+    """
+
+    folder: Path
+    digest: str
+    load: Callable[[], Any]
+    harness: Callable[[Sequence[str], Mapping[str, str]], tuple[int, str]] | None = None
+
+
+def subject_of(folder: Path, dtype: str, device: str) -> Subject:
+    """A model's folder, read when its first answer is missing."""
+    return Subject(folder, model_digest(folder), lambda: load(folder, dtype, device))
+
+
 def pick_engine(wanted: str) -> str:
     """ "vllm" or "generate", as a recipe's `engine` says. Raises `UserError` if it is missing."""
     found = importlib.util.find_spec("vllm") is not None
@@ -119,20 +139,19 @@ def check_device(device: str) -> None:
 class Generator:
     """A model's answers, out of a cache where they have been made before.
 
-    folder: of the model. cache: a folder; an answer is known by the model's bytes, the prompt, the
-    token limit and the engine. The model is loaded when the first answer is missing.
+    cache: a folder; an answer is known by the model's bytes, the prompt, the token limit and the
+    engine. The model is loaded when the first answer is missing.
     """
 
     def __init__(
-        self, folder: Path, cache: Path, *, engine: str, batch_size: int, max_new_tokens: int,
-        dtype: str, device: str, show: bool,
+        self, subject: Subject, cache: Path, *, engine: str, batch_size: int, max_new_tokens: int,
+        dtype: str, show: bool,
     ) -> None:  # fmt: skip
-        self.folder, self.show = folder, show
-        self.engine = pick_engine(engine)
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.dtype, self.device = dtype, device
+        self.subject, self.show = subject, show
+        self.engine = pick_engine(engine) if subject.harness is None else "generate"
+        self.batch_size, self.max_new_tokens, self.dtype = batch_size, max_new_tokens, dtype
         self.made = 0  # answers that were not in the cache
-        identity = f"{model_digest(folder)}|{self.engine}|{max_new_tokens}|{dtype}"
+        identity = f"{subject.digest}|{self.engine}|{max_new_tokens}|{dtype}"
         self._file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
         self._known: dict[str, tuple[str, bool]] = {}
         for line in whole_lines(self._file):
@@ -147,7 +166,7 @@ class Generator:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.folder)
+            self._tokenizer = load_tokenizer(self.subject.folder)
         return self._tokenizer
 
     def answer(self, prompts: Sequence[str], what: str) -> list[tuple[str, bool]]:
@@ -177,7 +196,7 @@ class Generator:
             yield self._vllm(prompts)
             return
         if self._model is None:
-            self._model = _load(self.folder, self.dtype, self.device)
+            self._model = self.subject.load()
         with greedy(self._model, self.tokenizer, self.max_new_tokens):
             yield from answers(self._model, self.tokenizer, prompts, self.batch_size)
 
@@ -186,7 +205,7 @@ class Generator:
 
         if self._model is None:
             dtype = "auto" if self.dtype == "auto" else self.dtype
-            self._model = LLM(str(self.folder), dtype=dtype, trust_remote_code=False)
+            self._model = LLM(str(self.subject.folder), dtype=dtype, trust_remote_code=False)
         options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens)
         ids = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
         made = self._model.generate([{"prompt_token_ids": i} for i in ids], options, use_tqdm=False)
@@ -194,14 +213,21 @@ class Generator:
         return [(i, o.text.strip(), o.finish_reason == "length") for i, o in enumerate(outputs)]
 
 
-def _load(folder: Path, dtype: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def load_kind(dtype: str, device: str) -> tuple[str, str]:
+    """Dtype and device in which a model answers. "auto": the GPU if there is one, bf16 on it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted: Any = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if dtype != "auto":
-        wanted = getattr(torch, dtype)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return dtype, device
+
+
+def load(folder: Path, dtype: str, device: str) -> Any:
+    """A model's folder, to answer with."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, device = load_kind(dtype, device)
+    wanted: Any = getattr(torch, dtype)
     files = CheckpointFiles.open(folder)
     if any(entry.scale is not None for entry in files.entries.values()):
         return _load_codes(files, wanted, device)
@@ -255,15 +281,22 @@ def _config(folder: Path) -> Any:
 
 def model_digest(folder: Path) -> str:
     """A hash of a model's weights, configuration and tokenizer."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+    files = [p for p in folder.iterdir() if p.is_file() and p.name != RECORD]  # which says when
     if not any(p.suffix == ".safetensors" for p in files):
         raise UserError(f"{folder}: no safetensors in it; a model folder or a run's is wanted")
-    for path in files:
-        if path.name == RECORD:  # which says when
-            continue
-        digest.update(path.name.encode())
-        with open(path, "rb") as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
+    return digest_of((p.name, read_range(p, 0, p.stat().st_size)) for p in files if _counts(p.name))
+
+
+def digest_of(files: Iterable[tuple[str, Iterable[bytes | memoryview]]]) -> str:
+    """The same of a model's files, (name, bytes), of which not all may be there."""
+    digest = hashlib.sha256()
+    for name, pieces in sorted(files, key=lambda file: file[0]):
+        if _counts(name):
+            digest.update(name.encode())
+            for piece in pieces:
+                digest.update(piece)
     return digest.hexdigest()
+
+
+def _counts(name: str) -> bool:
+    return Path(name).suffix in (".safetensors", ".json", ".jinja") and "/" not in name

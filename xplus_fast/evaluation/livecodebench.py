@@ -14,7 +14,7 @@ from typing import Any
 from xplus_fast.data.chat import prompt_text
 from xplus_fast.data.readers import Example, say
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.generate import Generator
+from xplus_fast.evaluation.generate import Generator, Subject
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import make_folder, remove, resolve, write_json, write_text
@@ -27,8 +27,14 @@ WANTED = "a checkout of github.com/LiveCodeBench/LiveCodeBench"
 
 
 def measure(
-    model: Path, recipe: EvaluateRecipe, folder: Path, *, generations: Path, show: bool, what: str
-) -> dict[str, Any]:
+    subject: Subject,
+    recipe: EvaluateRecipe,
+    folder: Path,
+    *,
+    generations: Path,
+    show: bool,
+    what: str,
+) -> dict[str, Any]:  # fmt: skip
     """pass@1 of one greedy answer a question, as `reasoning.run_tasks` returns it.
 
     folder: where its files lie, by the model and the options; a finished one is read again.
@@ -36,7 +42,7 @@ def measure(
     results = folder / "results.json"
     if not results.exists():
         try:
-            _run(model, recipe, folder, generations, show, what)
+            _run(subject, recipe, folder, generations, show, what)
         except UserError as e:
             return {"missing": str(e)}
     return {**json.loads(results.read_text(encoding="utf-8")), "falling": []}
@@ -61,8 +67,9 @@ def check(recipe: EvaluateRecipe) -> None:
 
 
 def _run(
-    model: Path, recipe: EvaluateRecipe, folder: Path, generations: Path, show: bool, what: str
-) -> None:
+    subject: Subject, recipe: EvaluateRecipe, folder: Path, generations: Path, show: bool,
+    what: str,
+) -> None:  # fmt: skip
     check(recipe)  # before the model answers
     r, own = recipe.reasoning, recipe.reasoning.livecodebench
     assert own.folder is not None
@@ -77,8 +84,8 @@ def _run(
         raise UserError("reasoning.livecodebench: no question of its release is in these dates")
 
     generator = Generator(
-        model, generations, engine=recipe.engine, batch_size=recipe.batch_size,
-        max_new_tokens=own.max_new_tokens, dtype=recipe.dtype, device=recipe.device, show=show,
+        subject, generations, engine=recipe.engine, batch_size=recipe.batch_size,
+        max_new_tokens=own.max_new_tokens, dtype=recipe.dtype, show=show,
     )  # fmt: skip
     prompts = []
     for q in questions:

@@ -22,11 +22,12 @@ COMET_FILE = "checkpoints/model.ckpt"  # of a repository of unbabel-comet
 METRICX_NEEDS = ("torch", "transformers", "sentencepiece", "protobuf")
 
 
-def check(recipe: EvaluateRecipe, condition: str = "") -> list[Lines]:
+def check(recipe: EvaluateRecipe, condition: str = "", scales: Sequence[str] = ()) -> list[Lines]:
     """Look at all that a recipe names; returns its test sets.
 
-    condition: of `--fail-if`. What a metric or a task lacks is printed and left for later where the
-    recipe says `on_missing: skip`. Raises `UserError`, a line for everything that is wrong.
+    condition: of `--fail-if`, in which a change may be at one of the `scales`: reasoning@0.5. What
+    a metric or a task lacks is printed and left for later where the recipe says `on_missing: skip`.
+    Raises `UserError`, a line for everything that is wrong.
     """
     wrong: list[str] = []
     lacking: list[str] = []
@@ -42,7 +43,7 @@ def check(recipe: EvaluateRecipe, condition: str = "") -> list[Lines]:
     attempt(wrong, pick_engine, recipe.engine)
     attempt(wrong, check_device, recipe.device)
     if condition:
-        attempt(wrong, _check_condition, condition, recipe, lines)
+        attempt(wrong, _check_condition, condition, recipe, lines, scales)
     metrics = recipe.translation.metrics if lines else []
     for name in metrics:
         attempt(wrong if name == "terms" else lacking, _check_metric, name, lines, recipe)
@@ -64,8 +65,13 @@ def check(recipe: EvaluateRecipe, condition: str = "") -> list[Lines]:
     return lines
 
 
-def _check_condition(condition: str, recipe: EvaluateRecipe, lines: Sequence[Lines]) -> None:
-    name, _, _ = parse_condition(condition)
+def _check_condition(
+    condition: str, recipe: EvaluateRecipe, lines: Sequence[Lines], scales: Sequence[str]
+) -> None:
+    asked, _, _ = parse_condition(condition)
+    name, at, scale = asked.partition("@") if scales else (asked, "", "")
+    if at and scale not in scales:
+        raise UserError(f"--fail-if: {scale!r} is none of the scales {', '.join(scales)}")
     config, tasks = recipe.translation, recipe.reasoning.tasks
     known = ["translation"] if lines and "chrf" in config.metrics else []
     known += ["reasoning"] if tasks else []

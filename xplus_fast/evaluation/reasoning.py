@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import livecodebench
+from xplus_fast.evaluation.generate import Subject, load_kind
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sandbox import last_error, permitted, readable, run_limited
 from xplus_fast.files import move, remove
@@ -33,7 +34,7 @@ TAIL = 1 << 16  # bytes of what the harness says that are kept to look for a rea
 
 
 def run_tasks(
-    model: Path, digest: str, recipe: EvaluateRecipe, out: Path, *, show: bool, what: str = "model"
+    subject: Subject, recipe: EvaluateRecipe, out: Path, *, show: bool, what: str = "model"
 ) -> dict[str, Any]:
     """Each task's figures, {task: {"scores": {...}, ...} or {"missing": why}}.
 
@@ -45,17 +46,22 @@ def run_tasks(
     for left in out.glob(".*"):  # of a process that was killed
         remove(left)
     for i, task in enumerate(tasks):
-        folder = out / f"{task}-{_key(digest, recipe)}"
+        folder = out / f"{task}-{_key(subject, recipe)}"
         if task == livecodebench.NAME:
-            folder = out / f"{task}-{_key(digest, recipe, recipe.reasoning.livecodebench)}"
+            folder = out / f"{task}-{_key(subject, recipe, recipe.reasoning.livecodebench)}"
             found[task] = livecodebench.measure(
-                model, recipe, folder, generations=out.parent / "generations", show=show, what=what
+                subject,
+                recipe,
+                folder,
+                generations=out.parent / "generations",
+                show=show,
+                what=what,
             )
             continue
         if not _results(folder):
             if show:
                 print(f"{what}: {task}, {i + 1} of {len(tasks)} tasks", file=sys.stderr, flush=True)
-            why = _run(model, task, recipe, folder, out / f"answers-{_key(digest, recipe)}")
+            why = _run(subject, task, recipe, folder, out / f"answers-{_key(subject, recipe)}")
             if why:
                 found[task] = {"missing": why}
                 continue
@@ -93,10 +99,19 @@ def check_task(task: str, recipe: EvaluateRecipe) -> None:
         permitted(r.code_isolation)
 
 
-def _key(digest: str, recipe: EvaluateRecipe, *more: object) -> str:
+def _key(subject: Subject, recipe: EvaluateRecipe, *more: object) -> str:
     """A hash of all that decides a figure, the files of one's own tasks included."""
     r = recipe.reasoning
-    told = [digest, recipe.engine, recipe.dtype, recipe.seed, r.limit, r.fewshot, r.chat, *more]
+    told = [
+        subject.digest,
+        harness_model(recipe),
+        _dtype(recipe),
+        recipe.seed,
+        r.limit,
+        r.fewshot,
+        r.chat,
+        *more,
+    ]
     key = hashlib.sha256(repr(told).encode())
     if r.include_path:
         for file in sorted(Path(r.include_path).rglob("*")):
@@ -109,7 +124,9 @@ def _results(folder: Path) -> list[Path]:
     return sorted(folder.glob("**/results_*.json"))
 
 
-def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Path) -> str | None:
+def _run(
+    subject: Subject, task: str, recipe: EvaluateRecipe, folder: Path, cache: Path
+) -> str | None:
     """Run one task; why it could not be, or None."""
     r = recipe.reasoning
     try:
@@ -121,13 +138,16 @@ def _run(model: Path, task: str, recipe: EvaluateRecipe, folder: Path, cache: Pa
     about = _look(python, tuple(r.tasks), r.include_path)[task]
     working = folder.with_name(f".{folder.name}")
     remove(working)
-    command = [python, *command_line(model, task, recipe, working, cache)]
+    command = command_line(subject, task, recipe, working, cache)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if about["executes"]:
         # the harness's own self-test of its judge runs; no answer is judged here
         command += ["--predict_only", "--confirm_run_unsafe_code"]
         environment["HF_ALLOW_CODE_EVAL"] = "1"
-    code, said = _show(command, environment)
+    if subject.harness is None:
+        code, said = _show([python, "-m", "lm_eval", *command], environment)
+    else:
+        code, said = subject.harness(command, environment)
     if code or not _results(working):
         return last_error(said)
     if about["executes"]:
@@ -180,16 +200,23 @@ def harness_model(recipe: EvaluateRecipe) -> str:
     return "vllm" if recipe.engine == "vllm" or (recipe.engine == "auto" and found) else "hf"
 
 
+def _dtype(recipe: EvaluateRecipe) -> str:
+    """In which the harness has the weights: as `generate` has them; vLLM chooses for itself."""
+    if harness_model(recipe) == "vllm":
+        return recipe.dtype
+    return load_kind(recipe.dtype, recipe.device)[0]
+
+
 def command_line(
-    model: Path, task: str, recipe: EvaluateRecipe, out: Path, cache: Path
+    subject: Subject, task: str, recipe: EvaluateRecipe, out: Path, cache: Path
 ) -> list[str]:
-    """lm-evaluation-harness's own command for a task, less the Python."""
+    """What lm-evaluation-harness's own command is given for a task."""
     r = recipe.reasoning
-    arguments = f"pretrained={model},dtype={recipe.dtype},trust_remote_code=False"
+    arguments = f"pretrained={subject.folder},dtype={_dtype(recipe)},trust_remote_code=False"
     if r.chat:
         arguments += ",enable_thinking=False"
     command = [
-        "-m", "lm_eval", "run", "--model", harness_model(recipe), "--model_args", arguments,
+        "run", "--model", harness_model(recipe), "--model_args", arguments,
         "--batch_size", str(recipe.batch_size), "--use_cache", str(cache),
         *judge_line(task, recipe, out),
     ]  # fmt: skip

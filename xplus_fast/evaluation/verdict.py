@@ -10,6 +10,7 @@ import io
 import operator
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,70 @@ from xplus_fast.files import write_json, write_picture, write_text
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A change and the ends of its confidence interval; its value in each resampling, [samples]."""
+
+    change: float
+    low: float
+    high: float
+    resampled: NDArray[np.float64]
+
+
 def difference(
     base: Callable[[NDArray[np.intp]], float], tuned: Callable[[NDArray[np.intp]], float],
     count: int, *, samples: int, confidence: float, seed: int,
-) -> tuple[float, float, float]:  # fmt: skip
-    """tuned - base over all sentences, and the ends of its confidence interval.
+) -> Interval:  # fmt: skip
+    """tuned - base over all sentences, with its confidence interval.
 
     base, tuned: a score of the sentences with these indices, of `count`.
     """
     everything = np.arange(count)
-    whole = tuned(everything) - base(everything)
     generator = np.random.default_rng(seed)
     found = np.empty(samples)
     for i in range(samples):
         chosen = generator.integers(0, count, count)
         found[i] = tuned(chosen) - base(chosen)
+    return _interval(tuned(everything) - base(everything), found, confidence)
+
+
+def _interval(change: float, resampled: NDArray[np.float64], confidence: float) -> Interval:
     rest = (1 - confidence) / 2
-    low, high = np.quantile(found, [rest, 1 - rest])
-    return whole, float(low), float(high)
+    low, high = np.quantile(resampled, [rest, 1 - rest])
+    return Interval(change, float(low), float(high), resampled)
+
+
+class Means:
+    """Mean gains in translation (chrF++ of directions) and reasoning (a task's first figure).
+
+    In points of 100. Where a lower figure is a better one, a fall is a gain. Directions of as many
+    sentences are resampled alike: a sentence is in all of them, or in none.
+    """
+
+    def __init__(self, confidence: float) -> None:
+        self._confidence = confidence
+        self._found: dict[str, list[tuple[float, NDArray[np.float64] | None]]] = {}
+
+    def add(
+        self, kind: str, change: float, interval: Interval | None, *, falling: bool = False
+    ) -> None:
+        """A part's change. falling: a lower figure is a better one."""
+        sign = -1 if falling else 1
+        found = None if interval is None else sign * interval.resampled
+        self._found.setdefault(kind, []).append((sign * change, found))
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """kind -> change, low, high, verdict: an interval where all its parts have one."""
+        made: dict[str, dict[str, Any]] = {}
+        for kind, parts in self._found.items():
+            change = float(np.mean([c for c, _ in parts]))
+            known = [found for _, found in parts if found is not None]
+            made[kind] = {"change": change, "low": None, "high": None, "verdict": ""}
+            if len(known) == len(parts):
+                mean = _interval(change, np.mean(known, axis=0), self._confidence)
+                said = judge(change, mean.low, mean.high)
+                made[kind] |= {"low": mean.low, "high": mean.high, "verdict": said}
+        return made
 
 
 def corpus_scorer(metric: Any, outputs: Sequence[str], references: Sequence[str]) -> Callable:
@@ -65,10 +112,11 @@ def judge(change: float, low: float, high: float, *, lower_is_better: bool = Fal
 
 
 def row(
-    kind: str, name: str, metric: str, base: float | None, tuned: float, interval: Any,
+    kind: str, name: str, metric: str, base: float | None, tuned: float,
+    interval: Interval | None,
     *, falling: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """A line of the verdict. interval: (change, low, high), or None where there is no base.
+    """A line of the verdict. interval: of the change, or None where it has none.
 
     falling: a lower figure is a better one.
     """
@@ -79,32 +127,17 @@ def row(
     if base is not None:
         made["change"] = tuned - base
     if interval is not None:
-        change, low, high = interval
-        made |= {"change": change, "low": low, "high": high,
-                 "verdict": judge(change, low, high, lower_is_better=falling)}  # fmt: skip
+        said = judge(interval.change, interval.low, interval.high, lower_is_better=falling)
+        made |= {"change": interval.change, "low": interval.low, "high": interval.high}
+        made["verdict"] = said
     return made
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean changes by which `--fail-if` may ask: of chrF++ over directions, of tasks over tasks.
-
-    In points of 100. A task's figure is its first.
-    """
-    found = {}
-    translation = [r["change"] for r in rows if r["kind"] == "translation"
-                   and r["metric"] == "chrf" and r["change"] is not None]  # fmt: skip
-    tasks: dict[str, float] = {}
-    for r in rows:
-        if r["kind"] == "reasoning" and r["change"] is not None:
-            tasks.setdefault(r["name"], r["change"])
-    if translation:
-        found["translation"] = float(np.mean(translation))
-    if tasks:
-        found["reasoning"] = float(np.mean(list(tasks.values())))
-    for r in rows:
-        if r["change"] is not None:
-            found[f"{r['name']}:{r['metric']}"] = r["change"]
-    return found
+def summary(rows: Sequence[dict[str, Any]], means: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Changes by which `--fail-if` may ask: the means, and each row's own, in points of 100."""
+    found = {kind: mean["change"] for kind, mean in means.items()}
+    named = {f"{r['name']}:{r['metric']}": r["change"] for r in rows if r["change"] is not None}
+    return found | named
 
 
 def parse_condition(condition: str) -> tuple[str, str, float]:
@@ -140,6 +173,7 @@ def describe(out: str, result: dict[str, Any]) -> str:
             line = f"{name:{width}} {base:8.2f} -> {tuned:8.2f} ({tuned - base:+.2f}"
             line += f"; {low:+.2f} to {high:+.2f}) {said}" if low is not None else ")"
         lines.append(line)
+    lines += [mean_line(kind, mean) for kind, mean in result["means"].items()]
     lines += [f"not measured: {where}: {why}" for where, why in result["missing"].items()]
     lines += [f"{where}: every answer is empty" for where in result["silent"]]
     lines += _odd_answers(result)
@@ -162,10 +196,7 @@ def write(out: Path, result: dict[str, Any]) -> None:
 
 def markdown(result: dict[str, Any], picture: bool) -> str:
     lines = ["# Verdict", ""]
-    for name, change in list(result["changes"].items())[:2]:
-        if name in ("translation", "reasoning"):
-            what = "chrF++" if name == "translation" else "points"
-            lines.append(f"{name}: {change:+.2f} {what} on average")
+    lines += [mean_line(kind, mean) for kind, mean in result["means"].items()]
     lines += ["", table(result["rows"]), ""]
     if said := [f"- {text}" for text in (*_odd_answers(result), *result["notes"])]:
         lines += [*said, ""]
@@ -184,6 +215,15 @@ def markdown(result: dict[str, Any], picture: bool) -> str:
             lines += [f"- {k}: {sample[k]}" for k in ("reference", "base", "tuned") if k in sample]
             lines.append("")
     return "\n".join(lines) + "\n"
+
+
+def mean_line(kind: str, mean: dict[str, Any]) -> str:
+    """A mean change in words."""
+    what = "chrF++" if kind == "translation" else "points"
+    line = f"{kind}: {mean['change']:+.2f} {what} on average"
+    if mean["low"] is None:
+        return line
+    return f"{line} ({mean['low']:+.2f} to {mean['high']:+.2f}): {mean['verdict']}"
 
 
 def _odd_answers(result: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 Legend: L layers, H hidden, N query heads, K key/value heads, D head_dim, F ffn, V vocabulary.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +129,12 @@ def stage_shapes(
         for name, size in shape.tensor_shapes().items()
         if name in beside or name.startswith(blocks)
     }
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor's Hugging Face name; None for embedding, final norm, head."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 # The most that config.json may say of a size: beyond any model, and harmless to compute with.

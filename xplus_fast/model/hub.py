@@ -4,11 +4,12 @@ The client of huggingface_hub changes from release to release (requests, httpx, 
 it is imported here. Its errors are known by those of the hub, which derive from them.
 """
 
+import glob
 import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,44 @@ def config_from_hub(name: str) -> Path:
     return _had(name, download)
 
 
+def data_from_hub(name: str, choose: Callable[[Sequence[str], str], Sequence[str]]) -> Path:
+    """The folder into which files of a data set are downloaded, or were before.
+
+    choose: the names of all its files, and the text of its card -> the names of those wanted.
+    Where the hub is not asked or not reached, all that lies in its cache is given. Raises
+    `UserError`, and what `choose` raises.
+    """
+
+    def download(hub: Any) -> str:
+        def have(**options: Any) -> str:
+            return hub.snapshot_download(name, repo_type="dataset", **options)
+
+        if hub.constants.HF_HUB_OFFLINE:
+            return have(local_files_only=True)
+        try:
+            _reach(hub.constants.ENDPOINT)
+        except OSError:
+            return have(local_files_only=True)
+        names = [file.rfilename for file in hub.HfApi().dataset_info(name).siblings]
+        card = ""
+        if "README.md" in names:
+            path = hub.hf_hub_download(name, "README.md", repo_type="dataset")
+            card = Path(path).read_text(encoding="utf-8", errors="replace")
+        wanted = [glob.escape(file) for file in choose(names, card)]
+        return have(allow_patterns=[*wanted, "README.md"])
+
+    return _had(name, download)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether "org/name" is one, not a path: neither starts like one nor has its first half here.
+
+    Raises `UserError` for what no path can be.
+    """
+    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII)
+    return bool(known) and not resolve(name).parent.is_dir()
+
+
 def on_hub(name: str, file: str) -> Path:
     """See that a file of a repository is in the hub's cache, or may be downloaded. Raises
     `UserError`."""
@@ -56,8 +95,7 @@ def on_hub(name: str, file: str) -> Path:
 
 
 def _had(name: str, download: Callable[[Any], str]) -> Path:
-    # "org/name" is a hub id unless it starts like a path or its first half is a folder here
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) or resolve(name).parent.is_dir():
+    if not is_hub_id(name):
         raise UserError(f"{name}: no such model folder")
     import huggingface_hub
     from huggingface_hub import errors

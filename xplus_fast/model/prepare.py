@@ -8,7 +8,7 @@ same weights.
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol
 
@@ -105,7 +105,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named_tensors(model, [p for p in model.parameters() if p.requires_grad])
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors under Hugging Face's names into a prepared model's storage.
 
     Raises `UserError` for a name or shape that the model does not have; nothing is copied then.
@@ -119,8 +119,13 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         state[name].copy_(value)
 
 
-def named_tensors(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
-    """Some of a model's parameters under Hugging Face's names, as views of them."""
+def named_tensors(
+    model: nn.Module, parameters: Iterable[nn.Parameter], instead: Mapping[int, Tensor] = {}
+) -> dict[str, Tensor]:
+    """Some of a model's parameters under Hugging Face's names, as views of them.
+
+    instead: what stands for a parameter, of its shape, by the parameter's id.
+    """
     wanted = {id(p) for p in parameters}
     tensors: dict[str, Tensor] = {}
     blocks = [b for b in model.modules() if isinstance(b, Block)]
@@ -128,11 +133,12 @@ def named_tensors(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[
     for name, p in model.named_parameters():
         if id(p) not in wanted:
             continue
+        value = instead.get(id(p), p.detach())
         if id(p) not in held:
-            tensors[name] = p.detach()
+            tensors[name] = value
             continue
         block, packed = held[id(p)]
-        for part, view in unpack(block.shape, packed, p.detach()).items():
+        for part, view in unpack(block.shape, packed, value).items():
             tensors[f"model.layers.{block.layer_idx}.{part}"] = view
     return tensors
 

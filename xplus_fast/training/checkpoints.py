@@ -25,9 +25,10 @@ from torch import Tensor
 from xplus_fast.errors import UserError
 from xplus_fast.files import NewFile, new_folder, remove, sweep, write_file
 from xplus_fast.manifest import check_files, is_whole, read_manifest, write_manifest
-from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES
+from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES, read_entry, read_header, read_json
 
 FINAL = "final"  # the name of a stage's last checkpoint
+FINAL_TENSORS = "trained.safetensors"  # in it
 
 
 @dataclass(frozen=True)
@@ -84,25 +85,43 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors, documents)
 
 
-def read_final(
-    folder: Path, stage: str, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Tensor], str]:
-    """A finished stage's tensors, and the SHA-256 of their file.
+class Final(Mapping[str, Tensor]):
+    """A finished stage's tensors: fp32 masters where it had them, each read when it is asked for.
 
-    stage: its name; shapes: of what it trains. Raises `UserError` for another stage's checkpoint
-    and for what `read_checkpoint` finds.
+    dtype: of the weights that it trained, which are the masters' rounding; None where the file
+    holds the weights themselves. checksum: the SHA-256 of the file.
     """
-    found = read_checkpoint(folder)
-    trained = found.tensors.get("trained", {})
-    have = {name: tuple(tensor.shape) for name, tensor in trained.items()}
-    of = found.documents.get("selection", {}).get("stage", stage)
-    if of != stage or have != dict(shapes):
-        wrong = [n for n in [*shapes, *have] if have.get(n) != shapes.get(n)]
-        what = f"it differs in {wrong[0]}" if wrong else f"it is that of {of}"
-        raise UserError(
-            f"{folder}: not what stage {stage} trains: {what}; remove it to train the stage again"
-        )
-    return trained, read_manifest(folder)["trained.safetensors"]["sha256"]
+
+    def __init__(self, folder: Path, stage: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """stage: its name; shapes: of what it trains.
+
+        Raises `UserError` for another stage's checkpoint and for a damaged one.
+        """
+        check_files(folder, "remove it to train the stage again")
+        self.entries = read_header(folder / FINAL_TENSORS)
+        have = {name: entry.shape for name, entry in self.entries.items()}
+        told = read_json(folder / "selection.json")
+        of = told.get("stage", stage)
+        if of != stage or have != dict(shapes):
+            wrong = [n for n in [*shapes, *have] if have.get(n) != shapes.get(n)]
+            what = f"it differs in {wrong[0]}" if wrong else f"it is that of {of}"
+            raise UserError(
+                f"{folder}: not what stage {stage} trains: {what};"
+                " remove it to train the stage again"
+            )
+        self.dtype: torch.dtype | None = getattr(torch, str(told.get("dtype")), None)
+        self.checksum: str = read_manifest(folder)[FINAL_TENSORS]["sha256"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        read_entry(entry, made := torch.empty(entry.shape, dtype=entry.dtype))
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def latest_checkpoint(parent: Path) -> Path | None:

@@ -8,8 +8,8 @@ count) in bounded memory, and the files beside them. What both make of a base in
 """
 
 import json
-import re
-from collections.abc import Collection, Iterator
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -35,6 +35,7 @@ from xplus_fast.model.checkpoint_files import (
     read_json,
     read_range,
 )
+from xplus_fast.model.families import layer_of
 from xplus_fast.model.headers import CODES
 from xplus_fast.model.quantized import plain_code, scale_name
 from xplus_fast.training.checkpoints import tensor_bytes
@@ -82,7 +83,7 @@ class Verification:
         return not (self.outside or self.missing or self.extra or self.reshaped or self.files)
 
 
-def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, Any]) -> None:
+def export(base: Path, changed: Mapping[str, Tensor], out: Path, record: dict[str, Any]) -> None:
     """Write the base model with `changed` in place of its own tensors to the new folder `out`.
 
     changed: Hugging Face name -> tensor of the base's shape, any dtype and device; it is rounded
@@ -98,14 +99,12 @@ def export(base: Path, changed: dict[str, Tensor], out: Path, record: dict[str, 
 
 
 def _export(
-    files: CheckpointFiles, changed: dict[str, Tensor], out: Path, record: dict[str, Any]
+    files: CheckpointFiles, changed: Mapping[str, Tensor], out: Path, record: dict[str, Any]
 ) -> None:
     base = files.folder
     with speaking(out):
         settle(out)
-    if _tied(files) and EMBEDDING in changed and HEAD in files.entries:
-        # some tied checkpoints store both; a head left as it was would no longer be tied
-        changed = {HEAD: changed[EMBEDDING], **changed}
+    changed = _with_head(files, changed)
     record = {**record, "tensors": sorted(changed)}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         # killed after its last step, it has only to be started again
@@ -115,28 +114,45 @@ def _export(
     for name, tensor in changed.items():
         _check(files, name, tensor)
 
-    uncoded = {name for name in changed if files.entries[name].scale is not None}
-    made_anew = uncoded_shards(files, uncoded)
-    texts = {"config.json": uncoded_config, INDEX: uncoded_index} if uncoded else {}
-    shards = sorted({entry.file for entry in files.entries.values()})
-    rewritten = {files.entries[name].file for name in changed}
-    copied = _companions(base)
-    needed = sum(file.stat().st_size for file in [*shards, *copied])
+    shards = {entry.file for entry in files.entries.values()}
+    needed = sum(file.stat().st_size for file in [*shards, *_companions(base)])
     with new_folder(out, needed) as temp:
-        for file in copied:
-            target = temp / file.relative_to(base)
-            make_folder(target.parent)
-            make = texts.get(str(file.relative_to(base)))
-            write_file(target, [make(files, uncoded)] if make else _copy(file))
-        for shard in shards:
-            replaced = changed if shard in rewritten else {}
-            if shard not in made_anew:
-                write_file(temp / shard.name, _shard(files, shard, replaced))
-            elif made_anew[shard]:
-                write_file(temp / shard.name, uncoded_shard(files, shard, changed))
+        for place, pieces in contents(files, changed):
+            make_folder((temp / place).parent)
+            write_file(temp / place, pieces)
         write_file(temp / RECORD, [json.dumps(record, indent=2).encode()])
         if (temp / TEMPLATES).is_dir():
             sync_folder(temp / TEMPLATES)
+
+
+def _with_head(files: CheckpointFiles, changed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Some tied checkpoints store both; a head left as it was would no longer be tied."""
+    if _tied(files) and EMBEDDING in changed and HEAD in files.entries:
+        return ChainMap({HEAD: changed[EMBEDDING]}, changed)  # type: ignore[arg-type]  # read only
+    return changed
+
+
+def contents(
+    files: CheckpointFiles, changed: Mapping[str, Tensor]
+) -> Iterator[tuple[Path, Iterable[bytes | memoryview]]]:
+    """Every file of an export but its record: its place in the folder, and its bytes.
+
+    files: of the base. changed: as `export` has it.
+    """
+    uncoded = {name for name in changed if files.entries[name].scale is not None}
+    made_anew = uncoded_shards(files, uncoded)
+    texts = {"config.json": uncoded_config, INDEX: uncoded_index} if uncoded else {}
+    rewritten = {files.entries[name].file for name in changed}
+    for file in _companions(files.folder):
+        name = file.relative_to(files.folder)
+        make = texts.get(str(name))
+        yield name, [make(files, uncoded)] if make else _copy(file)
+    for shard in sorted({entry.file for entry in files.entries.values()}):
+        replaced = changed if shard in rewritten else {}
+        if shard not in made_anew:
+            yield Path(shard.name), _shard(files, shard, replaced)
+        elif made_anew[shard]:
+            yield Path(shard.name), uncoded_shard(files, shard, changed)
 
 
 def verify(
@@ -182,6 +198,8 @@ def verify(
                 outside.append(name)
 
     notes = []
+    if recorded is not None and (scale := read_json(result / RECORD).get("scale")) is not None:
+        notes.append(f"scaled: {scale} of what the run changed")
     if still := sorted(may_change.difference(changed)):
         notes.append(f"trained, but unchanged: {_count(len(still))}, first {still[0]}")
     if not judged:
@@ -236,12 +254,6 @@ def describe(verification: Verification) -> str:
     return "\n".join(lines)
 
 
-def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor's Hugging Face name; None for embedding, final norm, head."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
-
-
 def _check(files: CheckpointFiles, name: str, tensor: Tensor) -> None:
     if name not in files.entries:
         raise UserError(f"{files.folder}: no tensor {name!r} to replace")
@@ -256,7 +268,7 @@ def _check(files: CheckpointFiles, name: str, tensor: Tensor) -> None:
 
 
 def _shard(
-    files: CheckpointFiles, shard: Path, changed: dict[str, Tensor]
+    files: CheckpointFiles, shard: Path, changed: Mapping[str, Tensor]
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a shard, those of the changed tensors replaced: header and layout stay."""
     at = 0

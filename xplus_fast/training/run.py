@@ -53,9 +53,10 @@ from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     FINAL,
+    FINAL_TENSORS,
+    Final,
     clean_leftovers,
     latest_checkpoint,
-    read_final,
     write_checkpoint,
 )
 from xplus_fast.training.hidden_cache import HiddenCache, HiddenCaches, read_rows
@@ -81,7 +82,6 @@ from xplus_fast.training.run_folder import (
     last_step,
     look_at,
     read_metrics,
-    read_recipe,
     throw_away,
 )
 from xplus_fast.training.shortage import ran_out
@@ -188,14 +188,14 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         arrange(model, plan.layout, weights, **kind)
         done, memory = run / name / FINAL, {}
         if done.exists():
-            load_tensors(model, read_final(done, name, stage_shapes(shape, ids, stage.also))[0])
+            load_tensors(model, Final(done, name, stage_shapes(shape, ids, stage.also)))
             say(f"stage {name}: trained before, taken from {done}")
         else:
             kept = hidden.of_stage(i, plan.request.hidden, model)
             memory = _train_stage(
                 recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout, kept
             )
-        weights.cover(read_header(done / "trained.safetensors"))
+        weights.cover(read_header(done / FINAL_TENSORS))
         forget_changes(model)
         stages.append(
             {
@@ -228,45 +228,6 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     }
     write_json(run / "run.json", about)
     return write_report(run)
-
-
-def changed_tensors(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
-    """What a finished run changed: the base model's folder, the tensors, and a record of them.
-
-    Raises `UserError` where the run is not there or not finished.
-    """
-    recipe = read_recipe(run)
-    tensors: dict[str, torch.Tensor] = {}
-    layers: set[int] = set()
-    also: set[str] = set()
-    checksums: list[str] = []
-    base = resolve_model(recipe.model)
-    shape = shape_of(load_config(base))
-    for i, stage in enumerate(recipe.stages):
-        folder = run / stage_name(recipe, i) / FINAL
-        if not folder.exists():
-            raise UserError(
-                f"{run}: stage {stage_name(recipe, i)} is not finished;"
-                " start its recipe again first"
-            )
-        name, ids = stage_name(recipe, i), resolve_layers(stage.layers, shape.layers)
-        trained, checksum = read_final(folder, name, stage_shapes(shape, ids, stage.also))
-        tensors |= trained
-        checksums.append(checksum)
-        layers |= set(ids)
-        also |= set(stage.also)
-    record = {
-        "base": recipe.model,
-        "layers": sorted(layers),
-        "also": sorted(also),
-        "stages": [
-            {"name": stage_name(recipe, i), "layers": resolve_layers(s.layers, shape.layers)}
-            for i, s in enumerate(recipe.stages)
-        ],
-        "checksums": checksums,  # of the stages' tensors, as trained
-        "xplus_fast": __version__,
-    }
-    return base, tensors, record
 
 
 class _RunLog(TrainerCallback):
@@ -370,11 +331,12 @@ def _train_stage(
     if place.first:
         write_checkpoint(
             folder / FINAL,
-            {"trained": trained_tensors(model)},
+            {"trained": trainer.final_tensors()},
             {
                 "selection": {
                     "layers": resolve_layers(stage.layers, len(model.model.layers)),
                     "stage": name,
+                    "dtype": str(place.dtype).removeprefix("torch."),
                 }
             },
         )

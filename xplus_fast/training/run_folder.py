@@ -154,6 +154,11 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, begun or finished."""
+    return (folder / "run.json").is_file() or (folder / MARK).is_file()
+
+
 def read_recipe(run: Path) -> Recipe:
     """The recipe of a run that is begun. Raises `UserError` where there is none."""
     if not _made_of(run):

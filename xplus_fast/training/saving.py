@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from xplus_fast.errors import UserError
+from xplus_fast.model.families import layer_of
 from xplus_fast.model.prepare import (
     changed_tensors,
     layer_ids,
@@ -32,7 +33,6 @@ from xplus_fast.training.checkpoints import (
     set_rng_state,
     write_checkpoint,
 )
-from xplus_fast.training.export import layer_of
 from xplus_fast.training.lossless import decode, encode
 from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.throughput import Meter
@@ -132,6 +132,16 @@ class SavingTrainer(Trainer):
                 for group in optimizer.param_groups
             ],
         }
+
+    def final_tensors(self) -> dict[str, Tensor]:
+        """What trains, by Hugging Face name: its fp32 masters where it has them."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        masters: dict[int, Tensor] = {}
+        if isinstance(optimizer := bare_optimizer(self.optimizer), AdamW):
+            optimizer.synchronize()
+            states = optimizer.state.items()
+            masters = {id(p): state["master"] for p, state in states if "master" in state}
+        return named_tensors(model, [p for p in model.parameters() if p.requires_grad], masters)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)

@@ -7,7 +7,7 @@ stored in the model's own dtype, its scales are left out, and config.json names 
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def uncoded_index(files: CheckpointFiles, names: Collection[str]) -> bytes:
 
 
 def uncoded_shard(
-    files: CheckpointFiles, shard: Path, changed: dict[str, Tensor]
+    files: CheckpointFiles, shard: Path, changed: Mapping[str, Tensor]
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a shard with the changed tensors in it, and without their scales."""
     entries = files.entries

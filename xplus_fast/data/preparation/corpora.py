@@ -26,16 +26,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 from xplus_fast.config import Source
+from xplus_fast.data.compressed import kind
 from xplus_fast.data.files import (
-    RECORDS,
     WHOLE_LIMIT,
     Rejected,
     decoded,
-    kind,
     read_lines,
     read_records,
     require,
 )
+from xplus_fast.data.folders import RECORDS
 from xplus_fast.data.languages import canonical, is_language, two_languages
 from xplus_fast.data.preparation.recipe import Corpus, corpus_name
 from xplus_fast.data.readers import Pair, catalog_pairs, catalogs, line_pairs
@@ -111,8 +111,8 @@ def corpus_format(corpus: Corpus) -> str:
     if path.is_dir():
         return "gettext" if any(path.glob("**/LC_MESSAGES/*.po")) else "translation"
     suffix = kind(path)
-    known = {".zip": "moses", ".tmx": "tmx", ".po": "gettext", ".tsv": "nllb"}
-    known |= dict.fromkeys(RECORDS, "translation")
+    known = dict.fromkeys(RECORDS, "translation")
+    known |= {".zip": "moses", ".tmx": "tmx", ".po": "gettext", ".tsv": "nllb"}
     if suffix in known:
         return known[suffix]
     if path.suffix == ".gz" and _NLLB_NAME.search(path.name):

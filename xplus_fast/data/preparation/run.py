@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xplus_fast import __version__
-from xplus_fast.data.files import PREPARED, Rejected
+from xplus_fast.data.files import Rejected
+from xplus_fast.data.folders import PREPARED
 from xplus_fast.data.preparation.balance import allot, choose
 from xplus_fast.data.preparation.corpora import corpus_files, read_corpus
 from xplus_fast.data.preparation.engines import run_calls
