@@ -67,6 +67,9 @@ class Source:
     directions: Literal["both", "forward", "backward"] = "both"
     limit: Count | None = None  # first examples only (pairs, for parallel text)
     ignore: list[str] = field(default_factory=list)  # keys of records to leave unread, e.g. tools
+    # of the supervised tokens in every stretch of steps, drawn again where it is too small; None:
+    # once an epoch, and all such sources together have what the others leave
+    share: Annotated[float, Range(0, 1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,11 +230,16 @@ def _check(recipe: Recipe) -> None:
         if name in names or name in RESERVED:
             raise UserError(f"{at}.name: '{stage_name(recipe, i)}' is taken already")
         names.add(name)
+        _check_shares(s.sources or [], f"{at}.sources")
     if recipe.training.tokens_per_step < recipe.data.pack_tokens:
         raise UserError(
             f"training.tokens_per_step: {recipe.training.tokens_per_step} is less than one row of"
             f" data.pack_tokens, {recipe.data.pack_tokens}"
         )
+    _check_shares(recipe.data.sources, "data.sources")
+    for i, source in enumerate(recipe.data.retention):
+        if source.share is not None:
+            raise UserError(f"data.retention.{i}.share: nothing is trained on it")
     if not recipe.data.cache_hidden:
         raise UserError("data.cache_hidden: off, host or a folder is wanted")
     _check_memory(recipe)
@@ -245,6 +253,18 @@ def _all_sources(recipe: Recipe) -> dict[str, list[Source]]:
     found = {"data.sources": recipe.data.sources, "data.retention": recipe.data.retention}
     stages = {f"stages.{i}.sources": stage.sources or [] for i, stage in enumerate(recipe.stages)}
     return found | stages
+
+
+def _check_shares(sources: Sequence[Source], at: str) -> None:
+    shares = [s.share for s in sources if s.share is not None]
+    if 0 in shares:
+        raise UserError(f"{at}.{[s.share for s in sources].index(0)}.share: 0; leave it out, then")
+    whole, rest = sum(shares), len(shares) < len(sources)
+    if shares and (whole > 1 + 1e-9 or (whole > 1 - 1e-9) == rest):
+        wanted = (
+            "less than 1, for the sources without one" if rest else "1, as every source has one"
+        )
+        raise UserError(f"{at}: the shares add up to {whole:g}; {wanted}, is wanted")
 
 
 def _check_memory(recipe: Recipe) -> None:

@@ -41,39 +41,70 @@ def encode(
     think: where Qwen3's empty think block stands: "masked" (before the last answer, outside the
     loss), "loss" (the same, inside it) or "absent". Templates without a block are not affected.
     max_tokens: the last answer's tail is cut to fit; a prompt that leaves it no room, or an answer
-    that is longer by itself, is rejected. vocabulary: of the model; a conversation with a token
-    beyond it is rejected.
+    that is longer by itself, is rejected. A document is as long as it is: `pieces` cuts it.
+    vocabulary: of the model; a conversation with a token beyond it is rejected.
 
     Returns one item per example, in order. Raises `UserError` for a template that cannot be
     rendered, or that itself makes tokens beyond the vocabulary.
     """
     chat = Chat(tokenizer)
-    pieces = _Pieces(tokenizer)
-    if beyond := beyond_vocabulary(pieces.ids([[chat.around]])[0][0], tokenizer, vocabulary):
+    tokenized = _Pieces(tokenizer)
+    if beyond := beyond_vocabulary(tokenized.ids([[chat.around]])[0][0], tokenizer, vocabulary):
         raise UserError(f"{tokenizer.name_or_path}: its chat template has {beyond}")
+    documents = iter(_documents([e for e in examples if e.is_text], tokenizer))
     rendered = [
         # each message is a token at least: what cannot fit is not rendered turn by turn
         Rejected(e.where, "longer than the token budget", f"{len(e.messages)} messages")
         if len(e.messages) > max_tokens
         else chat.segments(e, think)
         for e in examples
+        if not e.is_text
     ]
     ids = iter(
-        pieces.ids([[text for text, _ in r] for r in rendered if not isinstance(r, Rejected)])
+        tokenized.ids([[text for text, _ in r] for r in rendered if not isinstance(r, Rejected)])
     )
     encoded: list[Encoded | Rejected] = []
-    for example, r in zip(examples, rendered, strict=True):
-        if isinstance(r, Rejected):
-            encoded.append(r)
-            continue
-        parts = [(i, supervised) for i, (_, supervised) in zip(next(ids), r, strict=True)]
-        made = _join(parts, example.where, max_tokens)
+    turns = iter(rendered)
+    for example in examples:
+        if example.is_text:
+            made: Encoded | Rejected = next(documents)
+        elif isinstance(r := next(turns), Rejected):
+            made = r
+        else:
+            parts = [(i, supervised) for i, (_, supervised) in zip(next(ids), r, strict=True)]
+            made = _join(parts, example.where, max_tokens)
         if isinstance(made, Encoded) and (
             beyond := beyond_vocabulary(made.input_ids, tokenizer, vocabulary)
         ):
             made = Rejected(example.where, "a token that the model does not have", beyond)
         encoded.append(made)
     return encoded
+
+
+def pieces(encoded: Encoded, max_tokens: int) -> list[Encoded]:
+    """A document in rows of at most `max_tokens`; a conversation as it is.
+
+    A piece begins with the token before, so that all but a document's first token are learnt.
+    """
+    n = len(encoded.input_ids)
+    if n <= max_tokens:
+        return [encoded]
+    starts = range(0, n - 1, max_tokens - 1)
+    cuts = [slice(start, start + max_tokens) for start in starts]
+    return [Encoded(encoded.input_ids[c], np.arange(len(encoded.input_ids[c])) > 0) for c in cuts]
+
+
+def _documents(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+    """Raw texts as a tokenizer has them for a model to go on with, each ended by eos."""
+    if not examples:
+        return []
+    texts = [e.messages[0]["content"] for e in examples]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    made = []
+    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+        ids = ids if ids[-1:] == end else ids + end
+        made.append(Encoded(np.asarray(ids, np.int32), np.arange(len(ids)) > 0))
+    return made
 
 
 def beyond_vocabulary(ids: Any, tokenizer: Any, vocabulary: int | None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xplus_fast.config import DataConfig, Source
-from xplus_fast.data.chat import Encoded, encode
+from xplus_fast.data.chat import Encoded, encode, pieces
 from xplus_fast.data.collate import PackCollator
 from xplus_fast.data.packed import (
     ITEMS,
@@ -26,7 +26,7 @@ from xplus_fast.data.packed import (
     pack_examples,
     pack_texts,
 )
-from xplus_fast.data.packing import mixed_order
+from xplus_fast.data.packing import mixed_order, shared_order
 from xplus_fast.data.readers import Example, Reading, read_examples, source_files
 from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Of everything between the sources' bytes and the files below; raise it when it changes.
-_VERSION = 5
+_VERSION = 6
 _BATCH = 1000  # examples tokenized together
 _BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
@@ -98,6 +98,11 @@ def describe(summary: dict[str, Any]) -> str:
         f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
         f" {summary['supervised']:,} of them supervised",
     ]
+    for name, of in summary["shares"].items():
+        lines.append(
+            f"share: {of['share']:.1%} of the supervised tokens are of {name} (asked for:"
+            f" {of['asked']:.1%}), {of['times']:.2f} times over an epoch"
+        )
     if summary.get("saved"):
         lines.append(f"prompts computed once: {summary['saved']:.0%} of tokens")
     lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
@@ -157,7 +162,7 @@ def _open(folder: Path, cached: bool) -> Corpus:
         check_files(folder, "damaged cache; delete this folder")
     try:
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        train = PackedDataset(folder, summary["pack_tokens"])
+        train = PackedDataset(folder, summary["pack_tokens"], steady=bool(summary["shares"]))
         whole = len(train.tokens) == len(train.supervised) == train.starts[-1]
         lines = (folder / _HELDOUT).read_text(encoding="utf-8").split("\n")
         heldout: dict[str, list[Example]] = {}
@@ -221,8 +226,8 @@ def _build(
 ) -> None:
     """Write a corpus into an empty folder. Raises `UserError`, and `OSError` for a full disk."""
     reading, heldout = Reading(), _Heldout(data.heldout)
-    # By sequence, 28 bytes: all that stays in memory.
-    lengths, supervised, tags = array("i"), array("i"), array("i")
+    # By sequence, 32 bytes: all that stays in memory.
+    lengths, supervised, tags, origins = array("i"), array("i"), array("i"), array("i")
     keys, mirrors = array("Q"), array("Q")
     tag_ids: dict[str, int] = {}
     groups: list[str] = []  # by tag
@@ -235,27 +240,30 @@ def _build(
         return io.BufferedWriter(made[name], BUFFER)
 
     with new(TOKENS) as tokens, new(SUPERVISED) as mask, bar:
-        stream = (e for source in sources for e in read_examples(source, data, reading))
-        for batch in _batches(stream):
-            encoded = encode(batch, tokenizer, data.think, data.pack_tokens, vocabulary)
-            for example, e in zip(batch, encoded, strict=True):
-                if not isinstance(e, Encoded):
-                    reading.skip(e, data)
-                    continue
-                tokens.write(e.input_ids.tobytes())
-                mask.write(e.supervised.tobytes())
-                keys.append(_hash(example.key))
-                mirrors.append(_hash(example.mirror))
-                heldout.offer(keys[-1], example)
-                if example.tag not in tag_ids:
-                    tag_ids[example.tag] = len(groups)
-                    groups.append(example.group)
-                tags.append(tag_ids[example.tag])
-                lengths.append(len(e.input_ids))
-                supervised.append(int(e.supervised.sum()))
-                cut += e.cut
-            read += len(batch)
-            bar.update(len(batch))
+        for origin, source in enumerate(sources):
+            for batch in _batches(read_examples(source, data, reading)):
+                encoded = encode(batch, tokenizer, data.think, data.pack_tokens, vocabulary)
+                for example, e in zip(batch, encoded, strict=True):
+                    if not isinstance(e, Encoded):
+                        reading.skip(e, data)
+                        continue
+                    key, mirror = _hash(example.key), _hash(example.mirror)
+                    heldout.offer(key, example)
+                    if example.tag not in tag_ids:
+                        tag_ids[example.tag] = len(groups)
+                        groups.append(example.group)
+                    cut += e.cut
+                    for piece in pieces(e, data.pack_tokens):
+                        tokens.write(piece.input_ids.tobytes())
+                        mask.write(piece.supervised.tobytes())
+                        keys.append(key)
+                        mirrors.append(mirror)
+                        origins.append(origin)
+                        tags.append(tag_ids[example.tag])
+                        lengths.append(len(piece.input_ids))
+                        supervised.append(int(piece.supervised.sum()))
+                read += len(batch)
+                bar.update(len(batch))
     _check_unread(reading, tokenizer)
     if not lengths:
         left_out = "; ".join(f"{n} x {reason}" for reason, n in reading.skipped.items())
@@ -277,7 +285,10 @@ def _build(
                 f"data.heldout: without the pairs held out of every language pair, nothing is left"
                 f" to train on of {group}"
             )
-    items = train[mixed_order(tag[train], seed)]
+    counts, of_source = np.asarray(supervised, np.int64), np.asarray(origins)
+    order, shares = _order(sources, tag[train], of_source[train], counts[train], seed)
+    items = train[order]
+    by_tag = np.bincount(tag[items], minlength=len(groups)).tolist()
     starts = np.concatenate([[0], np.cumsum(n)])
     for name, values in ((STARTS, starts), (ITEMS, items)):
         with new(name) as out:
@@ -293,10 +304,11 @@ def _build(
         "skipped": dict(reading.skipped),
         "skipped_first": reading.first,
         "cut": cut,
-        "sequences": len(train),
+        "sequences": len(items),
         "tags": {t: by_tag[i] for t, i in tag_ids.items()},
-        "tokens": int(n[train].sum()),
-        "supervised": int(np.asarray(supervised)[train].sum()),
+        "tokens": int(n[items].sum()),
+        "supervised": int(counts[items].sum()),
+        "shares": shares,
         "pack_tokens": data.pack_tokens,
         "heldout": {t: sum(e.tag == t for e in held) for t in tag_ids} if held else {},
         "kept_out": len(n) - len(train),
@@ -305,6 +317,31 @@ def _build(
     with new(_SUMMARY) as out:
         out.write(json.dumps(summary).encode())
     write_manifest(folder, made)
+
+
+def _order(
+    sources: Sequence[Source], tags: np.ndarray, origins: np.ndarray, supervised: np.ndarray,
+    seed: int,
+) -> tuple[np.ndarray, dict[str, dict[str, float]]]:  # fmt: skip
+    """The order of what is trained on, and of each source with a share: what it asked for, what it
+    got, and how many times over it is in an epoch.
+
+    tags, origins, supervised: of each sequence. Raises `UserError` for such a source without any.
+    """
+    asked = [source.share for source in sources]
+    if all(share is None for share in asked):
+        return mixed_order(tags, seed), {}
+    own = np.bincount(origins, supervised, minlength=len(sources))
+    for k, share in enumerate(asked):
+        if share is not None and not own[k]:
+            raise UserError(f"{_names([sources[k]])}: share {share:g}: nothing of it is trained on")
+    order = shared_order(tags, origins, supervised, asked, seed)
+    got = np.bincount(origins[order], supervised[order], minlength=len(sources))
+    told = {
+        _names([source]): {"asked": s, "share": got[k] / got.sum(), "times": got[k] / own[k]}
+        for k, (source, s) in enumerate(zip(sources, asked, strict=True)) if s is not None
+    }  # fmt: skip
+    return order, told
 
 
 def _check_unread(reading: Reading, tokenizer: Any) -> None:

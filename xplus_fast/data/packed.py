@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from xplus_fast.config import DataConfig
-from xplus_fast.data.chat import Encoded, beyond_vocabulary, encode
+from xplus_fast.data.chat import Encoded, beyond_vocabulary, encode, pieces
 from xplus_fast.data.collate import PackCollator, group_sequences, split_batch
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.packing import cut
@@ -33,11 +33,12 @@ class PackedDataset(Dataset):
     packed, of which every stretch is a fair sample of the corpus.
 
     tokens: of a row at most. shares: of each row, for so many processes; row r's share p is item
-    r * shares + p. Raises `UserError` where there are fewer sequences than shares.
+    r * shares + p. steady: rows are to be trained one after another, as what a stretch of them has
+    of a source counts. Raises `UserError` where there are fewer sequences than shares.
     """
 
-    def __init__(self, folder: Path, tokens: int, shares: int = 1) -> None:
-        self.folder, self.row_tokens, self.shares = folder, tokens, shares
+    def __init__(self, folder: Path, tokens: int, shares: int = 1, *, steady: bool = False) -> None:
+        self.folder, self.row_tokens, self.shares, self.steady = folder, tokens, shares, steady
         self.tokens = np.memmap(folder / TOKENS, np.int32, "r")
         self.supervised = np.memmap(folder / SUPERVISED, np.bool_, "r")
         self.starts, self.items = (np.load(folder / n, mmap_mode="r") for n in (STARTS, ITEMS))
@@ -58,7 +59,7 @@ class PackedDataset(Dataset):
 
     def packed(self, tokens: int, shares: int = 1) -> "PackedDataset":
         """The same sequences in rows of another size."""
-        return PackedDataset(self.folder, tokens, shares)
+        return PackedDataset(self.folder, tokens, shares, steady=self.steady)
 
     @property
     def total_tokens(self) -> int:
@@ -66,7 +67,8 @@ class PackedDataset(Dataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the files, not copies them
-        return type(self), (self.folder, self.row_tokens, self.shares)
+        made = partial(type(self), steady=self.steady)
+        return made, (self.folder, self.row_tokens, self.shares)
 
     def __len__(self) -> int:
         return (len(self.rows) - 1) * self.shares
@@ -89,16 +91,24 @@ class PackedDataset(Dataset):
 
 
 class RowSampler(Sampler[int]):
-    """All items of a `PackedDataset`: rows in random order, another one each `epoch`."""
+    """All items of a `PackedDataset`: rows in random order, another one each `epoch`.
 
-    def __init__(self, rows: int, shares: int, seed: int) -> None:
+    steady: one after another, from a random one on.
+    """
+
+    def __init__(self, rows: int, shares: int, seed: int, *, steady: bool = False) -> None:
         self.rows, self.shares, self.seed, self.epoch = rows, shares, seed, 0
+        self.steady = steady
 
     def __len__(self) -> int:
         return self.rows * self.shares
 
     def __iter__(self) -> Iterator[int]:
-        for row in np.random.default_rng([self.seed, self.epoch]).permutation(self.rows):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(self.rows)
+        if self.steady:
+            order = np.roll(np.arange(self.rows), order[0])
+        for row in order:
             yield from range(row * self.shares, (row + 1) * self.shares)
 
 
@@ -123,7 +133,8 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig)
     for item in encoded:
         if isinstance(item, Rejected):
             raise UserError(str(item))
-    return _pack_rows([e for e in encoded if isinstance(e, Encoded)], data.pack_tokens)
+    made = [e for e in encoded if isinstance(e, Encoded)]
+    return _pack_rows([p for e in made for p in pieces(e, data.pack_tokens)], data.pack_tokens)
 
 
 def pack_texts(

@@ -6,10 +6,12 @@ its first to its last, and a stretch of n holds of a kind what its share of n is
 Which sequence of a kind stands where is random.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def mixed_order(kinds: np.ndarray, seed: int) -> np.ndarray:
+def mixed_order(kinds: np.ndarray, seed: int | Sequence[int]) -> np.ndarray:
     """An order of n sequences, mixed evenly.
 
     kinds: int [n], of each sequence, from 0.
@@ -24,6 +26,46 @@ def mixed_order(kinds: np.ndarray, seed: int) -> np.ndarray:
     starts = rng.random(len(counts))  # of kinds, within their distance: not all at one place
     at = (rank + np.repeat(starts, counts)) / np.repeat(counts, counts)
     return by_kind[np.argsort(at, kind="stable")]
+
+
+def shared_order(
+    kinds: np.ndarray, sources: np.ndarray, supervised: np.ndarray,
+    shares: Sequence[float | None], seed: int,
+) -> np.ndarray:  # fmt: skip
+    """An order in which every source has its share of the supervised tokens, at every point of it.
+
+    Sources without a share are in it once, and are as one; of the others so much as goes with them,
+    from the beginning again where there is no more. Where all have a share, as many tokens are in
+    it as all have together. What a stretch has of a source is its share, give or take two
+    sequences.
+
+    kinds, sources: int [n], of each sequence, from 0. supervised: int64 [n], its tokens that count.
+    shares: of each source, or None.
+
+    Returns int64 [m], indices of sequences. Every source with a share has a sequence.
+    """
+    shared = [k for k, share in enumerate(shares) if share is not None]
+    rest = np.flatnonzero(~np.isin(sources, shared))
+    left = 1 - sum(shares[k] or 0.0 for k in shared)
+    whole = supervised.sum() if not len(rest) else supervised[rest].sum() / left
+    streams: list[tuple[np.ndarray, float]] = []
+    if len(rest):
+        streams.append((rest[mixed_order(kinds[rest], seed)], left))
+    for k in shared:
+        mine, share = np.flatnonzero(sources == k), float(shares[k] or 0.0)
+        _, kind = np.unique(kinds[mine], return_inverse=True)
+        passes: list[np.ndarray] = []
+        need = share * whole
+        while need > 0:
+            order = mine[mixed_order(kind, [seed, k, len(passes)])]
+            given = np.cumsum(supervised[order])
+            passes.append(order[: int(np.searchsorted(given, need)) + 1])
+            need -= given[-1]
+        streams.append((np.concatenate(passes), share))
+    # when the middle of a sequence's tokens is due, where its source flows at the rate of its share
+    due = [(np.cumsum(supervised[o]) - supervised[o] / 2) / share for o, share in streams]
+    items = np.concatenate([order for order, _ in streams])
+    return items[np.argsort(np.concatenate(due), kind="stable")]
 
 
 def cut(lengths: np.ndarray, tokens: int, least: int = 1) -> np.ndarray:

@@ -9,12 +9,13 @@
 | translation | {"translation": {"en": ..., "sw": ...}}, {"en": ..., "sw": ...}, {"src", "tgt"} |
 | lines | line i of one file and line i of another |
 | gettext | an entry of a .po catalog |
+| text | {"text": ...}, or a paragraph of a plain file: all of it is learnt, nobody asks |
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from xplus_fast.data.languages import (
 )
 from xplus_fast.data.records import (
     CONVERSATIONS,
+    TEXT,
     Form,
     detect,
     has_header,
@@ -63,14 +65,19 @@ _UNREAD = 100  # keys that are noted as unread at most
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to learn from."""
+    """One conversation to learn from, or a document."""
 
-    messages: Messages  # ends with the assistant's answer
+    messages: Messages  # ends with the assistant's answer; of a document: one of the role TEXT
     where: str  # "file:line", for messages to the user
     tag: str  # translation direction "en-fr", else the source's file stem
     key: str  # "language pair\0content", equal for both directions and duplicates
     mirror: str = ""  # of a pair: the same with the other side's text
     tools: list[dict[str, Any]] | None = None  # that the model is offered
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a document."""
+        return self.messages[0]["role"] == TEXT
 
     @property
     def group(self) -> str:
@@ -117,12 +124,12 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
     """
     name, chosen = _name(source), file_format(source)
     items: Iterator[Pair | Example | Rejected]
-    if chosen == "text":
-        raise UserError(f"{name}: raw text has no answers to learn; it serves in data.retention")
     if chosen == "lines":
         items = line_pairs(source)
     elif chosen == "gettext":
         items = catalog_pairs(source)
+    elif chosen == "text" and not has_records(source):
+        items = paragraphs(source)
     else:
         items = _from_records(source, chosen, reading)
     if chosen != "auto":
@@ -139,26 +146,45 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
 
 
 def read_text(sources: Sequence[Source]) -> list[str]:
-    """Read raw text: the paragraphs, which blank lines separate.
+    """Read raw text: documents, of plain files the paragraphs, which blank lines separate.
 
     Raises `UserError` for another format, a missing or empty file, or a line that is not UTF-8.
     """
-    paragraphs: list[str] = []
+    texts: list[str] = []
     for source in sources:
         if source.format not in ("auto", "text"):
             raise UserError(f"{_name(source)}: raw text is wanted here, not '{source.format}'")
-        of_source: list[str] = []
-        for path in [source.path] if isinstance(source.path, str) else source.path:
-            lines: list[str] = []
-            for _, line in read_lines(require(path)):
-                if isinstance(line, Rejected):
-                    raise UserError(str(line))
-                lines.append(line if line.strip() else "")
-            of_source += [p.strip("\n") for p in "\n".join(lines).split("\n\n") if p.strip()]
+        source = replace(source, format="text")
+        items = _from_records(source, "text", Reading()) if has_records(source) else None
+        of_source = []
+        for item in islice(items or paragraphs(source), source.limit):
+            if not isinstance(item, Example):
+                raise UserError(str(item))
+            of_source.append(item.messages[0]["content"])
         if not of_source:
             raise UserError(f"{_name(source)}: no text in it")
-        paragraphs += of_source[: source.limit]
-    return paragraphs
+        texts += of_source
+    return texts
+
+
+def paragraphs(source: Source) -> Iterator[Example | Rejected]:
+    """The paragraphs of plain files, which blank lines separate; a long one in parts."""
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        found = require(path)
+        lines: list[str] = []
+        begin, size = "", 0
+        for where, line in chain(read_lines(found), [("", "")]):
+            if isinstance(line, Rejected):
+                yield line
+                continue
+            if lines and (not line.strip() or size > TEXT_LIMIT // 4):
+                text = "\n".join(lines)
+                yield Example((say(TEXT, text),), begin, stem(found), f"\0{text}")
+                lines, size = [], 0
+            if line.strip():
+                begin = begin if lines else where
+                lines.append(line)
+                size += len(line)
 
 
 def file_format(source: Source) -> str:
@@ -191,15 +217,23 @@ def file_format(source: Source) -> str:
     if pinned == "auto" and found == "text":
         raise UserError(
             f"{path}: its name does not tell the format; {', '.join(RECORDS)}, .po, a folder of"
-            " them, or a list of two line-aligned files are known"
+            " them, or a list of two line-aligned files are known; format: text trains on raw text"
         )
     if pinned == "auto":
         return "auto" if found == "records" else found
     wanted = pinned if pinned in ("gettext", "text") else "records"
-    if wanted != found:
+    if wanted != found and (pinned, found) != ("text", "records"):
         says = {"gettext": ".po catalogs", "records": f"{', '.join(RECORDS)}", "text": "plain text"}
         raise UserError(f"{path}: format '{pinned}' wants {says[wanted]}, found {says[found]}")
     return pinned
+
+
+def has_records(source: Source) -> bool:
+    """Whether a source's files hold records, each with its keys."""
+    if not isinstance(source.path, str):
+        return False
+    path = located(source)
+    return path.is_dir() or kind(path) in RECORDS
 
 
 def source_files(source: Source) -> list[Path]:
@@ -350,7 +384,9 @@ def _from_records(
                 yield Pair(where, *translation(record, source.languages, where, named))
             else:
                 messages = CONVERSATIONS[form.format](record)
-                asked = "\0".join(f"{m['role']}:{m['content']}" for m in messages[:-1])
+                # a document is its own key, a conversation's is what is asked
+                said = messages if form.format == TEXT else messages[:-1]
+                asked = "\0".join(f"{m['role']}:{m['content']}" for m in said)
                 tools = tools_of(record)
                 yield Example(messages, where, *_named(record, tag, asked), tools=tools)
         except Unfit as e:
@@ -387,7 +423,7 @@ def _named(record: dict[str, Any], tag: str, asked: str) -> tuple[str, str]:
 def _check(example: Example) -> Example | Rejected:
     """What holds for an example of any format."""
     size = sum(len(m["content"]) for m in example.messages)
-    if size > TEXT_LIMIT:
+    if size > TEXT_LIMIT and not example.is_text:
         detail = f"{size:,} characters, {TEXT_LIMIT:,} are read at most"
         return Rejected(example.where, "a text that is too long", detail)
     for message in example.messages:
@@ -395,7 +431,7 @@ def _check(example: Example) -> Example | Rejected:
         # an answer may be a call alone, and what a tool gives may be nothing
         may_be_empty = role in ("system", "tool") or "tool_calls" in message
         if not may_be_empty and not content.strip():
-            what = "the answer" if role == "assistant" else "the text to answer"
+            what = {"assistant": "the answer", TEXT: "the text"}.get(role, "the text to answer")
             return Rejected(example.where, f"{what} is empty")
         try:
             content.encode("utf-8")

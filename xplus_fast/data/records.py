@@ -15,6 +15,7 @@ from xplus_fast.data.conversations import (
 from xplus_fast.data.languages import code_of, is_language, two_languages
 from xplus_fast.errors import UserError
 
+TEXT = "text"  # the role of a document's only message: nobody asks, all of it is learnt
 Columns = dict[str, str]  # our name of a key -> that of the records
 
 # A format's keys, and by what other names records have them; the first that fits is taken.
@@ -31,11 +32,13 @@ _FORMS: tuple[tuple[str, dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]
     ("translation", {"translation": ()}, {}),
     ("translation", {"src": _SRC, "tgt": _TGT}, {"src_lang": _SRC_LANG, "tgt_lang": _TGT_LANG}),
     ("prompt", {"prompt": _QUESTION, "completion": _ANSWER}, {}),
+    ("text", {"text": ()}, {}),
 )  # fmt: skip
 # What `columns` may name, beside codes of languages
 COLUMNS = (
     "src", "tgt", "src_lang", "tgt_lang", "score", "user", "assistant", "system", "messages",
     "tools", "prompt", "completion", "instruction", "input", "output", "translation",
+    "text",
 )  # fmt: skip
 _OPTIONAL = ("system", "tools", "input", "src_lang", "tgt_lang", "score")  # of a record
 _SAME = {"user": "prompt", "assistant": "completion"}
@@ -46,6 +49,7 @@ READ = {
     "prompt": ("prompt", "completion", "tools"),
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "translation": ("translation", "src", "tgt", "src_lang", "tgt_lang"),
+    "text": ("text",),
 }
 
 
@@ -240,9 +244,14 @@ def translation(
     return codes, (first, second)
 
 
+def _text(record: dict[str, Any]) -> Messages:
+    return (say(TEXT, _fields(record, ("text",), str)[0]),)
+
+
 CONVERSATIONS: dict[str, Callable[[dict[str, Any]], Messages]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "prompt": _prompt,
     "alpaca": _alpaca,
+    "text": _text,
 }

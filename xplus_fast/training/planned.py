@@ -80,7 +80,8 @@ class PlannedTrainer(XPlusTrainer):
         if not isinstance(rows, PackedDataset):
             return super()._get_train_sampler(train_dataset)
         # shares of a row stay together: each process takes one
-        sampler = RowSampler(len(rows) // rows.shares, rows.shares, self.args.seed)
+        of = len(rows) // rows.shares
+        sampler = RowSampler(of, rows.shares, self.args.seed, steady=rows.steady)
         self.add_callback(_Epoch(sampler))
         return sampler
 
