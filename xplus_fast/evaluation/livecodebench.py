@@ -8,6 +8,7 @@ limits and without model or network.
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def _run(
         messages = tuple(say(m["role"], m["content"]) for m in q["messages"])
         example = Example((*messages, say("assistant", "")), NAME, "", "")
         prompts.append(prompt_text(example, generator.tokenizer, "masked"))
-    answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
+    with closing(generator):
+        answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
 
     make_folder(folder)
     judge = folder.absolute() / "judge"  # it writes beside the codes
