@@ -57,7 +57,7 @@ def row_chunks(
 
 def linear_cross_entropy_ref(
     x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, *, divisor: Tensor,
-    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int,
+    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int, losses: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`linear_cross_entropy` in PyTorch; divisor [] is at least 1."""
     loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
@@ -71,7 +71,10 @@ def linear_cross_entropy_ref(
         buffer = torch.empty(b - a, vocabulary, dtype=x.dtype, device=x.device)
         logits = widen(head_logits(part, weight, buffer))  # [chunk, V]
         lse = logits.logsumexp(-1)
-        loss += (lse - logits.gather(1, at)[:, 0]).where(counted, 0).sum()
+        of_rows = (lse - logits.gather(1, at)[:, 0]).where(counted, 0)
+        loss += of_rows.sum()
+        if losses is not None:
+            losses[a:b] = of_rows
         if dx is None and dw is None:
             continue
         # d(loss)/d(logits) = softmax - onehot, over the chunk itself
@@ -209,10 +212,11 @@ def _softmax_gradient(
 
 def _fused(
     x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, *, divisor: Tensor,
-    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int,
+    need_dx: bool, need_dw: bool, ignore_index: int, logits_bytes: int, losses: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows, vocabulary = x.shape[0], head_shape(weight)[0]
-    losses = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if losses is None:
+        losses = torch.empty(rows, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     dw = torch.zeros(head_shape(weight), device=x.device) if need_dw else None
     chunks = row_chunks(rows, vocabulary, x.element_size(), logits_bytes)
@@ -240,6 +244,7 @@ def linear_cross_entropy(
     need_dw: bool = False,
     ignore_index: int = -100,
     logits_bytes: int = LOGITS_BYTES,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Sum of the rows' cross-entropies over max(divisor, 1), and its gradients.
 
@@ -252,6 +257,7 @@ def linear_cross_entropy(
         need_dx, need_dw: which gradients to make.
         logits_bytes: cap for a chunk of logits, though one of 1024 rows is always allowed
             (at V = 151 936: 297 MiB in bf16, 594 MiB in fp32).
+        losses: [R] fp32, to be filled with each row's cross-entropy, 0 where it is not counted.
 
     Returns:
         loss [] fp32 (fp64 for fp64), dx [R, H] like x or None, dw [V, H] like weight or None.
@@ -259,7 +265,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit.
     """
-    _check(x, weight, targets, divisor, need_dw, logits_bytes)
+    _check(x, weight, targets, divisor, need_dw, logits_bytes, losses)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(divisor, Tensor):
         divisor = divisor.to(device=x.device, dtype=wide).reshape(())
@@ -268,13 +274,13 @@ def linear_cross_entropy(
     run = _fused if x.dtype != torch.float64 and use_triton(x) else linear_cross_entropy_ref
     return run(
         x, weight, targets, divisor=divisor.clamp(min=1), need_dx=need_dx, need_dw=need_dw,
-        ignore_index=ignore_index, logits_bytes=logits_bytes,
+        ignore_index=ignore_index, logits_bytes=logits_bytes, losses=losses,
     )  # fmt: skip
 
 
 def _check(
     x: Tensor, weight: Tensor | Fp8Rows, targets: Tensor, divisor: Tensor | float, need_dw: bool,
-    logits_bytes: int,
+    logits_bytes: int, losses: Tensor | None,
 ) -> None:  # fmt: skip
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; allowed: bfloat16, float16, float32, float64")
@@ -293,8 +299,13 @@ def _check(
         raise ValueError(f"weight has shape {tuple(head.shape)}; it must be [V, {x.shape[1]}]")
     if targets.shape != x.shape[:1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; it must be [{x.shape[0]}]")
-    for name, tensor in (("weight", head), ("targets", targets)):
-        if tensor.device != x.device:
+    if losses is not None and (losses.dtype, losses.shape) != (torch.float32, x.shape[:1]):
+        found = f"{losses.dtype}, of shape {tuple(losses.shape)}"
+        raise ValueError(f"losses is {found}; it must be float32, [{x.shape[0]}]")
+    if losses is not None and not losses.is_contiguous():
+        raise ValueError("losses is not contiguous")
+    for name, tensor in (("weight", head), ("targets", targets), ("losses", losses)):
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
     if isinstance(divisor, Tensor) and divisor.numel() != 1:
         raise ValueError(f"divisor has shape {tuple(divisor.shape)}; it must be one number")

@@ -259,3 +259,31 @@ def test_text_and_pairs_in_one_pack_do_not_see_each_other(data, sources, small_t
     assert len(together) > 10
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a, b, rtol=2e-4, atol=2e-4 * float(b.abs().max()))
+
+
+def test_each_sources_loss_is_told(tmp_path, tiny_model_dir, capsys) -> None:
+    """Of one step: what the two make together is the step's loss, and each is that of its own."""
+    recipe = make_workplace(tmp_path, tiny_model_dir)
+    (tmp_path / "prose.txt").write_text("\n\n".join(f"Prose {i}. " * 9 for i in range(30)))
+    prose = {"path": str(tmp_path / "prose.txt"), "format": "text"}
+    recipe["data"]["sources"].append({**prose, "share": 0.3})
+    recipe["data"] |= {"heldout": 0, "retention": []}
+    recipe["stages"] = [{**recipe["stages"][0], "steps": 3}]
+    recipe["training"]["tokens_per_step"] = 1 << 20  # all of it
+    recipe["memory"] = {"micro_batch_tokens": 384}
+    assert xplus("train", write_recipe(tmp_path, recipe)) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert {k for k in first if k.startswith("loss/")} == {"loss/pairs", "loss/prose"}
+    pairs, both, text = (first[k] for k in ("loss/pairs", "loss", "loss/prose"))
+    assert abs(both - 0.7 * pairs - 0.3 * text) < 2e-3 and abs(pairs - text) > 1e-2
+    out = capsys.readouterr()
+    assert f"loss {json.loads(lines[-1])['loss']:.3f} (pairs " in out.err
+    report = (tmp_path / "run/report.md").read_text()
+    assert "| the same of pairs |" in report and "| the same of prose |" in report
+    # alone, the first loss of the pairs is what it was among the prose
+    recipe["data"]["sources"] = recipe["data"]["sources"][:1]
+    recipe["output"] = str(tmp_path / "alone")
+    assert xplus("train", write_recipe(tmp_path, recipe)) == 0
+    alone = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[0])
+    assert alone["loss"] == pytest.approx(pairs, rel=1e-4) and "loss/pairs" not in alone

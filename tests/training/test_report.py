@@ -40,7 +40,7 @@ def step(stage, i, n):
 DATA = {
     "sequences": 900, "tags": {"en-fr": 450, "fr-en": 450}, "tokens": 90_000, "supervised": 9_000,
     "pack_tokens": 1024, "formats": {"x.jsonl": "translation"},
-    "files": {}, "left": {}, "unread": [],
+    "files": {}, "left": {}, "unread": [], "shares": {}, "sources": ["pairs"],
     "skipped": {}, "skipped_first": {}, "cut": 0, "heldout": {}, "kept_out": 0, "template": True,
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A row is {"input_ids" int64 [T], "labels" int64 [T], "lengths" [S]}: S sequences one after another,
 `labels` equal to `input_ids` where the loss counts and -100 elsewhere (not shifted). With "places"
-[S], each sequence's place in the data, a token can be found again in another epoch.
+[S], each sequence's place in the data, a token can be found again in another epoch; with "sources"
+[S], of each its source's number, losses can be told apart.
 """
 
 from bisect import bisect_left
@@ -26,7 +27,7 @@ class PackCollator:
     it reads.
     """
 
-    columns = ("input_ids", "labels", "lengths", "places")
+    columns = ("input_ids", "labels", "lengths", "places", "sources")
 
     def __init__(self, *, shared_prefixes: bool | None = None) -> None:
         self.shared_prefixes = shared_prefixes
@@ -57,15 +58,18 @@ class PackCollator:
         assert ends[-1] == len(ids) == len(labels) and lengths.min() > 0
         labels[torch.from_numpy(ends - lengths)] = -100  # nothing stands before a first token
         spans = [[(b - n, b)] for n, b in zip(lengths.tolist(), ends.tolist(), strict=True)]
-        places = None
-        if all("places" in row for row in rows):
-            places = np.array([p for row in rows for p in row["places"]], np.int64)
+        places, sources = (
+            np.array([x for row in rows for x in row[name]], np.int64)
+            if all(name in row for row in rows)
+            else None
+            for name in ("places", "sources")
+        )
         groups = [Group(0, (i,)) for i in range(len(spans))]
         if self.shared_prefixes:
             found = group_sequences(ids.numpy(), labels.numpy() != -100, lengths)
             groups = found if any(g.prefix for g in found) else groups  # else in their order
         host = ids.numpy(), (labels != -100).numpy()
-        return _lay_out(ids, labels, host, spans, groups, places)
+        return _lay_out(ids, labels, host, spans, groups, places, sources)
 
 
 def group_sequences(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray) -> list[Group]:
@@ -87,13 +91,13 @@ Spans = list[tuple[int, int]]  # pieces of a source that make a sequence
 
 def _lay_out(
     ids: Tensor, labels: Tensor, host: tuple[np.ndarray, np.ndarray], spans: list[Spans],
-    groups: list[Group], places: np.ndarray | None,
+    groups: list[Group], places: np.ndarray | None, sources: np.ndarray | None,
 ) -> dict[str, Any]:  # fmt: skip
     """A batch of the sequences of `groups`, taken from a source.
 
     ids, labels: int64 [source], on any device; host: the ids there, and bool, which labels count.
     spans: the pieces of the source that make each sequence, the first one's beginning -100.
-    places: int64, of each sequence in the data. A prefix has that of its first suffix.
+    places, sources: int64, of each sequence. A prefix has those of its first suffix.
     """
     shared = [g for g in groups if g.prefix]
     pieces: list[Spans] = [_cut(spans[g.members[0]], 0, g.prefix) for g in shared]
@@ -107,13 +111,12 @@ def _lay_out(
     counted = host[1][at]
     edges = np.concatenate([[0], np.cumsum(lengths)])
     predicts = np.append(counted[1:], False)
-    starts = None
-    if places is not None:
-        of = [g.members[0] for g in shared] + [i for g in shared for i in g.members]
-        of += [i for g in groups if not g.prefix for i in g.members]
-        starts = places[of] + np.array(begins, np.int64)
+    of = [g.members[0] for g in shared] + [i for g in shared for i in g.members]
+    of += [i for g in groups if not g.prefix for i in g.members]
+    starts = None if places is None else places[of] + np.array(begins, np.int64)
+    kept = None if sources is None else sources[of]
     members = np.array([len(g.members) for g in shared], np.int64)
-    layout = PackLayout(lengths, members, predicts, starts, host[0][at])
+    layout = PackLayout(lengths, members, predicts, starts, host[0][at], kept)
     offsets = np.repeat(np.array(begins, np.int64) - edges[:-1], lengths)
     made = [at, np.arange(len(at)) + offsets, np.flatnonzero(predicts), edges]
     index, positions, rows, cu = (send(torch.from_numpy(x), ids.device) for x in made)
@@ -152,7 +155,7 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     layout: PackLayout = batch["layout"]
     if batch["input_ids"].shape[1] <= tokens:
         return [batch]
-    groups, spans, places = _sequences(layout)
+    groups, spans, places, sources = _sequences(layout)
     lengths = [sum(b - a for a, b in piece) for piece in spans]
     fewest = len(partition(groups, lengths, tokens))
     even = bisect_left(
@@ -164,11 +167,13 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert layout.ids is not None
     host = layout.ids, np.insert(layout.predicts[:-1], 0, False)
-    return [_lay_out(ids, labels, host, spans, part, places) for part in parts]
+    return [_lay_out(ids, labels, host, spans, part, places, sources) for part in parts]
 
 
-def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans], np.ndarray | None]:
-    """A layout's groups, the pieces of its row that make each sequence, and their places."""
+def _sequences(
+    layout: PackLayout,
+) -> tuple[list[Group], list[Spans], np.ndarray | None, np.ndarray | None]:
+    """A layout's groups, the pieces of its row that make each sequence, places and sources."""
     edges = layout.edges.tolist()
     groups, spans = list[Group](), list[Spans]()
     for g, (a, b) in enumerate(zip(layout.groups[:-1], layout.groups[1:], strict=True)):
@@ -178,10 +183,11 @@ def _sequences(layout: PackLayout) -> tuple[list[Group], list[Spans], np.ndarray
     for s in range(int(layout.groups[-1]), len(layout.lengths)):
         groups.append(Group(0, (len(spans),)))
         spans.append([(edges[s], edges[s + 1])])
+    sources = None if layout.sources is None else layout.sources[layout.groups[0] :]
     if layout.starts is None:
-        return groups, spans, None
+        return groups, spans, None, sources
     before = np.zeros(len(layout.lengths), np.int64)  # tokens of its prefix
     before[layout.groups[0] : layout.groups[-1]] = np.repeat(
         layout.lengths[: len(layout.members)], layout.members
     )
-    return groups, spans, (layout.starts - before)[layout.groups[0] :]
+    return groups, spans, (layout.starts - before)[layout.groups[0] :], sources

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.chat import Encoded, encode, pieces
 from xplus_fast.data.collate import PackCollator
+from xplus_fast.data.compressed import stem
 from xplus_fast.data.packed import (
     ITEMS,
+    SOURCES,
     STARTS,
     SUPERVISED,
     TOKENS,
@@ -290,7 +292,10 @@ def _build(
     items = train[order]
     by_tag = np.bincount(tag[items], minlength=len(groups)).tolist()
     starts = np.concatenate([[0], np.cumsum(n)])
-    for name, values in ((STARTS, starts), (ITEMS, items)):
+    arrays = {STARTS: starts, ITEMS: items}
+    if len(sources) > 1:
+        arrays[SOURCES] = np.asarray(origins)
+    for name, values in arrays.items():
         with new(name) as out:
             np.save(out, values)
     with new(_HELDOUT) as out:
@@ -309,6 +314,7 @@ def _build(
         "tokens": int(n[items].sum()),
         "supervised": int(counts[items].sum()),
         "shares": shares,
+        "sources": _short(sources),
         "pack_tokens": data.pack_tokens,
         "heldout": {t: sum(e.tag == t for e in held) for t in tag_ids} if held else {},
         "kept_out": len(n) - len(train),
@@ -370,6 +376,16 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _short(sources: Sequence[Source]) -> list[str]:
+    """A name of each source, no two alike."""
+    paths = [s.path if isinstance(s.path, str) else s.path[0] for s in sources]
+    made: list[str] = []
+    for name in (stem(Path(path)) for path in paths):
+        n = sum(m == name or m.startswith(f"{name}#") for m in made)
+        made.append(f"{name}#{n + 1}" if n else name)
+    return made
 
 
 def _names(sources: Sequence[Source]) -> str:

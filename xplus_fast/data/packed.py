@@ -24,6 +24,7 @@ from xplus_fast.planning.flops import Work, work_of
 
 TOKENS, SUPERVISED = "tokens.bin", "supervised.bin"  # int32 and bool, all sequences end to end
 STARTS, ITEMS = "starts.npy", "items.npy"  # int64; see `PackedDataset`
+SOURCES = "sources.npy"  # int32, of each sequence, where there are several
 
 
 class PackedDataset(Dataset):
@@ -42,6 +43,8 @@ class PackedDataset(Dataset):
         self.tokens = np.memmap(folder / TOKENS, np.int32, "r")
         self.supervised = np.memmap(folder / SUPERVISED, np.bool_, "r")
         self.starts, self.items = (np.load(folder / n, mmap_mode="r") for n in (STARTS, ITEMS))
+        several = (folder / SOURCES).is_file()
+        self.sources = np.load(folder / SOURCES, mmap_mode="r") if several else None
         if len(self.items) < shares:
             raise UserError(
                 f"data: {len(self.items)} sequences to train on, fewer than processes ({shares})"
@@ -80,14 +83,17 @@ class PackedDataset(Dataset):
         within = slice(self.rows[row], self.rows[row + 1])
         spans = [slice(self.starts[s], self.starts[s + 1]) for s in self.items[within]]
         sequences = [(self.tokens[s], self.supervised[s]) for s in spans]
-        places = self.places[within].tolist()
+        about = {"places": self.places[within].tolist()}
+        if self.sources is not None:
+            about["sources"] = self.sources[self.items[within]].tolist()
         if self.shares > 1:
             ids, supervised = (np.concatenate(x) for x in zip(*sequences, strict=True))
             lengths = np.array([len(i) for i, _ in sequences])
             groups = group_sequences(ids, supervised, lengths)
             ours = share(groups, lengths.tolist(), self.shares)[part]
-            sequences, places = [sequences[i] for i in ours], [places[i] for i in ours]
-        return {**_row(sequences), "places": places}
+            sequences = [sequences[i] for i in ours]
+            about = {name: [values[i] for i in ours] for name, values in about.items()}
+        return {**_row(sequences), **about}
 
 
 class RowSampler(Sampler[int]):

@@ -41,6 +41,7 @@ class PackLayout:
     predicts: np.ndarray  # bool [T]: rows whose next token is supervised
     starts: np.ndarray | None = None  # int64 [S]: places of first tokens in the data, if known
     ids: np.ndarray | None = None  # int64 [T]: the tokens, where they are known on the host
+    sources: np.ndarray | None = None  # int64 [S]: which source each is of, if known
 
     @cached_property
     def edges(self) -> np.ndarray:

@@ -184,7 +184,7 @@ def _select(model: Any, layers: set[int], also: set[str]) -> None:
 ENGINE = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
     "num_items_in_batch", "supervised_rows", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-    "max_length_k", "layout", "below", "use_cache",
+    "max_length_k", "layout", "below", "use_cache", "take_losses",
 }  # fmt: skip
 
 
@@ -267,15 +267,15 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     Beside Hugging Face's arguments, `num_items_in_batch` (the divisor of the summed loss),
     `shift_labels` ([B, S], already shifted), `supervised_rows` ([R] int64, the rows of the
     flattened batch that predict something, so that the device is not asked for them), `layout`
-    (the `PackLayout` of a row, without `shift_labels`), and `below` (what enters a layer, for a
-    pack without padding). With `return_logits`, or whatever else the engine does not make, all goes
-    the library's own way.
+    (the `PackLayout` of a row, without `shift_labels`), `below` (what enters a layer, for a pack
+    without padding), and `take_losses` (which is given each predicting row's loss, [R] fp32). With
+    `return_logits`, or whatever else the engine does not make, all goes the library's own way.
     """
     asked = {k for k, v in given.items() if v is not None and v is not False}
     asked -= {"return_dict"} if given.get("return_dict") else set()
     asked -= {"logits_to_keep"} if type(given.get("logits_to_keep")) is int else set()
     if given.get("labels") is None or asked - ENGINE or given.get("return_dict") is False:
-        own = ("return_logits", "supervised_rows", "layout", "below")
+        own = ("return_logits", "supervised_rows", "layout", "below", "take_losses")
         layout = given.get("layout")
         if layout is not None and len(layout.members):
             raise ValueError("layout: shared prefixes are computed with labels, and give a loss")
@@ -311,11 +311,15 @@ def _causal_lm_forward(self: Any, given: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():  # a function's inputs tell it what to compute, not the mode
         x, norm = x.detach(), norm.detach()
         head = head.detach() if isinstance(head, Tensor) else head
+    take = given.get("take_losses")
+    losses = None if take is None else torch.empty(len(rows), dtype=torch.float32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         loss = LossFunction.apply(
             x, norm, head, rows if last is None else None, targets[rows], divisor,
-            self.model.layers[0].shape.eps,
+            self.model.layers[0].shape.eps, losses,
         )  # fmt: skip
+    if take is not None:
+        take(losses)
     return CausalLMOutputWithPast(loss=loss)
 
 

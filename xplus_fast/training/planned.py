@@ -21,6 +21,7 @@ from xplus_fast.planning.selection import describe_layers
 from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.memory_log import PeakWatch
 from xplus_fast.training.shortage import ran_out
+from xplus_fast.training.source_losses import SourceLosses
 from xplus_fast.training.trainer import XPlusTrainer, bare_optimizer
 
 
@@ -55,12 +56,13 @@ class PlannedTrainer(XPlusTrainer):
         plan: of this stage; the model has been laid out by it.
         say: takes a line for the user.
         hidden: what enters the lowest trained layer, kept from one epoch to the next.
+        sources: names of the data's sources, where there are several: their losses are logged.
         Everything else goes to `XPlusTrainer`.
     """
 
     def __init__(
         self, *args: Any, plan: Plan, say: Callable[[str], None] = print,
-        hidden: HiddenCache | None = None, **options: Any,
+        hidden: HiddenCache | None = None, sources: Sequence[str] = (), **options: Any,
     ) -> None:  # fmt: skip
         self.plan, self.say, self.hidden = plan, say, hidden
         if hidden is not None:
@@ -72,6 +74,8 @@ class PlannedTrainer(XPlusTrainer):
         if hidden is not None:
             self.data_collator = hidden.ahead(self.data_collator)
         set_activations(self.model, plan.layout, plan.micro_batch_tokens)
+        several = len(sources) > 1
+        self._losses = SourceLosses(sources, self.args.device) if several else None
         self._peak = PeakWatch(self)
         self.add_callback(self._peak)
 
@@ -142,6 +146,8 @@ class PlannedTrainer(XPlusTrainer):
 
     def _compute(self, model: Any, part: dict[str, Any], items: Any) -> Tensor:
         """A micro-batch's loss, from what its frozen layers gave before if that is there."""
+        if self._losses is not None:
+            part = part | {"take_losses": self._losses.of(part["layout"])}
         if self.hidden is None:
             return self._forward_backward(model, part, items)
         below = self.hidden.of(part["layout"])
@@ -151,6 +157,11 @@ class PlannedTrainer(XPlusTrainer):
             self._spared += below_flops(self.meter.shape, work, below.level)
         below.keep()
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._losses is not None:
+            logs = {**logs, **self._losses.read()}
+        super().log(logs, start_time)
 
     def _step_down(self, said: str) -> None:
         if self.args.device.type == "cuda":
@@ -166,6 +177,8 @@ class PlannedTrainer(XPlusTrainer):
         model = self.accelerator.unwrap_model(self.model)
         set_activations(model, found.layout, found.micro_batch_tokens)
         bare_optimizer(self.optimizer).zero_grad()
+        if self._losses is not None:
+            self._losses.restart()
         torch.cuda.empty_cache()
         self._peak.restart()
         self.say(

@@ -73,9 +73,12 @@ class LiveLine:
         speed = tokens / seconds if seconds > 0 else line["tokens_per_second"]
         apart = f" ({si(speed * computed / tokens)} computed)" if computed != tokens else ""
         eta = (self.steps - line["step"]) * seconds / len(self.recent)
+        of = [
+            f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/")
+        ]
         fields = [
             f"{self.stage} {line['step']}/{self.steps}",
-            f"loss {line['loss']:.3f}",
+            f"loss {line['loss']:.3f}" + (f" ({', '.join(of)})" if of else ""),
             f"{si(speed)} tok/s{apart}",
             f"{si(line['tokens_seen'])} tokens",
             f"eta {duration(eta)}",

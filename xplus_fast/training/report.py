@@ -218,6 +218,19 @@ def _training(steps: Steps, about: dict[str, Any]) -> str:
         "time in steps",
     ]
     table = [list(row) for row in zip(names, *columns, strict=True)]
+    sources = dict.fromkeys(
+        k for lines in steps.values() for k in lines[-1] if k.startswith("loss/")
+    )
+    rows = []
+    for key in sources:
+        cells = []
+        for lines in steps.values():
+            of_source = [line[key] for line in lines if key in line]
+            end = max(1, len(of_source) // 20)
+            first, last = of_source[:end], of_source[-end:]
+            cells.append(f"{fmean(first):.3f} -> {fmean(last):.3f}" if of_source else "-")
+        rows.append([f"the same of {_escape(key.removeprefix('loss/'))}", *cells])
+    table[2:2] = rows
     where = f"{_escape(about['device'])}, {_escape(about['dtype'])}"
     return f"{_table(header, table)}\n\n{where}; {duration(about['seconds'])} in all."
 

@@ -29,7 +29,7 @@ from xplus_fast.config import (
 )
 from xplus_fast.data.chat import Encoded, preview
 from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
-from xplus_fast.data.packed import PackedDataset, look_at_work
+from xplus_fast.data.packed import look_at_work
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
@@ -193,7 +193,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         else:
             kept = hidden.of_stage(i, plan.request.hidden, model)
             memory = _train_stage(
-                recipe, i, model, corpora[i].train, plan, run, place, tokenizer, heldout, kept
+                recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout, kept
             )
         weights.cover(read_header(done / FINAL_TENSORS))
         forget_changes(model)
@@ -260,11 +260,12 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, rows: PackedDataset, plan: Plan, run: Path,
+    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path,
     place: Place, tokenizer: Any, heldout: dict[str, Any], hidden: HiddenCache | None,
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
+    rows = corpus.train
     folder = run / name
     if place.first:
         make_folder(folder)
@@ -310,7 +311,7 @@ def _train_stage(
         cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
     log = _RunLog(run, name)
     trainer = PlannedTrainer(
-        model, arguments, plan=plan, say=log.say, hidden=hidden,
+        model, arguments, plan=plan, say=log.say, hidden=hidden, sources=corpus.summary["sources"],
         train_dataset=rows, callbacks=[log],
         data_collator=PackCollator(shared_prefixes=recipe.data.shared_prompts),
     )  # fmt: skip
