@@ -62,10 +62,10 @@ def load(name: str) -> Any:
     transformers 4 reads it so, 5 takes all three for one or for none."""
     config = AutoConfig.from_pretrained(name)
     config.tie_word_embeddings = False
-    model: Any
-    model, info = MT5ForConditionalGeneration.from_pretrained(
+    made: Any = MT5ForConditionalGeneration.from_pretrained(
         name, config=config, output_loading_info=True
     )
+    model, info = made
     if missing := [key for key in info["missing_keys"] if "embed_tokens" not in key]:
         sys.exit(f"it lacks {missing[0]} and {len(missing) - 1} more: no MetricX model")
     for stack in (model.encoder, model.decoder):
