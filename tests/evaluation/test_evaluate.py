@@ -360,6 +360,7 @@ def test_a_metric_without_its_model_costs_that_metric(place, tmp_path, capsys, m
          "translation.prompt: {text} is wanted, where the sentence goes"),
         ({"translation": {"prompt": "{text"}}, "translation.prompt: only {src}, {tgt} and {text}"),
         ({"translation": {"prompt": "{{text}}"}}, "translation.prompt: {text} is wanted"),
+        ({"translation": {"metrics": []}}, "translation.metrics: at least one is wanted"),
         ({"translation": {"metrics": ["rouge"]}}, "translation.metrics.0: one of chrf, bleu"),
         ({"engine": "tgi"}, "engine: one of auto, vllm, generate"),
         ({"confidence": 2.0}, "confidence: from 0.5 to below 1"),

@@ -21,7 +21,7 @@ SPBLEU = "spbleu: {tmp}/nothing/models/flores200sacrebleuspm is missing; sacrebl
 @pytest.fixture
 def nothing_is_made(monkeypatch, tmp_path):
     """No weight is hashed or read, no answer is asked for, no run exported."""
-    for name in ("_load", "model_digest"):
+    for name in ("load", "model_digest"):
         monkeypatch.setattr(generate, name, lambda *a: pytest.fail("a model is read"))
     for name in ("check_model", "run_tasks"):
         monkeypatch.setattr(evaluate, name, lambda *a, **k: pytest.fail("a model is looked at"))
@@ -173,7 +173,7 @@ def test_a_template_that_refuses_is_found_before_the_other_model_answers(
 
     base = shutil.copytree(place / "base", tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ raise_exception('no system, no user') }}")
-    monkeypatch.setattr(generate, "_load", lambda *a: pytest.fail("a model is read"))
+    monkeypatch.setattr(generate, "load", lambda *a: pytest.fail("a model is read"))
     path = recipe(place, tmp_path / "out")
     code, _, err = run(capsys, place / "tuned", path, "--base", base)
     assert code == 2 and "no system, no user" in err and err.count("\n") == 1
@@ -263,11 +263,14 @@ def test_metricx_on_the_classes_of_transformers(tmp_path):
 
 def test_missing_things_do_not_stop_where_the_recipe_says_so(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SACREBLEU", str(tmp_path / "nothing"))
-    path = recipe(place, tmp_path / "out", translation={"metrics": ["spbleu"]}, on_missing="skip")
+    options = {"translation": {"metrics": ["spbleu", "chrf"]}, "on_missing": "skip"}
+    path = recipe(place, tmp_path / "out", **options)
     lines = ready.check(load_evaluate_recipe(path))
     assert [each.name for each in lines] == ["mine:en-fr", "mine:fr-en"]
     assert "left out: spbleu: " in capsys.readouterr().err
-    # what is wrong stops all the same
+    # where nothing is left to be measured, and where something is wrong, it stops all the same
+    code, _, err = run(capsys, place / "tuned", path, "translation.metrics=[spbleu]")
+    assert code == 2 and "spbleu: " in err and err.count("\n") == 1
     code, _, err = run(capsys, place / "tuned", path, "device=banana")
     assert code == 2 and "device: 'banana'" in err
 
