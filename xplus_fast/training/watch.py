@@ -51,9 +51,12 @@ class Watch(TrainerCallback):
             self.say(f"step {step}: no memory is left to translate in; going on without")
             return
         write_json(file, found)
-        scores = [f"{tag} loss {loss:.3f}" for tag, loss in found["loss"].items()]
-        scores += [f"chrF++ {score:.1f}" for score in found["chrf"].values()]
-        self.say(f"step {step}: {', '.join(scores)}")
+        scores = [
+            f"{tag} loss {loss:.3f}"
+            + (f", chrF++ {found['chrf'][tag]:.1f}" if tag in found["chrf"] else "")
+            for tag, loss in found["loss"].items()
+        ]
+        self.say(f"step {step}: {'; '.join(scores)}")
 
 
 def section(run: Path) -> str:
