@@ -76,6 +76,7 @@ class Source:
 class DataConfig:
     sources: list[Source] = field(default_factory=list)
     heldout: Amount = 0  # pairs per language pair kept out of training for before/after figures
+    validation: list[Source] = field(default_factory=list)  # what is held out, instead: all of it
     retention: list[Source] = field(default_factory=list)  # plain text whose loss should not move
     prompt: str = PROMPT  # how a translation pair becomes an instruction
     system: str | None = None  # system message put before every pair
@@ -96,8 +97,12 @@ class Stage:
     layers: str | int | list[int]
     name: Annotated[str, FOLDER_NAME] = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
-    learning_rate: Annotated[float, Positive] = 1e-5
-    min_learning_rate: Annotated[float, AtLeast0] = 2e-6  # floor of the cosine
+    # one, or by layers and what trains beside them: {"21-28": 1e-5, "29-35": 2e-5}
+    learning_rate: Annotated[float, Positive] | dict[str, Annotated[float, Positive]] = 1e-5
+    # of a layer that trains, what the next one above it that does has, times this
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
+    # floor of the cosine for the highest rate; lower ones have theirs in proportion
+    min_learning_rate: Annotated[float, AtLeast0] = 2e-6
     warmup: Annotated[float, Range(0, 1, below=True)] = 0.03  # share of the steps
     epochs: Annotated[float, Positive] | None = None  # epochs or steps, not both; neither: 1 epoch
     steps: Count | None = None
@@ -148,6 +153,11 @@ class EvaluationConfig:
     batch_size: Count = 16
     every: Amount = 0  # steps between two evaluations while a stage trains; 0: none
     few: Count = 8  # held-out examples of each direction that they look at
+    # a stage ends when so many of them in a row found nothing better
+    patience: Count | None = None
+    keep: Literal["last", "best"] = "last"  # the step that a stage ends with
+    by: Literal["loss", "chrf", "retention"] = "loss"  # what is better: held-out loss or chrF++
+    # (the mean of directions), or the loss of data.retention
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,7 @@ def resolved(recipe: Recipe) -> Recipe:
     data = replace(
         recipe.data,
         sources=[known(s) for s in recipe.data.sources],
+        validation=[known(s) for s in recipe.data.validation],
         retention=[known(s) for s in recipe.data.retention],
         cache=str(resolve(recipe.data.cache)),
         cache_hidden=hidden if hidden in ("off", "host") else str(resolve(hidden)),
@@ -220,10 +231,15 @@ def _check(recipe: Recipe) -> None:
         at = f"stages.{i}"
         if s.epochs is not None and s.steps is not None:
             raise UserError(f"{at}: epochs and steps are both given; one of them is wanted")
-        if s.min_learning_rate > s.learning_rate:
+        rates = s.learning_rate if isinstance(s.learning_rate, dict) else {"": s.learning_rate}
+        if not rates:
+            raise UserError(f"{at}.learning_rate: a number or some by layers is wanted")
+        if s.layer_decay != 1 and len(rates) > 1:
+            raise UserError(f"{at}.layer_decay: goes with one learning_rate, not with several")
+        if s.min_learning_rate > max(rates.values()):
             raise UserError(
                 f"{at}.min_learning_rate: {s.min_learning_rate} is not between 0 and"
-                f" learning_rate {s.learning_rate}"
+                f" learning_rate {max(rates.values())}"
             )
         # some file systems do not tell a from A
         name = stage_name(recipe, i).casefold()
@@ -237,9 +253,13 @@ def _check(recipe: Recipe) -> None:
             f" data.pack_tokens, {recipe.data.pack_tokens}"
         )
     _check_shares(recipe.data.sources, "data.sources")
-    for i, source in enumerate(recipe.data.retention):
-        if source.share is not None:
-            raise UserError(f"data.retention.{i}.share: nothing is trained on it")
+    for name in ("retention", "validation"):
+        for i, source in enumerate(getattr(recipe.data, name)):
+            if source.share is not None:
+                raise UserError(f"data.{name}.{i}.share: nothing is trained on it")
+    if recipe.data.validation and recipe.data.heldout:
+        raise UserError("data.heldout and data.validation are both given; one of them is wanted")
+    _check_evaluation(recipe)
     if not recipe.data.cache_hidden:
         raise UserError("data.cache_hidden: off, host or a folder is wanted")
     _check_memory(recipe)
@@ -253,6 +273,26 @@ def _all_sources(recipe: Recipe) -> dict[str, list[Source]]:
     found = {"data.sources": recipe.data.sources, "data.retention": recipe.data.retention}
     stages = {f"stages.{i}.sources": stage.sources or [] for i, stage in enumerate(recipe.stages)}
     return found | stages
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    """That what is asked of evaluation while a stage trains can be had."""
+    e, data = recipe.evaluation, recipe.data
+    asked = {"patience": e.patience is not None, "keep": e.keep != "last"}
+    if e.by != "loss" and not any(asked.values()):
+        raise UserError("evaluation.by: decides nothing without evaluation.patience or keep: best")
+    for name in (name for name, there in asked.items() if there):
+        if not e.every:
+            raise UserError(f"evaluation.{name}: goes with evaluation.every, which is 0")
+        if e.by == "retention" and not data.retention:
+            raise UserError(f"evaluation.{name}: by retention, and data.retention is empty")
+        if e.by != "retention" and not data.heldout and not data.validation:
+            raise UserError(
+                f"evaluation.{name}: by {e.by}, and nothing is held out: data.heldout or"
+                " data.validation"
+            )
+        if e.by == "chrf" and not e.translate:
+            raise UserError(f"evaluation.{name}: by chrf, and evaluation.translate is 0")
 
 
 def _check_shares(sources: Sequence[Source], at: str) -> None:

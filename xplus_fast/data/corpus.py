@@ -90,6 +90,17 @@ def load_corpus(
     return _open(folder, found)
 
 
+def read_validation(data: DataConfig) -> dict[str, list[Example]]:
+    """What `data.validation` holds, by tag. Raises `UserError`, and where there is nothing."""
+    reading, found = Reading(), dict[str, list[Example]]()
+    for source in data.validation:
+        for example in read_examples(source, data, reading):
+            found.setdefault(example.tag, []).append(example)
+    if not found:
+        raise UserError(f"data.validation: {_names(data.validation)}: empty, no example in it")
+    return found
+
+
 def describe(summary: dict[str, Any]) -> str:
     """The figures of a corpus in a few lines of text: all but where it lies.
 
@@ -136,7 +147,7 @@ def _key(
 ) -> str:  # fmt: skip
     """Hash of everything that decides what a corpus holds."""
     options = asdict(data)
-    for name in ("sources", "retention", "cache", "cache_hidden", "shared_prompts"):
+    for name in ("sources", "retention", "validation", "cache", "cache_hidden", "shared_prompts"):
         del options[name]
     digest = hashlib.blake2b(digest_size=16)
     away = sorted({(e.key, e.mirror) for e in others})

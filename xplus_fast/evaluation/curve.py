@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xplus_fast.config import Recipe, stage_name
+from xplus_fast.config import Recipe, Stage, stage_name
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation import front, verdict
 from xplus_fast.evaluation.evaluate import Measured, judge, measure, write_answers
@@ -134,12 +134,19 @@ def about(recipe: Recipe) -> dict[str, str]:
     ]
     sources = [s for stage in recipe.stages for s in stage.sources or []] or recipe.data.sources
     names = [Path(s.path if isinstance(s.path, str) else s.path[0]).name for s in sources]
-    rates = [f"{s.learning_rate:g}" for s in recipe.stages]
+    rates = [_rates(s) for s in recipe.stages]
     return {
         "layers": "; ".join(stages),
         "learning rate": "; ".join(dict.fromkeys(rates)),
         "data": ", ".join(dict.fromkeys(names)),
     }
+
+
+def _rates(stage: Stage) -> str:
+    if isinstance(stage.learning_rate, dict):
+        return ", ".join(f"{what}: {rate:g}" for what, rate in stage.learning_rate.items())
+    decay = "" if stage.layer_decay == 1 else f" * {stage.layer_decay:g} a layer"
+    return f"{stage.learning_rate:g}{decay}"
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

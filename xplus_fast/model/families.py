@@ -137,6 +137,13 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def place_of(name: str) -> str:
+    """Of a tensor: "21" for a layer, else "embedding", "final_norm" or "head"."""
+    layer = layer_of(name)
+    beside = {tensor: kind for kind, tensor in BESIDE.items()}
+    return beside[name] if layer is None else str(layer)
+
+
 # The most that config.json may say of a size: beyond any model, and harmless to compute with.
 _SIZES = {
     "num_hidden_layers": 4096,

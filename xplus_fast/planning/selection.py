@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from xplus_fast.errors import UserError
 
@@ -38,6 +38,34 @@ def resolve_layers(spec: str | int | Sequence[int], layers: int) -> list[int]:
     if not ids:
         raise UserError(f"layers: {spec!r} selects no layer of 0 to {layers - 1}")
     return sorted(ids)
+
+
+def learning_rates(
+    asked: float | Mapping[str, float], decay: float, ids: Sequence[int], also: Collection[str],
+    layers: int,
+) -> dict[str, float]:  # fmt: skip
+    """The learning rate of each layer that trains ("21") and of what trains beside them ("head").
+
+    asked: one for all, or by layers and names. decay: of a layer, from the next above it that
+    trains. ids, also: what trains. Raises `UserError` for what has none, two, or does not train.
+    """
+    places = [str(i) for i in ids] + list(also)
+    if not isinstance(asked, Mapping):
+        top = len(ids) - 1
+        return {p: asked * decay ** max(0, top - n) if n < len(ids) else asked
+                for n, p in enumerate(places)}  # fmt: skip
+    found: dict[str, float] = {}
+    for what, rate in asked.items():
+        named = [what] if what in also else [str(i) for i in resolve_layers(what, layers)]
+        for place in named:
+            if place not in places:
+                raise UserError(f"learning_rate: {place} of {what!r} does not train")
+            if place in found:
+                raise UserError(f"learning_rate: {place} has two, by {what!r} the second")
+            found[place] = rate
+    if missing := [place for place in places if place not in found]:
+        raise UserError(f"learning_rate: {', '.join(missing)} of what trains has none")
+    return found
 
 
 def describe_layers(ids: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from xplus_fast import __version__
 from xplus_fast.config import stage_name
 from xplus_fast.errors import UserError
 from xplus_fast.model.checkpoint_files import CheckpointFiles, read_entry, resolve_model
-from xplus_fast.model.families import BESIDE, layer_of, shape_of, stage_shapes
+from xplus_fast.model.families import BESIDE, layer_of, place_of, shape_of, stage_shapes
 from xplus_fast.model.pretrained import load_config
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.checkpoints import FINAL, Final
@@ -39,13 +39,6 @@ class Scales:
     def of(self, stage: str, name: str) -> float:
         """What a stage's change of a tensor is multiplied by."""
         return self.places.get(place_of(name), self.stages.get(stage, self.everything))
-
-
-def place_of(name: str) -> str:
-    """Of a tensor: "21" for a layer, else "embedding", "final_norm" or "head"."""
-    layer = layer_of(name)
-    beside = {tensor: kind for kind, tensor in BESIDE.items()}
-    return beside[name] if layer is None else str(layer)
 
 
 class Changes(Mapping[str, Tensor]):

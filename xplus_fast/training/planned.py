@@ -1,7 +1,7 @@
 """A trainer that carries out a plan, and a leaner one where memory runs out all the same."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from xplus_fast.data.collate import split_batch
 from xplus_fast.data.packed import PackedDataset, RowSampler
 from xplus_fast.errors import UserError
+from xplus_fast.model.families import place_of
 from xplus_fast.model.load import set_activations
 from xplus_fast.model.packing import send
 from xplus_fast.planning.flops import below_flops, work_of
@@ -56,15 +57,18 @@ class PlannedTrainer(XPlusTrainer):
         plan: of this stage; the model has been laid out by it.
         say: takes a line for the user.
         hidden: what enters the lowest trained layer, kept from one epoch to the next.
+        rates: the learning rate of each layer and of what trains beside them, as `learning_rates`
+            has them; empty: that of the arguments.
         sources: names of the data's sources, where there are several: their losses are logged.
         Everything else goes to `XPlusTrainer`.
     """
 
     def __init__(
         self, *args: Any, plan: Plan, say: Callable[[str], None] = print,
-        hidden: HiddenCache | None = None, sources: Sequence[str] = (), **options: Any,
+        hidden: HiddenCache | None = None, sources: Sequence[str] = (),
+        rates: Mapping[str, float] = {}, **options: Any,
     ) -> None:  # fmt: skip
-        self.plan, self.say, self.hidden = plan, say, hidden
+        self.plan, self.say, self.hidden, self._rates = plan, say, hidden, rates
         if hidden is not None:
             hidden.store.say = say
         self.memory: dict[str, int] = {}  # bytes by purpose at the peak, where a GPU tells
@@ -78,6 +82,25 @@ class PlannedTrainer(XPlusTrainer):
         self._losses = SourceLosses(sources, self.args.device) if several else None
         self._peak = PeakWatch(self)
         self.add_callback(self._peak)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and len(set(self._rates.values())) > 1:
+            self._split_groups(bare_optimizer(optimizer))
+        return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """A group for each learning rate, the highest first: it is the one that is logged."""
+        stock: Any = self.accelerator.unwrap_model(self.model)
+        names = {id(p): name for name, p in stock.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list[Tensor]] = {}
+            for p in group["params"]:
+                by_rate.setdefault(self._rates[place_of(names[id(p)])], []).append(p)
+            groups += [{**group, "params": p, "lr": rate} for rate, p in by_rate.items()]
+        optimizer.param_groups = sorted(groups, key=lambda group: -group["lr"])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset

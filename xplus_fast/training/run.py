@@ -24,11 +24,12 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import (
     Recipe,
+    Stage,
     resolved,
     stage_name,
 )
 from xplus_fast.data.chat import Encoded, preview
-from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus
+from xplus_fast.data.corpus import Corpus, PackCollator, describe, load_corpus, read_validation
 from xplus_fast.data.packed import look_at_work
 from xplus_fast.data.readers import read_text
 from xplus_fast.errors import UserError
@@ -40,7 +41,7 @@ from xplus_fast.model.checkpoint_files import (
     read_header,
     resolve_model,
 )
-from xplus_fast.model.families import shape_of, stage_shapes
+from xplus_fast.model.families import Shape, shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
 from xplus_fast.model.pretrained import load_config, load_tokenizer
@@ -49,7 +50,7 @@ from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
-from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.planning.selection import learning_rates, resolve_layers
 from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     FINAL,
@@ -122,6 +123,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     files, config = CheckpointFiles.open(base), load_config(base)
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
+    rates = [rates_of(stage, shape) for stage in recipe.stages]
     check_against(files, shape.tensor_shapes())
     run = resolve(recipe.output)
     here, free = replace(recipe, model=str(base)), card_here(place)
@@ -195,7 +197,17 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         else:
             kept = hidden.of_stage(i, plan.request.hidden, model)
             memory = _train_stage(
-                recipe, i, model, corpora[i], plan, run, place, tokenizer, heldout, kept
+                recipe,
+                i,
+                model,
+                corpora[i],
+                plan,
+                rates[i],
+                run,
+                place,
+                tokenizer,
+                (heldout, texts),
+                kept,
             )
         weights.cover(read_header(done / FINAL_TENSORS))
         forget_changes(model)
@@ -232,6 +244,14 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     return write_report(run)
 
 
+def rates_of(stage: Stage, shape: Shape) -> dict[str, float]:
+    """The learning rates of a stage, as `learning_rates` has them. Raises `UserError`."""
+    ids = resolve_layers(stage.layers, shape.layers)
+    # a tied head is the embedding
+    also = {"embedding" if kind == "head" and shape.tied else kind for kind in stage.also}
+    return learning_rates(stage.learning_rate, stage.layer_decay, ids, also, shape.layers)
+
+
 class _RunLog(TrainerCallback):
     """Writes metrics.jsonl and the live line."""
 
@@ -262,12 +282,13 @@ class _RunLog(TrainerCallback):
 
 
 def _train_stage(
-    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, run: Path,
-    place: Place, tokenizer: Any, heldout: dict[str, Any], hidden: HiddenCache | None,
+    recipe: Recipe, index: int, model: Any, corpus: Corpus, plan: Plan, rates: dict[str, float],
+    run: Path, place: Place, tokenizer: Any, watched: tuple[dict[str, Any], list[str]],
+    hidden: HiddenCache | None,
 ) -> dict[str, int]:  # fmt: skip
     """Train one stage to its final checkpoint; returns what memory it took, by purpose."""
     stage, options, name = recipe.stages[index], recipe.training, stage_name(recipe, index)
-    rows = corpus.train
+    rows, (heldout, texts) = corpus.train, watched
     folder = run / name
     if place.first:
         make_folder(folder)
@@ -285,8 +306,8 @@ def _train_stage(
         # a row is a whole step: the plan splits it, and another plan only splits it otherwise
         per_device_train_batch_size=1,
         ddp_find_unused_parameters=False,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
+        learning_rate=max(rates.values()),
+        lr_scheduler_type="cosine_warmup_with_min_lr",  # whose first step's rate is not 0
         lr_scheduler_kwargs={"min_lr": stage.min_learning_rate},
         warmup_steps=stage.warmup,  # a share of the steps, below 1
         max_steps=stage.steps or -1,
@@ -313,13 +334,15 @@ def _train_stage(
         cut_metrics(run, name, int(resume.name.rpartition("-")[2]) if resume else 0)
     log = _RunLog(run, name)
     trainer = PlannedTrainer(
-        model, arguments, plan=plan, say=log.say, hidden=hidden, sources=corpus.summary["sources"],
-        train_dataset=rows, callbacks=[log],
+        model, arguments, plan=plan, rates=rates, say=log.say, hidden=hidden,
+        sources=corpus.summary["sources"], train_dataset=rows, callbacks=[log],
         data_collator=PackCollator(shared_prefixes=recipe.data.shared_prompts),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    if recipe.evaluation.every and heldout:
-        trainer.add_callback(Watch(recipe, name, run, tokenizer, heldout, log.say))
+    watch = None
+    if recipe.evaluation.every and (heldout or texts):
+        watch = Watch(recipe, name, run, tokenizer, heldout, texts, place, log.say)
+        trainer.add_callback(watch)
     if resume and place.first:
         print(f"stage {name}: going on from {resume}", flush=True)
     with finish_first(f"stage {name} finishes its step and saves") as asked:
@@ -331,6 +354,10 @@ def _train_stage(
         finally:
             log.close()
         stop.check(name)
+    best = 0 if watch is None or recipe.evaluation.keep == "last" else watch.best_step
+    if best and best != trainer.state.global_step:
+        trainer.go_back(best)
+        log.say(f"stage {name} ends with step {best}, the best that was measured")
     if place.first:
         write_checkpoint(
             folder / FINAL,
@@ -361,6 +388,9 @@ def _load_corpora(
     out, the others keep the same ones out. Steps look at data alone and at no plan: a run goes on
     with the same ones under another budget.
     """
+    given = read_validation(recipe.data) if recipe.data.validation else {}
+    if given:
+        say("validation: " + ", ".join(f"{tag} {len(part):,}" for tag, part in given.items()))
     loaded: dict[Any, Corpus] = {}
     works: dict[Any, Work] = {}
     keys = []
@@ -373,7 +403,8 @@ def _load_corpora(
         key = repr(sources)
         if key not in loaded:
             first = next(iter(loaded.values()), None)
-            held = [] if first is None else [e for part in first.heldout.values() for e in part]
+            heldout = given if first is None else first.heldout
+            held = [e for part in heldout.values() for e in part]
             data = recipe.data if first is None else replace(recipe.data, heldout=0)
             if not place.first:
                 barrier(place)  # the first process makes the corpus, the others find it
@@ -387,6 +418,8 @@ def _load_corpora(
             works[key] = look_at_work(rows, data.pack_tokens, shared=data.shared_prompts)
             summary = {**corpus.summary, "saved": works[key].saved}
             loaded[key] = replace(corpus, train=rows, summary=summary)
+            if given:
+                loaded[key] = replace(loaded[key], heldout=given)
             say(describe(summary))
             say(f"cache: {'found in' if summary['cached'] else 'written to'} {summary['folder']}")
         keys.append(key)

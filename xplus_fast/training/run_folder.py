@@ -27,6 +27,8 @@ from xplus_fast.planning.cards import Card
 # Options that may change between a run and its resumption: they do not change what is computed.
 FREE = ("report_to", "save_steps", "save_total_limit")
 PLACES = ("cache", "cache_hidden")  # of `data`
+# Of `evaluation`, where it decides nothing; the rest of it makes figures that are compared
+SHOWN = ("every", "few", "batch_size")
 COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
 STEPS, FORMATS = "steps an epoch", "frozen format"
 CARD = "card"  # and the memory on it that the plans count with
@@ -147,6 +149,9 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     tree = to_dict(recipe)
     for key in FREE:
         tree["training"].pop(key)
+    if recipe.evaluation.patience is None and recipe.evaluation.keep == "last":
+        for key in SHOWN:
+            tree["evaluation"].pop(key)
     tree["memory"] = {key: tree["memory"][key] for key in COMPUTED}
     tree.pop("output")
     for key in PLACES:

@@ -158,6 +158,15 @@ class SavingTrainer(Trainer):
         load_tensors(model, trained)
         note_changes(model, trained)
 
+    def go_back(self, step: int) -> None:
+        """Take weights and optimizer from the checkpoint of an earlier step of this training."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        found = read_checkpoint(folder)
+        load_tensors(self.accelerator.unwrap_model(self.model), found.tensors["trained"])
+        saved = found.documents["training"]["optimizer"]
+        state = decode(saved, found.tensors.get("optimizer", {}))
+        self._restore_optimizer(state, str(folder))
+
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
         best = read_checkpoint(Path(str(folder))).tensors["trained"]

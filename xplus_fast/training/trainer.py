@@ -222,7 +222,7 @@ class XPlusTrainer(SavingTrainer):
     # A step, watched
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             # resumed where it had ended: the library would make one step more
             self.control.should_training_stop = True
             return [], None

@@ -1,13 +1,15 @@
 """Evaluation while a stage trains: a few held-out sentences every so many steps.
 
 It changes nothing of the training: no random state is touched, and the model comes back as it was.
-A point that was measured before a run was cut off is not measured again.
+A point that was measured before a run was cut off is not measured again, and what was decided by it
+is decided again: to stop a stage that no longer improves, and to end it with its best step.
 """
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,66 +18,128 @@ from xplus_fast.config import Recipe
 from xplus_fast.data.readers import Example
 from xplus_fast.evaluation.heldout import measure
 from xplus_fast.files import write_json
+from xplus_fast.training.place import Place, share
 from xplus_fast.training.shortage import ran_out
 
 _FILE = re.compile(r"during-(.+)-(\d+)\.json")
 
 
 class Watch(TrainerCallback):
-    """Every `evaluation.every` steps: `evaluation.few` held-out examples of each direction."""
+    """Every `evaluation.every` steps: `evaluation.few` held-out examples of each direction.
+
+    With `evaluation.patience` or `keep: best`, the last step too. texts: of retention, measured
+    where `evaluation.by` asks for it. `best_step`: so far; 0 if nothing was measured.
+    """
 
     def __init__(
         self, recipe: Recipe, stage: str, run: Path, tokenizer: Any,
-        heldout: dict[str, list[Example]], say: Callable[[str], None],
+        heldout: dict[str, list[Example]], texts: list[str], place: Place,
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.recipe, self.stage, self.run, self.say = recipe, stage, run, say
-        self.tokenizer = tokenizer
-        few = recipe.evaluation.few
-        self.heldout = {tag: examples[:few] for tag, examples in heldout.items()}
+        self.tokenizer, self.place = tokenizer, place
+        options = recipe.evaluation
+        self.texts = texts if options.by == "retention" else []
+        self.heldout = {tag: examples[: options.few] for tag, examples in heldout.items()}
+        self.decides = options.patience is not None or options.keep == "best"
+        self.best_step, self.best, self.since = 0, float("inf"), 0  # the lower, the better
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Where a run goes on: decide again by what was measured up to there."""
+        if not self.decides or not self.place.first:
+            self._agree(control)
+            return
+        for _stage, step, found in points(self.run, self.stage):
+            if step <= state.global_step:
+                self._look(step, found)
+        self._agree(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        if step % self.recipe.evaluation.every or not state.is_world_process_zero:
+        last = self.decides and step >= state.max_steps
+        if step % self.recipe.evaluation.every and not last:
             return
+        if self.place.first:
+            found = self._measure(step, kwargs["model"])
+            if found is not None and self.decides:
+                self._look(step, found)
+        self._agree(control)
+        if self.decides and self.recipe.evaluation.keep == "best" and self.best_step == step:
+            control.should_save = True
+            state.best_global_step = step  # its checkpoint is not removed with the oldest
+
+    def _measure(self, step: int, model: Any) -> dict[str, Any] | None:
         file = self.run / "evaluation" / f"during-{self.stage}-{step}.json"
         if file.exists():
-            return
+            return json.loads(file.read_text())
         try:
             found = measure(
-                kwargs["model"], self.tokenizer, self.heldout, (), data=self.recipe.data,
+                model, self.tokenizer, self.heldout, self.texts, data=self.recipe.data,
                 config=self.recipe.evaluation, show=False,
             )  # fmt: skip
         except RuntimeError as e:
             if not ran_out(e):
                 raise
             self.say(f"step {step}: no memory is left to translate in; going on without")
-            return
+            return None
         write_json(file, found)
-        scores = [
-            f"{tag} loss {loss:.3f}"
-            + (f", chrF++ {found['chrf'][tag]:.1f}" if tag in found["chrf"] else "")
-            for tag, loss in found["loss"].items()
-        ]
-        self.say(f"step {step}: {'; '.join(scores)}")
+        scores = [f"{tag} loss {loss:.3f}" for tag, loss in found["loss"].items()]
+        scores += [f"{tag} chrF++ {score:.1f} (higher is better)"
+                   for tag, score in found["chrf"].items()]  # fmt: skip
+        if found["retention"]:
+            scores.append(f"retention loss {found['retention']['loss']:.3f}")
+        self.say(f"step {step}: {', '.join(scores)}")
+        return found
+
+    def _look(self, step: int, found: dict[str, Any]) -> None:
+        by = self.recipe.evaluation.by
+        if by == "retention":
+            value = found["retention"]["loss"]
+        else:
+            value = fmean(found[by].values()) * (-1 if by == "chrf" else 1)
+        if value < self.best:
+            self.best_step, self.best, self.since = step, value, 0
+        else:
+            self.since += 1
+
+    def _agree(self, control: Any) -> None:
+        """All processes stop together, and know the best step."""
+        if not self.decides:
+            return
+        self.best_step, self.since = share((self.best_step, self.since), self.place)
+        patience = self.recipe.evaluation.patience
+        if patience is not None and self.since >= patience:
+            if self.place.first and not control.should_training_stop:
+                name = {"loss": "held-out loss", "chrf": "chrF++", "retention": "retention loss"}
+                self.say(
+                    f"stage {self.stage} ends early: {name[self.recipe.evaluation.by]} was best at"
+                    f" step {self.best_step}, {self.since} evaluations ago"
+                )
+            control.should_training_stop = True
+
+
+def points(run: Path, stage: str | None = None) -> list[tuple[str, int, dict[str, Any]]]:
+    """(stage, step, what was measured) of every point, in order."""
+    found = []
+    for file in (run / "evaluation").glob("during-*.json"):
+        if (match := _FILE.fullmatch(file.name)) and stage in (None, match[1]):
+            found.append((match[1], int(match[2]), json.loads(file.read_text())))
+    return sorted(found, key=lambda point: point[:2])
 
 
 def section(run: Path) -> str:
     """What the report says of it: a line for each point, and the last point's translations."""
-    points = []
-    for file in (run / "evaluation").glob("during-*.json"):
-        if match := _FILE.fullmatch(file.name):
-            points.append((match[1], int(match[2]), json.loads(file.read_text())))
-    if not points:
+    every = points(run)
+    if not every:
         return ""
-    points.sort(key=lambda p: p[:2])
-    tags = sorted(points[-1][2]["loss"])
+    tags = sorted(every[-1][2]["loss"])
     lines = [
         "## While it trained", "",
         "A few held-out sentences of each direction: a trend, too few for a verdict.", "",
         "| stage, step | " + " | ".join(f"{t} loss, chrF++" for t in tags) + " |",
         "|---|" + "---|" * len(tags),
     ]  # fmt: skip
-    for stage, step, found in points:
+    for stage, step, found in every:
         cells = []
         for tag in tags:
             loss, score = found["loss"].get(tag), found["chrf"].get(tag)
@@ -84,7 +148,7 @@ def section(run: Path) -> str:
                 + (f", {score:.1f}" if score is not None else "")
             )
         lines.append(f"| {stage}, {step} | " + " | ".join(cells) + " |")
-    stage, step, last = points[-1]
+    stage, step, last = every[-1]
     lines += ["", f"Translations at {stage}, step {step}:", ""]
     for tag, samples in last["samples"].items():
         lines += [f"- {tag}: {s['source']} -> {s['output']}" for s in samples[:1]]
