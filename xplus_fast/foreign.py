@@ -40,7 +40,7 @@ def check_packages(python: str, packages: Sequence[str], *, option: str) -> None
 
     option: names the Python in a recipe. Raises `UserError`.
     """
-    said = _ask(python, [_INSTALLED, *packages], option)
+    said = _ask(python, [_INSTALLED, *packages], option, "is no Python that runs")
     if missing := said.split():
         raise UserError(
             f"{option}: {', '.join(missing)} is not installed in the environment of {python}"
@@ -49,10 +49,10 @@ def check_packages(python: str, packages: Sequence[str], *, option: str) -> None
 
 def check_import(python: str, module: str, *, option: str) -> None:
     """See that a module can be imported, which may take seconds. Raises `UserError`."""
-    _ask(python, [f"import {module}"], option)
+    _ask(python, [f"import {module}"], option, f"cannot import {module}")
 
 
-def _ask(python: str, command: Sequence[str], option: str) -> str:
+def _ask(python: str, command: Sequence[str], option: str, otherwise: str) -> str:
     try:
         ran = subprocess.run(
             [python, "-c", *command], stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -63,7 +63,7 @@ def _ask(python: str, command: Sequence[str], option: str) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{option}: {python} does not answer in {SECONDS} s") from None
     if ran.returncode:
-        raise UserError(f"{option}: {python}: {command[0].strip()!r:.40}: {_last(ran.stderr)}")
+        raise UserError(f"{option}: {python} {otherwise} ({_last(ran.stderr)})")
     return ran.stdout
 
 

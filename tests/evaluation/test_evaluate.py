@@ -351,6 +351,16 @@ def test_a_metric_without_its_model_costs_that_metric(place, tmp_path, capsys, m
          "no/en: no such file"),
         ({"translation": {"sets": [{"name": "m", "files": "{lang}", "directions": ["en-xx1"]}]}},
          "'en-xx1' is not two languages"),
+        ({"translation": {"sets": [{"name": "m", "files": "{split}/{lang}",
+                                  "directions": ["en-fr"]}]}},
+         "translation.sets.0.files: only {lang} stand for something ('split')"),
+        ({"translation": {"prompt": "Say {text} in {language}"}},
+         "translation.prompt: only {src}, {tgt} and {text} stand for something ('language')"),
+        ({"translation": {"prompt": "Translate from {src} to {tgt}"}},
+         "translation.prompt: {text} is wanted, where the sentence goes"),
+        ({"translation": {"prompt": "{text"}}, "translation.prompt: only {src}, {tgt} and {text}"),
+        ({"translation": {"prompt": "{{text}}"}}, "translation.prompt: {text} is wanted"),
+        ({"translation": {"metrics": []}}, "translation.metrics: at least one is wanted"),
         ({"translation": {"metrics": ["rouge"]}}, "translation.metrics.0: one of chrf, bleu"),
         ({"engine": "tgi"}, "engine: one of auto, vllm, generate"),
         ({"confidence": 2.0}, "confidence: from 0.5 to below 1"),
@@ -422,13 +432,22 @@ def test_what_loads_models_by_itself_is_told_to_run_none_of_their_code(
         assert told["--model"] == kind and "--trust_remote_code" not in line
         assert "trust_remote_code=False" in told["--model_args"].split(",")
     made = []
+    tokenizer = load_tokenizer(place / "tuned")
 
     class LLM:
         def __init__(self, folder, **options):
+            if "base" in folder:
+                raise RuntimeError("Engine core initialization failed.\nSee above")
             made.append((folder, options))
+            self.llm_engine = SimpleNamespace(
+                engine_core=SimpleNamespace(shutdown=lambda: made.append("over"))
+            )
 
         def generate(self, prompts, options, use_tqdm):
-            answer = SimpleNamespace(text=" yes ", finish_reason="length")
+            if any(len(p["prompt_token_ids"]) > 100 for p in prompts):
+                raise ValueError("longer than the maximum model length")
+            ids = tokenizer(" yes \u00e9")["input_ids"]
+            answer = SimpleNamespace(text=" yes ", token_ids=tuple(ids), finish_reason="length")
             return [SimpleNamespace(outputs=[answer]) for _ in prompts]
 
     fake = SimpleNamespace(LLM=LLM, SamplingParams=dict, __spec__=object())
@@ -437,5 +456,15 @@ def test_what_loads_models_by_itself_is_told_to_run_none_of_their_code(
         subject(place / "tuned"), tmp_path / "cache", engine="vllm", batch_size=1,
         max_new_tokens=1, dtype="auto", show=False,
     )  # fmt: skip
-    assert generator.answer(["x", "y"], "") == [("yes", True)] * 2
-    assert made == [(str(place / "tuned"), {"dtype": "auto", "trust_remote_code": False})]
+    assert generator.answer(["x", "y"], "") == [("yes \u00e9", True)] * 2  # decoded as ours are
+    with pytest.raises(UserError, match="vllm refuses a prompt .longer than the maximum"):
+        generator.answer(["x " * 200], "")
+    generator.close()  # its processes go before another model comes
+    generator.close()
+    assert made == [(str(place / "tuned"), {"dtype": "auto", "trust_remote_code": False}), "over"]
+    other = generate.Generator(
+        subject(place / "base"), tmp_path / "cache", engine="vllm", batch_size=1,
+        max_new_tokens=1, dtype="auto", show=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="vllm does not start .* initialization failed. See above"):
+        other.answer(["x"], "")

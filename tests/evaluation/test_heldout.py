@@ -14,6 +14,7 @@ from xplus_fast.config import DataConfig, EvaluationConfig
 from xplus_fast.data.chat import Encoded, encode, prompt_text
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation import heldout
 from xplus_fast.evaluation.heldout import measure
 from xplus_fast.model.prepare import prepare_model
 
@@ -233,6 +234,16 @@ def test_thinking_is_off_whatever_was_trained(tokenizer):
         for think in ("masked", "absent", "loss")
     ]  # fmt: skip
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_think_block_is_left_out_of_what_is_scored(tokenizer, monkeypatch):
+    references = [e.messages[-1]["content"].strip() for e in pairs("en-fr")][:2]
+    said = [f"<think>hm</think>\n\n{references[0]}", references[1]]
+    monkeypatch.setattr(heldout, "_translate", lambda *a: (said, 0))
+    result = run(tiny_model(), tokenizer, {"en-fr": pairs("en-fr")[:2]})
+    assert result["chrf"]["en-fr"] == 100
+    assert [s["output"] for s in result["samples"]["en-fr"]] == references
+    assert result["off_length"]["en-fr"] == {"empty": 0, "truncated": 0, "thoughts": 1}
 
 
 @pytest.mark.parametrize("tty", [True, False])

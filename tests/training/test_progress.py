@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from xplus_fast.training.progress import LiveLine, duration, si
+from xplus_fast.training.progress import LiveLine, WorkLine, duration, si
 
 
 class Clock:
@@ -157,3 +157,44 @@ def test_si(number, text):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+WORK = [("held-out en-fr", "loss", 1), ("held-out en-fr", "loss", 1), ("translating", "more", 4),
+        ("translating", "more", 4)]  # fmt: skip
+
+
+def worked(clock, out, seconds):
+    with WorkLine({"loss": 2, "more": 8}, stream=out, clock=clock) as work:
+        for (what, kind, count), spent in zip(WORK, seconds, strict=True):
+            work.begin(what, kind)
+            clock.now += spent
+            work.update(count)
+
+
+def test_work_of_two_kinds_says_what_is_left_of_each(clock, monkeypatch):
+    """Of a kind that has not begun nothing is known; each kind has its own speed."""
+    out = stream(True, monkeypatch)
+    worked(clock, out, [3, 3, 40, 40])
+    shown = [text.strip() for text in out.getvalue().split("\r") if text.strip()]
+    assert shown == [
+        "held-out en-fr  0/10",
+        "held-out en-fr  1/10  more than 0:03 left", "held-out en-fr  1/10  more than 0:03 left",
+        "held-out en-fr  2/10", "translating  2/10", "translating  6/10  0:40 left",
+        "translating  6/10  0:40 left", "translating  10/10",
+    ]  # fmt: skip
+    assert out.getvalue().endswith(" \r")  # nothing of it stays
+
+
+def test_work_in_a_pipe_is_told_every_ten_seconds(clock):
+    out = stream(False)
+    worked(clock, out, [1, 1, 1, 1])  # soon done: nothing
+    assert out.getvalue() == ""
+    worked(clock, out, [8, 8, 40, 1])
+    assert out.getvalue().splitlines() == [
+        "held-out en-fr  2/10", "translating  6/10  0:40 left",
+    ]  # fmt: skip
+    work = WorkLine({"loss": 1}, show=False, stream=out, clock=clock)
+    work.begin("x", "loss")
+    clock.now += 60
+    work.update()
+    assert len(out.getvalue().splitlines()) == 2

@@ -232,6 +232,18 @@ def test_before_only(run):
     assert said.splitlines()[0] == "en-fr           loss 2.000  chrF++ 10.0"
 
 
+def test_what_was_not_measured_is_not_explained(run):
+    note = "Retention text: its loss should not move."
+    write_report(run)
+    assert note in (run / "report.md").read_text()
+    for name in ("before", "after-bottom", "after-top"):
+        measure(run, name, {**measured(1.0, 1.0), "retention": None, "chrf": {}})
+    write_report(run)
+    report = (run / "report.md").read_text()
+    assert "etention" not in report and "higher is better" not in report
+    assert "held-out examples, lower is better." in report
+
+
 def test_retention_only_and_no_chrf(run):
     for name, gain in (("before", 0.0), ("after-bottom", 1.0), ("after-top", 2.0)):
         value = measured(1.0, gain)

@@ -23,6 +23,7 @@ def test_points_are_measured_told_and_change_nothing(workplace, capsys, monkeypa
     found = json.loads((run / "evaluation/during-low-2.json").read_text())
     assert set(found["loss"]) == {"en-sw", "sw-en"} and len(found["samples"]["en-sw"]) == 1
     assert f"step 2: en-sw loss {found['loss']['en-sw']:.3f}" in said
+    assert f"sw-en chrF++ {found['chrf']['sw-en']:.1f}" in said
     report = (run / "report.md").read_text()
     assert "## While it trained" in report and "| low, 4 | " in report and "en-sw: " in report
     # a point that is there is not measured again

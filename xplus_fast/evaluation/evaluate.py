@@ -6,6 +6,7 @@ is evaluated once.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ def measure(
             subject, out / "generations", engine=recipe.engine, batch_size=recipe.batch_size,
             max_new_tokens=recipe.translation.max_new_tokens, dtype=recipe.dtype, show=show,
         )  # fmt: skip
-        for each in lines:
-            asked = prompts(each, recipe.translation, generator.tokenizer)
-            made = generator.answer(asked, f"{which} {each.name}")
-            answers[each.name] = read_answers(each, made, recipe.translation)
+        with closing(generator):
+            for each in lines:
+                asked = prompts(each, recipe.translation, generator.tokenizer)
+                made = generator.answer(asked, f"{which} {each.name}")
+                answers[each.name] = read_answers(each, made, recipe.translation)
         every = [answer for of_direction in answers.values() for answer in of_direction]
         if not any(answer.text for answer in every):
             why = "its end-of-text token, or a chat template that it was not trained with?"

@@ -4,6 +4,7 @@ Thinking is off whatever the model was trained with: a base Qwen3 would think th
 tokens, score near zero, and every gain over it would be an artefact. The full answer is kept.
 """
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -140,7 +141,7 @@ class Generator:
     """A model's answers, out of a cache where they have been made before.
 
     cache: a folder; an answer is known by the model's bytes, the prompt, the token limit and the
-    engine. The model is loaded when the first answer is missing.
+    engine. The model is loaded when the first answer is missing, and let go by `close`.
     """
 
     def __init__(
@@ -179,6 +180,18 @@ class Generator:
         self.made += len(missing)
         return [self._known[k] for k in keys]
 
+    def close(self) -> None:
+        """Let the model go: another one, or the harness with its own, needs its memory."""
+        model, self._model = self._model, None
+        if model is None:
+            return
+        if self.engine == "vllm":  # its processes would stay as long as ours
+            model.llm_engine.engine_core.shutdown()
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _make(self, keys: list[str], prompts: list[str], what: str) -> None:
         make_folder(self._file.parent)
         bar = tqdm(total=len(keys), desc=what, unit="sentences", ascii=True, leave=False,
@@ -203,14 +216,30 @@ class Generator:
     def _vllm(self, prompts: list[str]) -> list[tuple[int, str, bool]]:
         from vllm import LLM, SamplingParams
 
+        folder = str(self.subject.folder)
         if self._model is None:
-            dtype = "auto" if self.dtype == "auto" else self.dtype
-            self._model = LLM(str(self.subject.folder), dtype=dtype, trust_remote_code=False)
+            try:
+                self._model = LLM(folder, dtype=self.dtype, trust_remote_code=False)
+            except (RuntimeError, ValueError, OSError) as e:  # no memory, no kernel for the model
+                said = " ".join(str(e).split())[:200]
+                raise UserError(
+                    f"engine: vllm does not start with {folder} ({said}): engine=generate"
+                ) from None
         options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens)
         ids = [self.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-        made = self._model.generate([{"prompt_token_ids": i} for i in ids], options, use_tqdm=False)
-        outputs = [r.outputs[0] for r in made]
-        return [(i, o.text.strip(), o.finish_reason == "length") for i, o in enumerate(outputs)]
+        asked = [{"prompt_token_ids": i} for i in ids]
+        try:
+            made = self._model.generate(asked, options, use_tqdm=False)
+        except ValueError as e:  # a prompt beyond what the model has positions for
+            said = " ".join(str(e).split())[:200]
+            raise UserError(f"engine: vllm refuses a prompt ({said})") from None
+        found = []
+        for i, request in enumerate(made):
+            output = request.outputs[0]
+            # its own text lacks a character that the token limit cut in two
+            text = self.tokenizer.decode(list(output.token_ids), skip_special_tokens=True).strip()
+            found.append((i, text, output.finish_reason == "length"))
+        return found
 
 
 def load_kind(dtype: str, device: str) -> tuple[str, str]:

@@ -10,7 +10,6 @@ from string import Formatter
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xplus_fast.config import DataConfig, EvaluationConfig
@@ -21,9 +20,13 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation.generate import answers, greedy
 from xplus_fast.evaluation.outputs import without_thought
 from xplus_fast.model.prepare import is_prepared
+from xplus_fast.training.progress import WorkLine
 
 # "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
 _DIRECTION = re.compile(r"[a-z]{2,3}([-_][A-Z]\w+)?-[a-z]{2,3}([-_][A-Z]\w+)?")
+
+
+_LOSS, _TRANSLATION = "loss", "translation"  # kinds of work
 
 
 def measure(
@@ -44,7 +47,7 @@ def measure(
     {tag: [{source, reference, output}]}, `signature` of sacrebleu or None, `retention`
     {loss, tokens} or None, `off_length` {tag: {empty, truncated}} counts of translated sentences,
     and `thoughts` where some had a think block, which is left out of what is scored.
-    show: a progress bar, on a terminal.
+    show: how far it is, and the time left.
 
     Raises `UserError` where a tag or the retention texts hold nothing supervised.
     """
@@ -54,7 +57,8 @@ def measure(
     texts = pack_texts(retention, tokenizer, data.pack_tokens, vocabulary) if retention else []
     directions = [tag for tag in tags if config.translate and _DIRECTION.fullmatch(tag)]
     chosen = {tag: heldout[tag][: config.translate] for tag in directions}
-    work = sum(map(len, rows.values())) + len(texts) + sum(map(len, chosen.values()))
+    work = {_LOSS: sum(map(len, rows.values())) + len(texts),
+            _TRANSLATION: sum(map(len, chosen.values()))}  # fmt: skip
     result: dict[str, Any] = {
         "loss": {},
         "chrf": {},
@@ -63,23 +67,20 @@ def measure(
         "retention": None,
         "off_length": {},
     }
-    # disable=None: no bar where standard error is no terminal
-    quiet = None if show else True
-    bar = tqdm(total=work, disable=quiet, ascii=True, leave=False, dynamic_ncols=True)
-    with greedy(model, tokenizer, config.max_new_tokens), bar:
+    with greedy(model, tokenizer, config.max_new_tokens), WorkLine(work, show=show) as line:
         for tag in tags:
             result["loss"][tag], _ = _loss(
-                model, rows[tag], bar, f"held-out {tag}", data.shared_prompts
+                model, rows[tag], line, f"held-out {tag}", data.shared_prompts
             )
         if retention:
-            loss, tokens = _loss(model, texts, bar, "retention", data.shared_prompts)
+            loss, tokens = _loss(model, texts, line, "retention", data.shared_prompts)
             result["retention"] = {"loss": loss, "tokens": tokens}
         for tag, examples in chosen.items():
             # Thinking is off whatever data.think says: a base Qwen3 would think through its budget
             # of tokens, score near zero, and every gain over it would be an artefact.
             prompts = [prompt_text(e, tokenizer, "masked") for e in examples]
             made, truncated = _translate(
-                model, tokenizer, prompts, config.batch_size, bar, f"translating {tag}"
+                model, tokenizer, prompts, config.batch_size, line, f"translating {tag}"
             )
             sources = [_sentence(e, data.prompt) for e in examples]
             read = [without_thought(text, s) for text, s in zip(made, sources, strict=True)]
@@ -97,10 +98,10 @@ def measure(
 
 
 def _loss(
-    model: Any, rows: list[dict[str, Any]], bar: Any, what: str, shared: bool
+    model: Any, rows: list[dict[str, Any]], line: WorkLine, what: str, shared: bool
 ) -> tuple[float, int]:
     """Mean loss over all supervised tokens of some packed rows, in nats; and their number."""
-    bar.set_description_str(what)
+    line.begin(what, _LOSS)
     # With a cache Hugging Face's models no longer see where one packed sequence ends
     model.config.use_cache = False
     # a stock model knows no shared prefixes
@@ -115,23 +116,23 @@ def _loss(
         if n:  # a mean over nothing is NaN
             total += float(model(**batch).loss) * n
             count += n
-        bar.update()
+        line.update()
     if not count:
         raise UserError(f"{what}: no token is supervised; nothing can be measured on it")
     return total / count, count
 
 
 def _translate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int, bar: Any, what: str
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int, line: WorkLine, what: str
 ) -> tuple[list[str], int]:
     """Greedy answers in the order of the prompts; and how many stopped only at the token limit."""
-    bar.set_description_str(what)
+    line.begin(what, _TRANSLATION)
     outputs, truncated = [""] * len(prompts), 0
     for batch in answers(model, tokenizer, prompts, batch_size):
         for i, text, cut in batch:
             outputs[i] = text
             truncated += cut
-        bar.update(len(batch))
+        line.update(len(batch))
     return outputs, truncated
 
 

@@ -8,6 +8,7 @@ limits and without model or network.
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,6 @@ def check(recipe: EvaluateRecipe) -> None:
     if own.folder is None:
         raise UserError(f"reasoning.livecodebench.folder: {WANTED} is wanted")
     permitted(r.code_isolation)
-    readable(r.code_reads)
     if not (resolve(own.folder) / "lcb_runner").is_dir():
         raise UserError(f"reasoning.livecodebench.folder: {resolve(own.folder)} is not {WANTED}")
     check_packages(own.python, (), option="reasoning.livecodebench.python")
@@ -93,7 +93,8 @@ def _run(
         messages = tuple(say(m["role"], m["content"]) for m in q["messages"])
         example = Example((*messages, say("assistant", "")), NAME, "", "")
         prompts.append(prompt_text(example, generator.tokenizer, "masked"))
-    answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
+    with closing(generator):
+        answers = [text for text, _ in generator.answer(prompts, f"{what} {NAME}")]
 
     make_folder(folder)
     judge = folder.absolute() / "judge"  # it writes beside the codes

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, MT5ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, MT5ForConditionalGeneration
 
 ERRORS = 250089  # the piece <extra_id_10>
 LENGTH = 1536  # tokens, as it was trained
@@ -25,8 +25,7 @@ def main(model_name: str, tokenizer_name: str, rows: str, scores: str) -> None:
         data = [json.loads(line) for line in f]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = MT5ForConditionalGeneration.from_pretrained(model_name)
-    model.to(device).eval()
+    model = load(model_name).to(device).eval()
     asked = []
     for row in data:
         text = f"source: {row['source']} candidate: {row['hypothesis']}"
@@ -56,6 +55,22 @@ def main(model_name: str, tokenizer_name: str, rows: str, scores: str) -> None:
             found[i] = value
     with open(scores, "w") as f:
         json.dump(found, f)
+
+
+def load(name: str) -> Any:
+    """A model whose embeddings are one and whose head is its own, as T5 of version 1.1 has it:
+    transformers 4 reads it so, 5 takes all three for one or for none."""
+    config = AutoConfig.from_pretrained(name)
+    config.tie_word_embeddings = False
+    made: Any = MT5ForConditionalGeneration.from_pretrained(
+        name, config=config, output_loading_info=True
+    )
+    model, info = made
+    if missing := [key for key in info["missing_keys"] if "embed_tokens" not in key]:
+        sys.exit(f"it lacks {missing[0]} and {len(missing) - 1} more: no MetricX model")
+    for stack in (model.encoder, model.decoder):
+        stack.set_input_embeddings(model.shared)
+    return model
 
 
 if __name__ == "__main__":

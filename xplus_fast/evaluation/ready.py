@@ -30,37 +30,48 @@ def check(recipe: EvaluateRecipe, condition: str = "", scales: Sequence[str] = (
     Raises `UserError`, a line for everything that is wrong.
     """
     wrong: list[str] = []
-    lacking: list[str] = []
+    lacking: dict[str, str] = {}  # metric or task -> what it lacks
+    skip = recipe.on_missing == "skip"
 
-    def attempt(kept: list[str], do: Callable[..., Any], *arguments: Any) -> Any:
+    def look(do: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return do(*arguments)
         except UserError as e:
-            if str(e) not in kept:
-                kept.append(str(e))
+            wrong.append(str(e))
 
-    lines = attempt(wrong, read_sets, recipe.translation.sets) or []
-    attempt(wrong, pick_engine, recipe.engine)
-    attempt(wrong, check_device, recipe.device)
+    def look_for(name: str, do: Callable[..., Any], *arguments: Any) -> None:
+        if name not in lacking:
+            try:
+                do(*arguments)
+            except UserError as e:
+                lacking[name] = str(e)
+
+    lines = look(read_sets, recipe.translation.sets) or []
+    look(pick_engine, recipe.engine)
+    look(check_device, recipe.device)
     if condition:
-        attempt(wrong, _check_condition, condition, recipe, lines, scales)
-    metrics = recipe.translation.metrics if lines else []
+        look(_check_condition, condition, recipe, lines, scales)
+    metrics, tasks = recipe.translation.metrics if lines else [], recipe.reasoning.tasks
+    if "terms" in metrics:
+        look(_check_terms, lines)
     for name in metrics:
-        attempt(wrong if name == "terms" else lacking, _check_metric, name, lines, recipe)
-    if recipe.reasoning.tasks:
-        attempt(lacking, reasoning.check_setup, recipe)
-    if livecodebench.NAME in recipe.reasoning.tasks:
-        attempt(lacking, _about, livecodebench.NAME, livecodebench.check, recipe)
-    if not wrong and not lacking:
+        look_for(name, _check_metric, name, lines, recipe.translation)
+    for task in tasks:
+        if task == livecodebench.NAME:
+            look_for(task, _about, task, livecodebench.check, recipe)
+        else:
+            look_for(task, reasoning.check_setup, recipe)
+    if not wrong and (skip or not lacking):
         for name in metrics:
-            attempt(lacking, _check_model, name, recipe.translation)
-        for task in recipe.reasoning.tasks:
-            attempt(lacking, _about, task, reasoning.check_task, task, recipe)
-    if wrong or (lacking and recipe.on_missing == "stop"):
-        if lacking:
-            lacking[-1] += " (on_missing=skip: what lacks something is left out)"
-        raise UserError(*wrong, *lacking)
-    for line in lacking:
+            look_for(name, _check_model, name, recipe.translation)
+        for task in tasks:
+            look_for(task, _about, task, reasoning.check_task, task, recipe)
+    told = [*dict.fromkeys(lacking.values())]  # all tasks may lack the same
+    if wrong or told and not (skip and any(name not in lacking for name in (*metrics, *tasks))):
+        if told and not skip:
+            told[-1] += " (on_missing=skip: what lacks something is left out)"
+        raise UserError(*wrong, *told)
+    for line in told:
         print(f"left out: {line}", file=sys.stderr)
     return lines
 
@@ -86,16 +97,13 @@ def _check_condition(
     )
 
 
-def _check_metric(name: str, lines: Sequence[Lines], recipe: EvaluateRecipe) -> None:
+def _check_metric(name: str, lines: Sequence[Lines], config: TranslationConfig) -> None:
     """What can be seen at once."""
-    config = recipe.translation
     if name == "xcomet":
         check_packages(config.comet_python, ["unbabel-comet"], option="translation.comet_python")
     elif name == "metricx":
         check_packages(config.metricx_python, METRICX_NEEDS, option="translation.metricx_python")
-    elif name == "terms":
-        _check_terms(lines)
-    else:
+    elif name != "terms":
         check_one = translation.check_identifier if name == "off_target" else _make
         for target in dict.fromkeys(each.languages[1] for each in lines):
             check_one(name, target, config)

@@ -97,7 +97,6 @@ def check_task(task: str, recipe: EvaluateRecipe) -> None:
         raise UserError(f"{about['judges'][0]} executes code where it cannot be limited")
     if about["executes"]:
         permitted(r.code_isolation)
-        readable(r.code_reads)
 
 
 def _key(subject: Subject, recipe: EvaluateRecipe, *more: object) -> str:
@@ -132,11 +131,11 @@ def _run(
     r = recipe.reasoning
     try:
         check_task(task, recipe)
+        reads = readable(r.code_reads) + ([Path(r.include_path)] if r.include_path else [])
     except UserError as e:
         return str(e)
     python = _python(recipe)
     about = _look(python, tuple(r.tasks), r.include_path)[task]
-    reads = readable(r.code_reads) + ([Path(r.include_path)] if r.include_path else [])
     working = folder.with_name(f".{folder.name}")
     remove(working)
     command = command_line(subject, task, recipe, working, cache)

@@ -103,6 +103,8 @@ def load_evaluate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Eva
     recipe = load_options(EvaluateRecipe, path, overrides)
     if not recipe.translation.sets and not recipe.reasoning.tasks:
         raise UserError("translation.sets or reasoning.tasks: something to evaluate is wanted")
+    if recipe.translation.sets and not recipe.translation.metrics:
+        raise UserError("translation.metrics: at least one is wanted, such as chrf")
     names = [s.name.casefold() for s in recipe.translation.sets]  # of files, see `RESERVED`
     for i, test in enumerate(recipe.translation.sets):
         at = f"translation.sets.{i}"

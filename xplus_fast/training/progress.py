@@ -11,11 +11,97 @@ _PLAIN_EVERY = 10.0  # seconds between lines where nothing can be rewritten: a f
 _RECENT = 20  # steps that speed and ETA are averaged over
 
 
-class LiveLine:
+class _Line:
+    """A line that is rewritten in place on a terminal; elsewhere a plain one, now and then.
+
+    stream: written to, flushed at once. clock: seconds, monotonic.
+    """
+
+    def __init__(self, stream: TextIO | None, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.stream = stream if stream is not None else sys.stderr  # the one of now, not of import
+        self.tty = self.stream.isatty()
+        self.written_at = float("-inf")  # when the last plain line was written
+        self.drawn = 0  # characters standing on the terminal's line
+        self.unwritten = ""  # a plain line held back, for it came too soon
+
+    def show(self, fields: list[str], *, at_once: bool = False) -> None:
+        """Show fields, the most wanted first. at_once: also where a plain line would wait."""
+        if self.tty:
+            # One column stays free: writing the last one wraps on some terminals
+            text = _fit(fields, shutil.get_terminal_size().columns - 1)
+            self.stream.write("\r" + text.ljust(self.drawn))
+            self.stream.flush()
+            self.drawn = len(text)
+            return
+        self.unwritten = "  ".join(fields)
+        now = self.clock()
+        if at_once or now - self.written_at >= _PLAIN_EVERY:
+            self._write_plain(now)
+
+    def _write_plain(self, now: float) -> None:
+        self.stream.write(self.unwritten + "\n")
+        self.stream.flush()
+        self.written_at, self.unwritten = now, ""
+
+
+class WorkLine(_Line):
+    """How far some work of several kinds is, and how long the rest will take.
+
+    total: of each kind, how much there is. show: False shows nothing.
+    """
+
+    def __init__(
+        self, total: dict[str, int], *, show: bool = True, stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(stream, clock)
+        self.total, self.shown = total, show
+        self.done = dict.fromkeys(total, 0)
+        self.seconds = dict.fromkeys(total, 0.0)
+        self.written_at = self.since = clock()  # what is soon done needs no plain line
+        self.what = self.kind = ""
+
+    def __enter__(self) -> "WorkLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing of the line stays."""
+        if self.drawn:
+            self.stream.write("\r" + " " * self.drawn + "\r")
+            self.stream.flush()
+
+    def begin(self, what: str, kind: str) -> None:
+        """Go on with work of a kind, under another name."""
+        self.what, self.kind = what, kind
+        self._tell()
+
+    def update(self, count: int = 1) -> None:
+        """Some of it is done."""
+        now = self.clock()
+        self.seconds[self.kind] += now - self.since
+        self.done[self.kind] += count
+        self.since = now
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self.shown:
+            return
+        left = {kind: n - self.done[kind] for kind, n in self.total.items() if n > self.done[kind]}
+        known = [kind for kind in left if self.done[kind]]
+        rest = sum(left[kind] * self.seconds[kind] / self.done[kind] for kind in known)
+        fields = [self.what, f"{sum(self.done.values())}/{sum(self.total.values())}"]
+        if known:  # of the others nothing is known yet
+            more = "more than " if len(known) < len(left) else ""
+            fields.append(f"{more}{duration(rest)} left")
+        self.show(fields)
+
+
+class LiveLine(_Line):
     """Shows the lines of metrics.jsonl as they are made; one object a stage.
 
-    stage: its name. steps: how many it has. stream: written to, flushed at once. clock: seconds,
-    monotonic; speed and ETA are by this clock, so time spent saving checkpoints counts.
+    stage: its name. steps: how many it has. Speed and ETA are by `clock`, so time spent saving
+    checkpoints counts.
     """
 
     def __init__(
@@ -25,15 +111,11 @@ class LiveLine:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stage, self.steps, self.clock = stage, steps, clock
-        self.stream = stream if stream is not None else sys.stderr  # the one of now, not of import
-        self.tty = self.stream.isatty()
+        super().__init__(stream, clock)
+        self.stage, self.steps = stage, steps
         # tokens of a step, those computed, seconds
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=_RECENT)
         self.seen_at: float | None = None  # when the last update came
-        self.written_at = float("-inf")  # when the last plain line was written
-        self.drawn = 0  # characters standing on the terminal's line
-        self.unwritten = ""  # a plain line held back, for it came too soon
 
     def update(self, line: dict[str, Any]) -> None:
         """Show one optimizer step, given as its line of metrics.jsonl."""
@@ -41,17 +123,7 @@ class LiveLine:
         elapsed = line["seconds"] if self.seen_at is None else now - self.seen_at
         self.seen_at = now
         self.recent.append((line["tokens"], line["tokens_computed"], elapsed))
-        fields = self._fields(line)
-        if self.tty:
-            # One column stays free: writing the last one wraps on some terminals
-            text = _fit(fields, shutil.get_terminal_size().columns - 1)
-            self.stream.write("\r" + text.ljust(self.drawn))
-            self.stream.flush()
-            self.drawn = len(text)
-        else:
-            self.unwritten = "  ".join(fields)
-            if line["step"] >= self.steps or now - self.written_at >= _PLAIN_EVERY:
-                self._write_plain(now)
+        self.show(self._fields(line), at_once=line["step"] >= self.steps)
 
     def close(self) -> None:
         """End the line, so that what is printed next starts on its own."""
@@ -61,11 +133,6 @@ class LiveLine:
             self.drawn = 0
         if self.unwritten:  # stopped between two lines: show how far it came
             self._write_plain(self.clock())
-
-    def _write_plain(self, now: float) -> None:
-        self.stream.write(self.unwritten + "\n")
-        self.stream.flush()
-        self.written_at, self.unwritten = now, ""
 
     def _fields(self, line: dict[str, Any]) -> list[str]:
         """What is shown, the most wanted first: a narrow terminal loses the last ones."""

@@ -138,10 +138,11 @@ def _before_after(rows: list[Row], measured: Measured) -> str:
         cells = [name, *(_number(x, 3) for x in loss), _percent(loss)]
         cells += [*(_number(x, 1) for x in chrf), _points(chrf)] if with_chrf else []
         table.append(cells)
-    notes = [
-        "Loss: nats per supervised token of held-out examples, lower is better. chrF++: 0 to 100,"
-        f" higher is better. {_RETENTION.capitalize()}: its loss should not move."
-    ]
+    notes = ["Loss: nats per supervised token of held-out examples, lower is better."]
+    if with_chrf:
+        notes[0] += " chrF++: 0 to 100, higher is better."
+    if rows[-1][0] == _RETENTION:
+        notes[0] += f" {_RETENTION.capitalize()}: its loss should not move."
     if len(measured) == 1:
         notes.append(f"Measured {', '.join(map(_escape, measured))} only: nothing to compare with.")
     for label, value in measured.items():

@@ -143,15 +143,16 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
         if not restart:
             look_at(run, recipe)
     tokenizer = load_tokenizer(base)
+    texts = read_text(recipe.data.retention) if recipe.data.retention else []
     corpora, works = _load_corpora(recipe, tokenizer, shape.vocabulary, say, place)
     _show_first(corpora[0], tokenizer, say)
     read = [read_rows(*x, place) for x in zip(corpora, works, strict=True)]
     _, where, named = plan_recipe(here, here=card, works=works, read=read)
     plans = [plan for _, plan in share(named, place)]
     whole = dry_run or where.card is not None
-    say(describe_plans(recipe.model, shape, where, named, whole=whole, known=True))
-    texts = read_text(recipe.data.retention) if recipe.data.retention else []
+    in_words = describe_plans(recipe.model, shape, where, named, whole=whole, known=True)
     if dry_run:
+        say(in_words)
         return "dry run: nothing was trained"
     hidden = HiddenCaches(place, say)
     if place.first:
@@ -160,6 +161,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
             throw_away(run)
         steps = [len(c.train) // place.processes for c in corpora]
         claim(run, recipe, base, corpora, steps, [frozen_formats(plan) for plan in plans], card)
+    say(in_words)  # behind whatever may be wrong with the data
     barrier(place)
 
     cap(place.device, where.budget)
