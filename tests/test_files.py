@@ -59,7 +59,8 @@ OF_MODULES = {  # names that mean something else elsewhere
     "pq": {"write_table"},
 }  # fmt: skip
 # What runs where nothing of ours can be imported: in another Python, around a judged program
-ALONE = {f"evaluation/{name}.py" for name in ("confine", "livecodebench_bridge", "replay")}
+SCRIPTS = ("confine", "livecodebench_bridge", "metricx", "replay")
+ALONE = {f"evaluation/{name}.py" for name in SCRIPTS}
 # What writes into a handle of ours
 ALLOWED = {
     ("data/corpus.py", "np.save"),

@@ -33,7 +33,8 @@ class InPlace:
 
     def __init__(self, changes: Changes, recipe: EvaluateRecipe) -> None:
         """Raises `UserError` for what cannot be evaluated in place."""
-        self._files = CheckpointFiles.open(changes.base)
+        base = changes.base
+        self._files = CheckpointFiles.open(base)
         codes = any(entry.scale is not None for entry in self._files.entries.values())
         if recipe.engine == "vllm":
             raise UserError(

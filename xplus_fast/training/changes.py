@@ -51,8 +51,8 @@ class Changes(Mapping[str, Tensor]):
     def __init__(self, run: Path) -> None:
         """Raises `UserError` where the run is not there, not finished or damaged."""
         recipe = read_recipe(run)
-        self.run, self._files = run, CheckpointFiles.open(resolve_model(recipe.model))
-        self.base = self._files.folder
+        self.run, self.base = run, (base := resolve_model(recipe.model))
+        self._files = CheckpointFiles.open(base)
         self._shape = shape_of(load_config(self.base))
         self._stages: dict[str, Final] = {}
         self._layers: dict[str, list[int]] = {}

@@ -296,7 +296,10 @@ BAD_OPTIONS = [
     ({"steps": {"dedup": {}}}, "corpora.0.steps.dedup: not a step of one corpus; known: format"),
     ({"steps": {"quality": {"treshold": 1}}}, "corpora.0.steps.quality.treshold: unknown option"),
     ({"steps": {"quality": {"threshold": "high"}}}, "corpora.0.steps.quality.threshold: a number"),
-    ({"steps": {"quality": {"margin": 0}}}, "corpora.0.steps.quality.margin: goes with method e5"),
+    (
+        {"steps": {"quality": {"margin": 0, "method": "score"}}},
+        "corpora.0.steps.quality.margin: goes with method auto or e5",
+    ),
 ]
 
 
