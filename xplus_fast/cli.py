@@ -1,4 +1,4 @@
-"""`xplus-fast`: prepare, plan, train, export, verify, sensitivity, evaluate, compare, bench."""
+"""`xplus-fast`: from `init`, which writes a first recipe, to `compare`; `--help` lists all."""
 
 import argparse
 import importlib
@@ -14,6 +14,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.files import resolve, working_in
 from xplus_fast.options import PATH, check_text
 from xplus_fast.signals import Stopped, listen
+from xplus_fast.starter import RECIPES, init
 from xplus_fast.terminal import StandardStreams, one_line
 from xplus_fast.threads import sleep_where_busy
 
@@ -73,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xplus-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    start = commands.add_parser("init", help="a commented recipe to begin with, in this folder")
+    start.add_argument(
+        "which", nargs="?", choices=RECIPES, default="8b", help="of which model (default: 8b)"
+    )
+    start.set_defaults(run=_init)
 
     prepare = commands.add_parser(
         "prepare", help="raw parallel corpora -> a clean, balanced set of conversations"
@@ -184,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _init(options: argparse.Namespace) -> int:
+    print(init(options.which))
+    return 0
 
 
 def _prepare(options: argparse.Namespace) -> int:

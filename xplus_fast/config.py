@@ -270,7 +270,8 @@ def _check(recipe: Recipe) -> None:
 
 
 def _all_sources(recipe: Recipe) -> dict[str, list[Source]]:
-    found = {"data.sources": recipe.data.sources, "data.retention": recipe.data.retention}
+    names = ("sources", "retention", "validation")
+    found = {f"data.{name}": getattr(recipe.data, name) for name in names}
     stages = {f"stages.{i}.sources": stage.sources or [] for i, stage in enumerate(recipe.stages)}
     return found | stages
 

@@ -50,6 +50,11 @@ def load_options(cls: type[Options], path: str | Path, overrides: Sequence[str] 
     return _build(cls, tree, "")
 
 
+def overlaid(options: Options, changes: dict[str, Any], at: str) -> Options:
+    """The options with others laid over them. Raises `UserError`, which names them below `at`."""
+    return _build(type(options), {**to_dict(options), **changes}, at)
+
+
 def to_dict(options: Any) -> dict[str, Any]:
     return dataclasses.asdict(options)
 
@@ -196,6 +201,8 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 def _convert(hint: Any, value: Any, at: str, extra: Any = None) -> Any:
     """The value as its type wants it; `extra` is a `Range` or a kind of text."""
+    if hint is Any:  # laid over options later, by `overlaid`, which looks at it
+        return value
     origin = get_origin(hint)
     if origin is Annotated:
         inner, extra = get_args(hint)

@@ -10,7 +10,7 @@ import yaml
 from tests.data.kinds import CARD, PLAIN, StandIn, jsonl, layout
 from xplus_fast.config import DataConfig, Source, load_recipe
 from xplus_fast.data.corpus import describe, load_corpus
-from xplus_fast.data.readers import Reading, read_examples
+from xplus_fast.data.readers import Reading, read_examples, read_text
 from xplus_fast.errors import UserError
 from xplus_fast.model import hub as hub_module
 
@@ -45,6 +45,10 @@ def test_sets_by_their_whole_names(tmp_path: Path) -> None:
     assert answers(root, split="test") == ["data/test_sft-00000-of-00001.jsonl"]
     with pytest.raises(UserError, match="several sets, train_gen, train_sft; .* as `split:`"):
         answers(root)
+    plain = layout(tmp_path / "p", "a.jsonl", "b.jsonl")
+    assert answers(plain, split="train") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="no split 'test'; found a, b"):
+        answers(plain, split="test")
     files = layout(tmp_path / "f", "en-fr.train.jsonl", "en-sw.train.jsonl", "en-sw.test.jsonl")
     assert answers(files, subset="en-sw") == ["en-sw.train.jsonl"]
 
@@ -65,6 +69,9 @@ def test_the_card_of_a_snapshot_says_what_is_where(tmp_path: Path) -> None:
     (root / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: gone/*\n---\n")
     with pytest.raises(UserError, match="none of the files is there that its card names for 'x'"):
         answers(root)
+    files = "    train: sw/a.jsonl\n    dev: sw/b.jsonl\n"
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files:\n{files}---\n")
+    assert answers(root) == ["sw/a.jsonl"] and answers(root, split="dev") == ["sw/b.jsonl"]
     card = "---\nconfigs:\n- config_name: x\n  data_dir: sw\n  data_files: '*.jsonl'\n---\n"
     (root / "README.md").write_text(card)
     assert answers(root) == ["sw/a.jsonl", "sw/b.jsonl", "sw/held.jsonl"]
@@ -75,6 +82,10 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     cache = tmp_path / "datasets--org--name"
     layout(cache / "snapshots" / "abc", "train.jsonl")
     layout(cache / "snapshots" / "def", "data/train.jsonl", "data/test.jsonl")
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(sorted((cache / "snapshots" / "def" / "data").iterdir())):
+        file.rename(cache / "blobs" / f"{i}")  # where the bytes are, under names that tell nothing
+        file.symlink_to(f"../../../blobs/{i}")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("def")
     assert answers(cache) == ["data/train.jsonl"]
@@ -149,3 +160,40 @@ def test_options_that_fit_nothing(options: dict[str, Any], says: str, tmp_path: 
     with pytest.raises(UserError) as e:
         list(read_examples(load_recipe(tmp_path / "r.yaml").data.sources[0], PLAIN, Reading()))
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_folder_of_one_set_has_no_splits(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
+    one.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / ".xplus-prepare").touch()
+    one.to_parquet(tmp_path / "made" / "data-00000.parquet")
+    for name in ("saved", "made"):
+        assert answers(tmp_path / name) == ["a"]
+        for option in ({"split": "train"}, {"subset": "x"}):
+            with pytest.raises(UserError, match="this folder holds one set, with no"):
+                answers(tmp_path / name, **option)
+
+
+def test_what_only_records_have_is_not_asked_of_others(tmp_path: Path) -> None:
+    for name in ("x.en", "x.sw", "x.txt"):
+        (tmp_path / name).write_text("one\n")
+    lines = [str(tmp_path / "x.en"), str(tmp_path / "x.sw")]
+    columns = {"columns": {"user": "a"}}
+    for options in (columns, {"split": "test"}, {"subset": "x"}):
+        (option,) = options
+        with pytest.raises(UserError, match=f"{option}: format lines has none"):
+            list(read_examples(Source(lines, **options), PLAIN, Reading()))
+    with pytest.raises(UserError, match="columns: format text has none"):
+        read_text([Source(str(tmp_path / "x.txt"), **columns)])
+
+
+@pytest.mark.parametrize("name", ["sources", "retention", "validation"])
+def test_columns_are_checked_wherever_sources_stand(name: str, tmp_path: Path) -> None:
+    source = {"path": "x.csv", "columns": {"nothing": "a"}}
+    tree = {"model": "m", "output": "o", "stages": [{"layers": 1}], "data": {name: [source]}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=f"data.{name}.0.columns.nothing: unknown"):
+        load_recipe(tmp_path / "r.yaml")

@@ -141,6 +141,15 @@ TABLES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
                     [turn('English>Swahili: "one," he said', '"moja"')]),
     "written.tsv": ('en\tsw\n"say ""one"""\tmoja\n', {"directions": "forward"},
                     [turn('English>Swahili: say "one"', "moja")]),
+    "quoted.tsv": ('"en"\t"sw"\n"one\n""two"""\t"moja"\n', {"directions": "forward"},
+                   [turn('English>Swahili: one\n"two"', "moja")]),
+    "numbered.csv": ("id,en,sw\n1,one,moja\nb-2,two,mbili\n", {"directions": "forward"},
+                     [turn("English>Swahili: one", "moja"), turn("English>Swahili: two", "mbili")]),
+    "messages.csv": (
+        'messages\n"[{""from"": ""Human"", ""value"": ""q""}, '
+        '{""from"": ""gpt"", ""value"": ""a""}]"\n',
+        {}, [turn("q", "a")],
+    ),
     "bare.tsv": ("one\tmoja\n", {"directions": "forward", "columns": {"en": 1, "sw": 2}},
                  [turn("English>Swahili: one", "moja")]),
     "scored.tsv": ("1.07\tone\tmoja\n",

@@ -101,7 +101,7 @@ IN_TEXT = {
 }
 
 
-@pytest.mark.parametrize("form", ["messages", "sharegpt", "in text", "parquet"])
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "in text", "parquet", "older"])
 def test_tools_and_calls_as_the_template_has_them(
     form: str, tmp_path: Path, small_tokenizer: Any
 ) -> None:
@@ -111,6 +111,10 @@ def test_tools_and_calls_as_the_template_has_them(
     elif form == "in text":
         call = message("assistant", "", tool_calls=[IN_TEXT])
         record["messages"] = [CHAT_OF_TOOLS[0], call, *CHAT_OF_TOOLS[2:]]
+    elif form == "older":
+        call = message("assistant", None, function_call=IN_TEXT["function"])
+        given = message("function", "2", name="add")
+        record["messages"] = [CHAT_OF_TOOLS[0], call, given, CHAT_OF_TOOLS[3]]
     path = tmp_path / ("x.parquet" if form == "parquet" else "x.jsonl")
     if form == "parquet":
         other = {"type": "function", "function": {"name": "sub", "parameters": {"z": {"k": "v"}}}}
@@ -169,7 +173,8 @@ BAD_CALLS = [
     ({}, {"tool_calls": [{"name": "f", "arguments": [1]}]}, "arguments of f: an object is wanted"),
     ({}, {"tool_calls": [{"arguments": {}}]}, "a function with a name is wanted"),
     ({}, {"tool_calls": "x"}, "tool_calls: text that is no JSON"),
-    ({}, {"function_call": {"name": "f"}}, "a message with other keys (function_call"),
+    ({}, {"function_call": "f"}, "tool_calls: text that is no JSON"),
+    ({}, {"tool_calls": [{"name": "f"}], "function_call": {"name": "f"}}, "(function_call; only"),
 ]
 
 

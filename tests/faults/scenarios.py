@@ -167,6 +167,7 @@ def _recipes(shared: Path) -> dict[str, Any]:
         },
         "prepare": {
             "output": "prepared",
+            "quality": {"method": "none"},
             "corpora": [
                 {"path": pairs, "name": "pairs"},
                 {"path": str(shared / "more.jsonl"), "name": "more"},

@@ -149,7 +149,8 @@ def test_two_runs_in_one_folder(workplace, tiny_model_dir, capfd, monkeypatch): 
             "sets": [{"name": "x", "files": "x.{lang}", "directions": ["en-sw"]}],
         },
     }
-    prepare = {"output": str(workplace / "prepared"), "corpora": [{"path": "pairs.jsonl"}]}
+    prepare = {"output": str(workplace / "prepared"), "corpora": [{"path": "pairs.jsonl"}],
+               "quality": {"method": "none"}}  # fmt: skip
     monkeypatch.chdir(workplace)
     for name, tree in (("evaluate", evaluate), ("prepare", prepare)):
         (workplace / f"{name}.yaml").write_text(yaml.safe_dump(tree))

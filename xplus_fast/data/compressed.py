@@ -53,9 +53,9 @@ def _stream(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".xz":
-        return lzma.open(path)
+        return lzma.LZMAFile(path)
     if path.suffix == ".bz2":
-        return bz2.open(path)
+        return bz2.BZ2File(path)
     if path.suffix == ".zst":
         import pyarrow
 

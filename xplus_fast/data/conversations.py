@@ -4,7 +4,7 @@
 |---|---|
 | {"role", "content"}, {"from", "value"} | role, content |
 | content of [{"type": "text", "text": ...}, ...] | the texts, one after the other |
-| tool_calls, arguments as JSON in text too | {"type": "function", "function": {name, arguments}} |
+| tool_calls, function_call; arguments maybe as text | {"function": {"name", "arguments"}}, ... |
 | from: function_call, value: JSON of a call or a list of them | an answer with tool_calls |
 | weight: 0, train: false, loss: false of an answer | learn: false |
 """
@@ -32,7 +32,10 @@ _ABOUT = frozenset(
 )
 _LEARN = ("weight", "train", "loss")  # switches of a message that are heeded
 _READ = "only role, content, tool_calls, weight, train and loss are read"
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool",
+}  # fmt: skip
 _SHAREGPT = {
     **_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "bot": "assistant", "observation": "tool", "function_response": "tool", "tool_response": "tool",
@@ -113,13 +116,15 @@ def _message(item: Any, sharegpt: bool) -> Message:
     if not isinstance(item, dict):
         raise Unfit(WRONG_TYPE, f"a message is an object, found {item!r:.60}")
     roles, speaker, said = (_SHAREGPT, "from", "value") if sharegpt else (_ROLES, "role", "content")
-    calls = None if is_empty(item.get("tool_calls")) else item["tool_calls"]
+    called = [k for k in ("tool_calls", "function_call") if not is_empty(item.get(k))]
+    calls = item[called[0]] if called else None
     if speaker not in item or (said not in item and calls is None):
         found = ", ".join(map(str, item)) or "(none)"
         raise Unfit(ODD_KEYS, f"expected {speaker} and {said}, found {found}")
     role = item[speaker]
     if not isinstance(role, str):
         raise Unfit(WRONG_TYPE, f"{speaker}: text is wanted, found {role!r:.60}")
+    role = role.lower() if sharegpt else role
     if role not in roles:
         raise Unfit("an unknown role", f"'{role}'; known: {', '.join(roles)}")
     content = _text(item.get(said), said, calls is not None)
@@ -129,8 +134,8 @@ def _message(item: Any, sharegpt: bool) -> Message:
     if calls is not None:
         if message["role"] != "assistant":
             raise Unfit(ODD_MESSAGE, f"tool_calls of {role}: only an assistant calls tools")
-        message["tool_calls"] = [_call(call) for call in _listed(calls, "tool_calls")]
-    others = {k: v for k, v in item.items() if k not in (speaker, said, "tool_calls")}
+        message["tool_calls"] = [_call(call) for call in listed(calls, "tool_calls")]
+    others = {k: v for k, v in item.items() if k not in (speaker, said, *called[:1])}
     if message["role"] == "tool":
         for key in ("name", "tool_call_id"):
             if isinstance(others.get(key), str):
@@ -178,8 +183,8 @@ def _heed(message: Message, others: dict[str, Any]) -> None:
             raise Unfit(ODD_MESSAGE, f"{key}: {value!r} of {message['role']}: answers are learnt")
 
 
-def _listed(value: Any, key: str) -> list[Any]:
-    """A list, or one as JSON in text."""
+def listed(value: Any, key: str) -> list[Any]:
+    """A list of objects, or one as JSON in text. Raises `Unfit`."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -213,4 +218,4 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 def tools_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tools that a record offers the model; None: none. Raises `Unfit`."""
     tools = record.get("tools")
-    return None if is_empty(tools) else _listed(tools, "tools")
+    return None if is_empty(tools) else listed(tools, "tools")

@@ -87,7 +87,7 @@ def read_records(
     `where` is "file:line" for JSONL and tables, "file:row" for Parquet and `datasets`,
     "file: item N" for a JSON list; all count from 1.
     """
-    if path.is_dir() and (saved := saved_dataset(path, split)):
+    if path.is_dir() and (saved := saved_dataset(path, split, subset)):
         yield from _saved(saved)
         return
     for file in choose_files(path, split, subset).files:
@@ -202,11 +202,12 @@ def _table(path: Path, header: bool) -> Iterator[tuple[str, dict[str, Any] | Rej
     """Rows of a CSV or TSV file, by the names of their columns.
 
     CSV is quoted as RFC 4180 has it, parted by the comma, semicolon or tab that its first line has
-    most of. TSV is not quoted: a text may begin with a quote; but what writers of quoted TSV make
-    of one with quotes in it is undone.
+    most of. TSV is quoted only where its header is: a text may begin with a quote; but what writers
+    of quoted TSV make of one with quotes in it is undone.
     """
     csv.field_size_limit(LINE_LIMIT)
-    rows = _tsv_rows(path) if kind(path) == ".tsv" else _csv_rows(path)
+    quoted = kind(path) == ".csv" or (header and _begins_quoted(path))
+    rows = _csv_rows(path) if quoted else _tsv_rows(path)
     names: list[str] | None = None
     for where, row in rows:
         if isinstance(row, Rejected):
@@ -226,6 +227,11 @@ def _table(path: Path, header: bool) -> Iterator[tuple[str, dict[str, Any] | Rej
             yield where, Rejected(where, "a row with more or fewer columns", detail)
             continue
         yield where, dict(zip(names, row, strict=True))
+
+
+def _begins_quoted(path: Path) -> bool:
+    _, first = next(read_lines(path))
+    return isinstance(first, str) and first.startswith('"')
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[str, list[str] | Rejected]]:

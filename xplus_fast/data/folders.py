@@ -58,9 +58,10 @@ def choose_files(path: Path, split: str | None = None, subset: str | None = None
     """
     if not path.is_dir():
         return Chosen([path])
-    if (path / _DATASET).is_file():
-        return Chosen(sorted(p for p in path.rglob("*") if p.is_file()))
+    if saved := saved_dataset(path, split, subset):
+        return Chosen(sorted(p for p in saved.rglob("*") if p.is_file()))
     if (path / PREPARED).is_file():
+        _refuse(path, split, subset)
         return Chosen(sorted(path.glob("data-*.parquet")))
     names = []
     for folder, folders, files in os.walk(path):
@@ -70,12 +71,21 @@ def choose_files(path: Path, split: str | None = None, subset: str | None = None
     return choose_names(path, names, card, split, subset)
 
 
-def saved_dataset(path: Path, split: str | None = None) -> Path | None:
+def _refuse(path: Path, split: str | None, subset: str | None) -> None:
+    for option, value in (("split", split), ("subset", subset)):
+        if value is not None:
+            raise UserError(
+                f"{path}: {option}: {value}: this folder holds one set, with no {option}s"
+            )
+
+
+def saved_dataset(path: Path, split: str | None, subset: str | None) -> Path | None:
     """The folder of the one data set that `datasets` saved in `path`; None: it did not.
 
-    Raises `UserError` where `path` holds several splits and not the one that is asked for.
+    Raises `UserError` where `path` does not hold the split or subset that is asked for.
     """
     if (path / _DATASET).is_file():
+        _refuse(path, split, subset)
         return path
     if not (path / _SPLITS).is_file():
         return None
@@ -84,6 +94,7 @@ def saved_dataset(path: Path, split: str | None = None) -> Path | None:
         names = [name for name in told if isinstance(name, str) and (path / name).is_dir()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path / _SPLITS}: damaged ({e})") from None
+    _refuse(path, None, subset)
     found = same_split(split or "train", names)
     if found is None:
         raise UserError(f"{path}: holds the splits {some(names)}; name one of these as `split:`")
@@ -157,6 +168,8 @@ def _configs(root: Path, card: str) -> dict[str, dict[str, list[str]]]:
             files = "**"
         if files is None:
             continue
+        if isinstance(files, dict):
+            files = [{"split": split, "path": path} for split, path in files.items()]
         below = str(config["data_dir"]).strip("./") + "/" if config.get("data_dir") else ""
         splits: dict[str, list[str]] = {}
         for item in files if isinstance(files, list) else [files]:

@@ -86,9 +86,10 @@ def code_of(name: str) -> str | None:
     return found.to_tag() if found.display_name().lower() == name.lower() else None
 
 
-# en-sw, eng_Latn-swh_Latn, en_sw: parted from what stands around by no letter or digit
+# en-sw, eng_Latn-swh_Latn, en-zh_TW, en_sw: parted from what stands around by no letter or digit
+_CODE = r"([a-z]{2,3}(?:_(?:[A-Z][a-z]{3}|[A-Z]{2}|[a-z]{2}))?)"
 _TWO_CODES = re.compile(
-    r"(?<![A-Za-z0-9])([a-z]{2,3}(?:_[A-Z][a-z]{3})?)[-_]([a-z]{2,3}(?:_[A-Z][a-z]{3})?)(?![A-Za-z0-9])"
+    rf"(?<![A-Za-z0-9])(?:{_CODE}-{_CODE}|([a-z]{{2,3}})_([a-z]{{2,3}}))(?![A-Za-z0-9])"
 )
 
 
@@ -101,9 +102,10 @@ def languages_of_name(name: str) -> list[str]:
     def sure(code: str, other: str) -> bool:
         return len(code) != 3 or other in ("en", "eng")
 
+    pairs = [(a or c, b or d) for a, b, c, d in _TWO_CODES.findall(name)]
     found = {
         (a, b)
-        for a, b in _TWO_CODES.findall(name)
+        for a, b in pairs
         if is_language(a) and is_language(b) and sure(a, b) and sure(b, a)
         if canonical(a) != canonical(b)
     }

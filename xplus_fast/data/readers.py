@@ -12,9 +12,8 @@
 | text | {"text": ...}, or a paragraph of a plain file: all of it is learnt, nobody asks |
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.compressed import bare, kind, stem
 from xplus_fast.data.conversations import (
     ODD_KEYS,
-    Messages,
     Unfit,
     is_empty,
     meaningful,
     say,
     tools_of,
 )
+from xplus_fast.data.examples import Example, Pair, Reading
 from xplus_fast.data.files import (
     TEXT_LIMIT,
     WHOLE_LIMIT,
@@ -39,12 +38,7 @@ from xplus_fast.data.files import (
     require,
 )
 from xplus_fast.data.folders import RECORDS, saved_dataset
-from xplus_fast.data.languages import (
-    is_language,
-    language_name,
-    languages_of_name,
-    two_languages,
-)
+from xplus_fast.data.languages import is_language, language_name, languages_of_name, two_languages
 from xplus_fast.data.records import (
     CONVERSATIONS,
     TEXT,
@@ -63,58 +57,6 @@ _NAMED = ("src", "tgt", "pair")  # what `xplus-fast prepare` writes beside messa
 _UNREAD = 100  # keys that are noted as unread at most
 
 
-@dataclass(frozen=True)
-class Example:
-    """One conversation to learn from, or a document."""
-
-    messages: Messages  # ends with the assistant's answer; of a document: one of the role TEXT
-    where: str  # "file:line", for messages to the user
-    tag: str  # translation direction "en-fr", else the source's file stem
-    key: str  # "language pair\0content", equal for both directions and duplicates
-    mirror: str = ""  # of a pair: the same with the other side's text
-    tools: list[dict[str, Any]] | None = None  # that the model is offered
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is a document."""
-        return self.messages[0]["role"] == TEXT
-
-    @property
-    def group(self) -> str:
-        """The language pair, whatever the direction; else the tag."""
-        return self.key.partition("\0")[0] or self.tag
-
-
-@dataclass
-class Reading:
-    """What reading did that the user should hear of."""
-
-    formats: dict[str, str] = field(default_factory=dict)  # path -> the format it was read as
-    files: dict[str, list[str]] = field(default_factory=dict)  # folder -> names of those read
-    left: dict[str, list[str]] = field(default_factory=dict)  # folder -> those of other splits
-    unread: dict[str, str] = field(default_factory=dict)  # key of records -> where first seen
-    skipped: Counter[str] = field(default_factory=Counter)  # reason -> records left out
-    first: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few of them
-
-    def skip(self, rejected: Rejected, data: DataConfig) -> None:
-        """Count a record that cannot be used; with `data.on_error: stop`, raise `UserError`."""
-        if data.on_error == "stop":
-            raise UserError(f"{rejected}; data.on_error: skip leaves such records out")
-        self.skipped[rejected.reason] += 1
-        first = self.first.setdefault(rejected.reason, [])
-        if len(first) < 3:
-            first.append(rejected.where)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A sentence and its translation."""
-
-    where: str
-    languages: tuple[str, str]
-    texts: tuple[str, str]
-
-
 def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterator[Example]:
     """Stream a source's examples; what was chosen and left out goes into `reading`.
 
@@ -124,6 +66,7 @@ def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterato
     """
     name, chosen = _name(source), file_format(source)
     items: Iterator[Pair | Example | Rejected]
+    _check_options(source, chosen)
     if chosen == "lines":
         items = line_pairs(source)
     elif chosen == "gettext":
@@ -155,6 +98,7 @@ def read_text(sources: Sequence[Source]) -> list[str]:
         if source.format not in ("auto", "text"):
             raise UserError(f"{_name(source)}: raw text is wanted here, not '{source.format}'")
         source = replace(source, format="text")
+        _check_options(source, "text")
         items = _from_records(source, "text", Reading()) if has_records(source) else None
         of_source = []
         for item in islice(items or paragraphs(source), source.limit):
@@ -165,6 +109,14 @@ def read_text(sources: Sequence[Source]) -> list[str]:
             raise UserError(f"{_name(source)}: no text in it")
         texts += of_source
     return texts
+
+
+def _check_options(source: Source, chosen: str) -> None:
+    """See that what only records have is asked of records alone. Raises `UserError`."""
+    if chosen in ("lines", "gettext") or (chosen == "text" and not has_records(source)):
+        for option in ("split", "subset", "columns"):
+            if getattr(source, option):
+                raise UserError(f"{_name(source)}: {option}: format {chosen} has none")
 
 
 def paragraphs(source: Source) -> Iterator[Example | Rejected]:
@@ -206,7 +158,7 @@ def file_format(source: Source) -> str:
     if pinned == "lines":
         raise UserError(f"{path}: format 'lines' wants a list of two files, found one path")
     if path.is_dir():
-        saved = saved_dataset(path, source.split)
+        saved = saved_dataset(path, source.split, source.subset)
         catalogs = not saved and any(path.glob("**/LC_MESSAGES/*.po"))
         found = "gettext" if catalogs else "records"
     else:

@@ -1,5 +1,7 @@
 """Records -> conversations and translation pairs; how a record's keys tell its format."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from xplus_fast.data.conversations import (
     Messages,
     Unfit,
     conversation,
+    listed,
     say,
 )
 from xplus_fast.data.languages import code_of, is_language, two_languages
@@ -40,6 +43,7 @@ COLUMNS = (
     "tools", "prompt", "completion", "instruction", "input", "output", "translation",
     "text",
 )  # fmt: skip
+_NUMBER = re.compile(r"[\w.:-]*\d[\w.:-]*")
 _OPTIONAL = ("system", "tools", "input", "src_lang", "tgt_lang", "score")  # of a record
 _SAME = {"user": "prompt", "assistant": "completion"}
 # Keys of each format that are read; of a pair written flat, its languages beside.
@@ -107,19 +111,21 @@ def detect(
         return next((lower[name] for name in names if name in lower), None)
 
     wanted = {"sharegpt": "messages"}.get(pinned, pinned)
+    flat = wanted in ("auto", "translation") and len(languages_in(record)) >= 2
     for name, keys, more in _FORMS:
-        if wanted not in ("auto", name):
+        # beside two languages "text" is one of many notes
+        if wanted not in ("auto", name) or (flat and name == "text"):
             continue
         found = {ours: called((ours, *theirs)) for ours, theirs in keys.items()}
         if None in found.values() or len({*found.values()}) < len(found):
             continue
         found |= {ours: key for ours, names in more.items() if (key := called((ours, *names)))}
         return _form(name, record, found, given)
-    if wanted in ("auto", "translation") and len(languages_in(record)) >= 2:
+    if flat:
         return _form("translation", record, {}, given)
     if pinned != "auto":  # reading will say what it lacks
         return Form(pinned, given, READ[pinned])
-    known = "; ".join(" and ".join(keys) for _, keys, _ in _FORMS)
+    known = "; ".join(dict.fromkeys(" and ".join(keys) for _, keys, _ in _FORMS))
     raise UserError(
         f"{where}: no known format has the keys {_list(record)}; known: {known}; two languages;"
         " `columns:` of the source says which is what, such as {user: question, assistant: answer}"
@@ -129,6 +135,11 @@ def detect(
 def _form(name: str, record: dict[str, Any], found: Columns, given: Columns) -> Form:
     if name == "messages":
         items = record[found["messages"]]
+        if isinstance(items, str):
+            try:
+                items = json.loads(items)
+            except (ValueError, RecursionError):  # reading will say so
+                items = None
         first = items[0] if isinstance(items, list) and items else None
         if isinstance(first, dict) and "from" in first:
             name = "sharegpt"
@@ -152,7 +163,7 @@ def _fields(
         raise Unfit(ODD_KEYS, detail)
     for k in keys:
         if not isinstance(record[k], types):
-            wanted = "text" if types is str else "a list" if types is list else "text or a list"
+            wanted = "text" if types is str else "a list" if k == "messages" else "text or a list"
             raise Unfit(WRONG_TYPE, f"{k}: {wanted} is wanted, found {record[k]!r:.60}")
     return [record[k] for k in keys]
 
@@ -177,12 +188,17 @@ def _after_system(record: dict[str, Any], messages: Messages) -> Messages:
 
 
 def _messages(record: dict[str, Any]) -> Messages:
-    return _after_system(record, conversation(_fields(record, ("messages",), list)[0]))
+    return _after_system(record, conversation(_items(record)))
 
 
 def _sharegpt(record: dict[str, Any]) -> Messages:
-    items = _fields(record, ("messages",), list)[0]
-    return _after_system(record, conversation(items, sharegpt=True))
+    return _after_system(record, conversation(_items(record), sharegpt=True))
+
+
+def _items(record: dict[str, Any]) -> list[Any]:
+    """The messages, which tables have as JSON in text."""
+    (items,) = _fields(record, ("messages",), (list, str))
+    return listed(items, "messages") if isinstance(items, str) else items
 
 
 def _prompt(record: dict[str, Any]) -> Messages:
@@ -207,6 +223,9 @@ def languages_in(record: dict[str, Any]) -> dict[str, str]:
     """code -> key, of the keys that are codes of languages or, if these are none, their names."""
     texts = [k for k, v in record.items() if isinstance(v, str)]
     codes = {k: k for k in texts if is_language(k)}
+    for name in ("id", "no"):  # numbers of records as often as Indonesian and Norwegian
+        if len(codes) > 2 and _NUMBER.fullmatch(codes.get(name) and record[name] or ""):
+            del codes[name]
     if len(codes) >= 2:
         return codes
     return {code: k for k in texts if (code := code_of(k)) is not None}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from xplus_fast.config import Source, is_hub_data
 from xplus_fast.data.files import require
-from xplus_fast.data.folders import Chosen, choose_files, choose_names, saved_dataset, snapshot
+from xplus_fast.data.folders import Chosen, choose_files, choose_names, snapshot
+from xplus_fast.data.splits import missing_piece
+from xplus_fast.errors import UserError
 from xplus_fast.model.hub import data_from_hub
 
 
@@ -30,6 +32,8 @@ def _downloaded(name: str, split: str | None, subset: str | None) -> Path:
 
 def chosen_files(source: Source) -> Chosen:
     """The files of records that a source is read from, and those left alone."""
-    path = located(source)
-    saved = saved_dataset(path, source.split) if path.is_dir() else None
-    return choose_files(saved or path, source.split, source.subset)
+    chosen = choose_files(located(source), source.split, source.subset)
+    # a download that was cut off, gone on with where the hub is not reached
+    if is_hub_data(str(source.path)) and (piece := missing_piece(chosen.files)):
+        raise UserError(f"{source.path}: {piece} is not in the hub's cache; download it")
+    return chosen

@@ -65,7 +65,10 @@ def choose_split(
             )
         chosen = chosen or unclear
     else:
-        chosen = told.get(_SPLITS.get(split.lower(), " "), [])
+        wanted = _SPLITS.get(split.lower(), " ")
+        chosen = told.get(wanted, [])
+        if wanted == "train" and {*told} == {""}:
+            chosen = told[""]
         # one by its whole name: train_sft, validation_matched
         chosen = chosen or [f for f in files if split in (_set_of(f), *_folders(f, folder))]
         if not chosen:
@@ -82,6 +85,18 @@ def choose_split(
             " one of these as `split:`"
         )
     return sorted(chosen), sorted(file for file in files if file not in chosen)
+
+
+def missing_piece(files: Sequence[Path]) -> str:
+    """The first piece that is not among those of its set, as 00001-of-00002; empty if none is."""
+    names = {stem(file) for file in files}
+    for name in sorted(names):
+        if shard := _SHARD.fullmatch(name):
+            pieces = int(name[-5:])
+            wanted = [f"{shard[1]}-{i:05}-of-{pieces:05}" for i in range(pieces)]
+            if gone := next((piece for piece in wanted if piece not in names), ""):
+                return gone
+    return ""
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

@@ -48,22 +48,27 @@ def data_from_hub(name: str, choose: Callable[[Sequence[str], str], Sequence[str
     """
 
     def download(hub: Any) -> str:
-        def have(**options: Any) -> str:
-            return hub.snapshot_download(name, repo_type="dataset", **options)
+        def have(wanted: Sequence[str], local: bool) -> str:
+            # the card of all, lest newer clients find the snapshot incomplete without the rest
+            patterns = [*map(glob.escape, wanted), "README.md"]
+            return hub.snapshot_download(
+                name, repo_type="dataset", allow_patterns=patterns, local_files_only=local
+            )
 
         if hub.constants.HF_HUB_OFFLINE:
-            return have(local_files_only=True)
+            return have([], local=True)
         try:
             _reach(hub.constants.ENDPOINT)
-        except OSError:
-            return have(local_files_only=True)
-        names = [file.rfilename for file in hub.HfApi().dataset_info(name).siblings]
+            names = [file.rfilename for file in hub.HfApi().dataset_info(name).siblings]
+        except hub.errors.HfHubHTTPError:  # the hub's answer
+            raise
+        except _clients(hub.errors):
+            return have([], local=True)
         card = ""
         if "README.md" in names:
             path = hub.hf_hub_download(name, "README.md", repo_type="dataset")
             card = Path(path).read_text(encoding="utf-8", errors="replace")
-        wanted = [glob.escape(file) for file in choose(names, card)]
-        return have(allow_patterns=[*wanted, "README.md"])
+        return have(choose(names, card), local=False)
 
     return _had(name, download)
 
@@ -97,13 +102,13 @@ def on_hub(name: str, file: str) -> Path:
 def _had(name: str, download: Callable[[Any], str]) -> Path:
     if not is_hub_id(name):
         raise UserError(f"{name}: no such model folder")
-    import huggingface_hub
+    import huggingface_hub.constants
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of each of its retries
+    logging.set_verbosity_error()  # it would tell of each of its retries
     own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
-    clients = errors.HfHubHTTPError.__mro__[1:-3]  # up to Exception, BaseException, object
-    others: tuple[type[Exception], ...] = (OSError, *own, *clients)  # type: ignore[assignment]
+    others = (*own, *_clients(errors))
     try:
         return Path(download(huggingface_hub))
     except errors.GatedRepoError:
@@ -121,6 +126,11 @@ def _had(name: str, download: Callable[[Any], str]) -> Path:
     except others as e:
         why = f"cannot be downloaded from the hub: {_line(e)}"
     raise UserError(f"{name}: {why}")
+
+
+def _clients(errors: Any) -> tuple[type[Exception], ...]:
+    """What the client that the hub's stands on raises, and sockets."""
+    return OSError, *errors.HfHubHTTPError.__mro__[1:-3]  # up to Exception, BaseException, object
 
 
 def _reach(url: str) -> None:

@@ -7,9 +7,10 @@ import zipfile
 import pytest
 
 from xplus_fast.data.files import Rejected
-from xplus_fast.data.languages import canonical
+from xplus_fast.data.languages import canonical, languages_of_name
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
 from xplus_fast.data.preparation.recipe import Corpus
+from xplus_fast.data.steps.format import FormatOptions, tidy
 from xplus_fast.errors import UserError
 
 PAIRS = [("Hello there.", "Habari yako."), ("Good morning.", "Habari za asubuhi.")]
@@ -36,6 +37,19 @@ def texts(rows):
 )  # fmt: skip
 def test_all_spellings_of_a_language_are_one(codes, expected):
     assert {canonical(code) for code in codes.split()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("WikiMatrix.en-sw.tsv.gz", "en sw"), ("eng_Latn-swh_Latn.gz", "eng_Latn swh_Latn"),
+        ("en-zh_TW.tsv", "en zh_TW"), ("x.en-zh_cn.csv", "en zh_cn"), ("x.en_sw.csv", "en sw"),
+        ("en-fr-train.jsonl", "en fr"), ("en-ckb.tsv", "en ckb"), ("my-data.csv", ""),
+        ("pre-val.csv", ""), ("to-do.csv", ""), ("en-en.csv", ""), ("en-fr.en-sw.csv", ""),
+    ],
+)  # fmt: skip
+def test_what_a_name_says_of_languages(name, expected):
+    assert " ".join(languages_of_name(name)) == expected
 
 
 def test_unknown_languages_are_refused():
@@ -181,6 +195,20 @@ TMX = """<?xml version="1.0"?>
 <tuv xml:lang="sw-KE"><seg>Habari yako.</seg></tuv></tu>
 <tu><tuv xml:lang="en"><seg>Alone.</seg></tuv></tu>
 </body></tmx>"""
+
+
+def test_words_between_inline_codes_stay(tmp_path):
+    """Native codes of TMX go in the reader or in the first step; what is no code is text."""
+    coded = 'Press <bpt i="1">{\\b </bpt>%s<ept i="1">}</ept> <ph x="1">%s</ph> <hi>%s</hi>.'
+    inner = (("Start", "twice", "now"), ("Anza", "mara mbili", "sasa"))
+    memory = TMX
+    for old, words in zip(("Hello <b>there</b>.", "Habari yako."), inner, strict=True):
+        memory = memory.replace(old, coded % words)
+    row = read(write_lines(tmp_path / "x.tmx", [memory]))[0]
+    texts = [tidy(row[side], FormatOptions()) for side in ("source", "target")]
+    assert texts == ["Press Start twice now.", "Press Anza mara mbili sasa."]
+    as_text = (coded % inner[0]).replace("<ph", "<x/><ph").replace("twice", "{\\i}")
+    assert tidy(as_text, FormatOptions()) == "Press Start now."
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

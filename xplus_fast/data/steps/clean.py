@@ -6,15 +6,15 @@ links, numbers that disagree, targets that break off.
 
 import math
 import re
-import unicodedata
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated
 
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.data.steps.characters import NO_MARKS, census, scripts_of
+from xplus_fast.data.steps.numbers import contradiction
+from xplus_fast.data.steps.plain import words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
 
 
@@ -28,7 +28,7 @@ class CleanOptions:
     ratio_short: Annotated[float, AtLeast0] = 3.5
     max_digits: Share = 0.5  # share of the characters that are no spaces
     max_punctuation: Share = 0.5
-    max_links: Share = 0.3  # share of the characters in URLs and e-mail addresses
+    max_links: Share = 0.6  # share of the characters in URLs and e-mail addresses
     max_repeated: Count = 3  # times that one word may follow itself
     min_script: Share = 0.5  # share of the letters in the language's script, names left room
     max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
@@ -42,30 +42,24 @@ RELATIVE_LENGTH = {
     "fr": 1.195, "hu": 1.050, "ja": 0.431, "ko": 0.500, "ru": 1.077, "sr": 0.991,
     "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
 }  # fmt: skip
-# Scripts by the names that Unicode gives their letters
-SCRIPTS = {
-    "ar": ("ARABIC",), "bn": ("BENGALI",), "ja": ("HIRAGANA", "KATAKANA", "CJK"),
-    "ko": ("HANGUL", "CJK"), "ru": ("CYRILLIC",), "sr": ("CYRILLIC",), "te": ("TELUGU",),
-    "th": ("THAI",), "zh": ("CJK",), "el": ("GREEK",), "he": ("HEBREW",), "hi": ("DEVANAGARI",),
-    "bg": ("CYRILLIC",), "uk": ("CYRILLIC",), "mk": ("CYRILLIC",), "be": ("CYRILLIC",),
-    "kk": ("CYRILLIC",), "fa": ("ARABIC",), "ur": ("ARABIC",), "ka": ("GEORGIAN",),
-    "hy": ("ARMENIAN",), "ta": ("TAMIL",), "kn": ("KANNADA",), "ml": ("MALAYALAM",),
-    "gu": ("GUJARATI",), "pa": ("GURMUKHI",), "mr": ("DEVANAGARI",), "ne": ("DEVANAGARI",),
-    "my": ("MYANMAR",), "km": ("KHMER",), "lo": ("LAO",), "am": ("ETHIOPIC",), "si": ("SINHALA",),
-}  # fmt: skip
-SCRIPT_NAMES = {  # of ISO 15924
-    "Latn": "LATIN", "Cyrl": "CYRILLIC", "Arab": "ARABIC", "Hans": "CJK", "Hant": "CJK",
-}  # fmt: skip
-NO_STOP = {"th", "lo", "km", "my", "te"}  # written without a full stop, or often so
+NO_STOP = NO_MARKS | {"te"}  # written without a full stop, or often so
+# Full stops, and what ends a sentence else: of Armenian, Ethiopic, Khmer, Tibetan and Burmese, too
 _STOPS = re.compile(
-    "[.!?:;\u2026\u3002\uff01\uff1f\uff0e\uff1a\uff1b\u0964\u0965\u061f\u06d4]"
-    "[\"'\u2019\u201d\u00bb\u300d\u300f)\\]]*$"
+    "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
+    "\u0589\u055c\u055e\u1362\u1367\u1368\u17d4\u17d5\u0f0d\u104a\u104b\u037e\u203c\u2047-\u2049\u2e2e]"
+    '[^\\w\\s]{0,4}$|["\u201c\u201d\u00bb\u00ab\u300d\u300f\u3011)\\]\uff09]$'  # or closed
 )
-SHORTER = 0.3  # ln of the lengths: a text that breaks off is shorter than expected
-_LINK = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+|\b\w+\.(?:com|org|net|html?|php)\b\S*")
-_GROUPS = re.compile(r"(?<=\d)[.,\u00a0\u202f\u066b\u066c' ](?=\d)")
-_NUMBER = re.compile(r"\d+")
-_WORD = re.compile(r"\w+")
+LOOP = 15  # characters of a text that repeats itself
+# A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
+# over the square root of the length. Headlines have no full stop either, and are shorter than their
+# translations.
+SHORTER = {"target": (0.05, 1.0), "unmarked": (0.15, 2.6), "source": (0.1, 4.5)}
+MEASURED = 22  # characters of a text, at least, whose end is looked at
+_DOTTED = re.compile(r"\.\w|@|//")
+_LINK = re.compile(
+    r"https?://\S+|www\.\S+|\b[\w.+-]{1,64}@[\w-]+\.\w\S*|\b\w+\.(?:com|org|net|html?|php)\b\S*"
+)
+_NAME = re.compile(r"[A-Z\u00c0-\u00de\u0410-\u042f]\w*")
 
 
 def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
@@ -83,8 +77,8 @@ def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
         _copy(source, target, options)
         _lengths(source, target, languages, options)
-        if options.numbers:
-            _numbers(source, target)
+        if options.numbers and (found := contradiction(source, target, languages)):
+            raise Reject("numbers disagree", found)
 
     return judge_rows(batch, judge)
 
@@ -92,7 +86,7 @@ def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
 def _one(text: str, language: str, options: CleanOptions) -> None:
     if len(text) > options.max_characters:
         raise Reject("too long", f"{len(text)} characters")
-    letters, wrong, digits, punctuation, solid = _census(text, scripts_of(language))
+    letters, wrong, digits, punctuation, solid = census(text, scripts_of(language))
     if letters < options.min_letters:
         raise Reject("too short", f"{letters} letters")
     # a Latin name takes three letters where a Chinese word takes one
@@ -103,79 +97,80 @@ def _one(text: str, language: str, options: CleanOptions) -> None:
         raise Reject("mostly digits", f"{digits} of {solid} characters")
     if punctuation > solid * options.max_punctuation:
         raise Reject("mostly punctuation", f"{punctuation} of {solid} characters")
-    if "." in text or "@" in text:
+    if _DOTTED.search(text):
         linked = sum(len(m[0]) for m in _LINK.finditer(text))
         if linked > solid * options.max_links:
             raise Reject("mostly links", f"{linked} of {solid} characters")
-    words = text.casefold().split()
+    _repetition(text, options)
+
+
+def _repetition(text: str, options: CleanOptions) -> None:
+    parts = text.casefold().split()
     run = 1
-    for before, word in zip(words, words[1:], strict=False):
-        run = run + 1 if word == before else 1
+    for before, part in zip(parts, parts[1:], strict=False):
+        run = run + 1 if part == before else 1
         if run > options.max_repeated:
-            raise Reject("repeated text", word)
-    if len(words) >= 10 and len(set(words)) < 0.4 * len(words):
-        raise Reject("repeated text", f"{len(set(words))} different of {len(words)} words")
+            raise Reject("repeated text", part)
+    if len(parts) >= 10 and len(set(parts)) < 0.4 * len(parts):
+        raise Reject("repeated text", f"{len(set(parts))} different of {len(parts)} words")
+    if found := _loop(text):
+        raise Reject("repeated text", found)
 
 
-def scripts_of(code: str) -> tuple[str, ...]:
-    """The scripts of a canonical language code."""
-    language, _, script = code.partition("_")
-    if script:
-        named = {
-            "Latn": "LATIN",
-            "Cyrl": "CYRILLIC",
-            "Arab": "ARABIC",
-            "Hans": "CJK",
-            "Hant": "CJK",
-        }
-        if script in named:
-            return (named[script],)
-    return SCRIPTS.get(language, ("LATIN",))
-
-
-@cache
-def _kind(character: str) -> str:
-    """The script of a letter; "0" of digits, "." of punctuation and symbols, "" of others."""
-    category = unicodedata.category(character)
-    if category[0] == "L":
-        return unicodedata.name(character, "OTHER").split()[0].split("-")[0]
-    if category == "Nd":
-        return "0"
-    return "." if category[0] in "PS" else ""
-
-
-def _census(text: str, scripts: tuple[str, ...]) -> tuple[int, int, int, int, int]:
-    """Letters, those of other scripts, digits, punctuation and symbols, all but spaces."""
-    letters = wrong = digits = punctuation = solid = 0
-    for character, n in Counter(text).items():
-        if character == " ":
+def _loop(text: str) -> str:
+    """What a text says over and over, with or without spaces; "" for nothing."""
+    for eighth in (1, 3, 5, 7):
+        at = len(text) * eighth // 8
+        gram = text[at : at + 4]
+        if text.count(gram) < 4 or not any(c.isalpha() for c in gram):
             continue
-        solid += n
-        kind = _kind(character)
-        if kind == "0":
-            digits += n
-        elif kind == ".":
-            punctuation += n
-        elif kind:
-            letters += n
-            if kind not in scripts and not (kind == "FULLWIDTH" or kind == "HALFWIDTH"):
-                wrong += n
-    return letters, wrong, digits, punctuation, solid
-
-
-def _plain(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+        again = text.find(gram, at + 1)
+        if again < 0:
+            at, again = text.rfind(gram, 0, at + 3), at
+        period = again - at
+        start = end = at
+        while start > 0 and text[start - 1] == text[start - 1 + period]:
+            start -= 1
+        while end + period < len(text) and text[end] == text[end + period]:
+            end += 1
+        # laughs and long vowels are no loops
+        if end + period - start >= max(4 * period, LOOP):
+            return text[start : start + period].strip()
+    return ""
 
 
 def _copy(source: str, target: str, options: CleanOptions) -> None:
-    ours, theirs = _plain(source), _plain(target)
+    ours, theirs = words(source), words(target)
     if ours == theirs:
         raise Reject("copy of the source")
     if len(theirs) >= 4:
-        known = set(ours)
-        shared = sum(word in known for word in theirs)
-        if shared >= options.max_copied * len(theirs):
-            raise Reject("copy of the source", f"{shared} of {len(theirs)} words")
+        shared = _shared(ours, theirs)
+        if shared >= options.max_copied:
+            # names are the same in both: a text that is mostly of them is judged by the rest
+            names = {word for name in _NAME.findall(target) for word in words(name)}
+            others = [word for word in theirs if word not in names]
+            if 2 * len(others) >= len(theirs) or _shared(ours, others) >= options.max_copied:
+                raise Reject("copy of the source", f"{shared:.0%} of the words")
+    twice = _twice(ours), _twice(theirs)
+    if twice[0] != twice[1]:
+        side = "source" if twice[0] else "target"
+        raise Reject(f"{side}: repeated text", "its halves are the same")
+
+
+def _shared(ours: list[str], theirs: list[str]) -> float:
+    """The share of their words that are ours, by characters: Chinese has few spaces."""
+    known = set(ours)
+    return sum(len(w) for w in theirs if w in known) / max(sum(map(len, theirs)), 1)
+
+
+def _twice(words: list[str]) -> bool:
+    """Whether a text says the same thing twice."""
+    half = len(words) // 2
+    if len(words) >= 4:
+        return len(words) % 2 == 0 and words[:half] == words[half:]
+    whole = "".join(words)
+    half = len(whole) // 2
+    return half >= 4 and len(whole) % 2 == 0 and whole[:half] == whole[half:]
 
 
 def _lengths(source: str, target: str, languages: tuple[str, str], options: CleanOptions) -> None:
@@ -188,37 +183,14 @@ def _lengths(source: str, target: str, languages: tuple[str, str], options: Clea
         raise Reject("target too long for its source", f"{math.exp(off):.1f}x as long as expected")
     if -off > allowed:
         raise Reject("target too short for its source", f"{math.exp(off):.2f}x as long as expected")
-    # a sentence that breaks off is shorter, too
-    if not options.truncated or NO_STOP & {c.partition("_")[0] for c in languages}:
+    if not options.truncated:
         return
     stops = bool(_STOPS.search(source)), bool(_STOPS.search(target))
-    if stops == (True, False) and off < -SHORTER and len(source) / relative[0] >= 20:
-        raise Reject("target breaks off", target[-20:])
-    if stops == (False, True) and off > SHORTER and len(target) / relative[1] >= 20:
-        raise Reject("source breaks off", source[-20:])
-
-
-def _numbers(source: str, target: str) -> None:
-    """Reject numbers of which either side has its own: "1995" against "1959".
-
-    One that only one side has may be written out on the other; thousands are grouped differently,
-    and a Chinese or Indian count of ten thousands or lakhs drops zeros.
-    """
-    ours, theirs = (_found(t) for t in (source, target))
-    if not ours and not theirs:
+    if stops[0] == stops[1]:
         return
-    mine, other = ours - theirs, theirs - ours
-    if mine and other or len(mine) > 2 or len(other) > 2:
-        raise Reject("numbers disagree", f"{', '.join(sorted(mine))} | {', '.join(sorted(other))}")
-
-
-def _found(text: str) -> set[str]:
-    if not _NUMBER.search(text):
-        return set()
-    western = "".join(
-        str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() else c
-        for c in unicodedata.normalize("NFKC", text)
-    )
-    numbers = _NUMBER.findall(_GROUPS.sub("", western))
-    # of two digits and more: small ones are as often words
-    return {n.rstrip("0").lstrip("0") or "0" for n in numbers if len(n) > 1}
+    unmarked = not NO_STOP.isdisjoint(code.partition("_")[0] for code in languages)
+    side = "source" if stops[1] else "target"
+    size, sign = (len(target) / relative[1], 1) if stops[1] else (len(source) / relative[0], -1)
+    least, more = SHORTER["unmarked" if unmarked and not stops[1] else side]
+    if size >= MEASURED and off * sign > least + more / math.sqrt(size):
+        raise Reject(f"{side} breaks off", (source if stops[1] else target)[-20:])

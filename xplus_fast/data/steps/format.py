@@ -4,7 +4,6 @@ Unicode NFC, mojibake, entities, markup, control and invisible characters, white
 placeholders of user interfaces.
 """
 
-import html
 import re
 import unicodedata
 from collections import Counter
@@ -14,10 +13,15 @@ from typing import Literal
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.data.steps.characters import NO_MARKS, scripts_of
+from xplus_fast.data.steps.markup import doubtful_markup, strip_markup
+from xplus_fast.data.steps.mojibake import mend_encoding
+from xplus_fast.options import Count
 
 
 @dataclass(frozen=True)
 class FormatOptions:
+    max_characters: Count = 10_000  # of either text, before its markup goes
     mojibake: Literal["repair", "reject"] = "repair"  # UTF-8 that was read as another encoding
     markup: Literal["strip", "reject", "keep"] = "strip"  # HTML, wiki and subtitle markup
     # %(name)s, {name}, %d: "agree": the same ones on both sides
@@ -30,37 +34,36 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
     "\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
-_SPACE = re.compile(r"\s+")  # of str: the no-break and ideographic ones, too
-_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->|\{\\[^{}]{0,80}\}")
-_WIKI = re.compile(r"'''?|={2,}\s*$|^={2,}|\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]")
-_DEBRIS = re.compile(
-    r"</?[A-Za-z]+|/>|\[\[|\]\]|\{\{|\}\}|&(?:[a-z]{2,8}|#\d+|#x[0-9a-f]+);|\\[nrtu](?![a-z])"
-    r"|\[/?(?:b|i|u|s|url|img|quote|code|size|color)[\]=]|\|\||style=|class=|href="
+_SPACE = re.compile(r"\s\s+|[^\S ]")  # of str: the no-break and ideographic ones, too
+# Ligatures and the shapes that Arabic letters take in a word; not honorifics, which are words
+_PRESENTED = re.compile("[\ufb00-\ufdcf\ufe70-\ufefc]+")
+# Latin letters that stand in Cyrillic words for those that look like them
+_LATIN = "ABCEHKMOPTXYaceopxyk"
+_CYRILLIC = (
+    "\u0410\u0412\u0421\u0415\u041d\u041a\u041c\u041e\u0420\u0422\u0425\u0423"
+    "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u043a"
 )
+_TO_LATIN = str.maketrans(_CYRILLIC + "\u0406\u0408\u0456\u0458\u0405\u0455", _LATIN + "IJijSs")
+_TO_CYRILLIC = str.maketrans(_LATIN, _CYRILLIC)
+# and letters that some of these languages have
+_OWN_CYRILLIC = {
+    **dict.fromkeys(("uk", "be", "kk"), _TO_CYRILLIC | str.maketrans("Ii", "\u0406\u0456")),
+    **dict.fromkeys(("sr", "mk"), _TO_CYRILLIC | str.maketrans("Jj", "\u0408\u0458")),
+}
+_MIXED = re.compile("[A-Za-z][\u0400-\u045f]|[\u0400-\u045f][A-Za-z]")
+_WORD = re.compile(r"[^\W\d_]+")
+_ONLY_CYRILLIC = re.compile(r"[\u0400-\u04ff]+")
+# Question marks that stand for letters which an encoding had not
+_WITHIN = re.compile(r"[^\W\d_]\?+[^\W\d_A-Z]")
+_UNWRITTEN = re.compile(
+    r"[^\W\d_]\?\s+[^\W\d_A-Z]|[^\W\d_]\?[,;:]|[^\W\d_]\?\.(?!\.)|(?<![\w?])\?+\w|\?\s+\?"
+    r"|(?<![\w?])\?{3,}"
+)
+_LINK = re.compile(r"(?:\w{1,10}://|www\.)\S*")
+_ASKS = re.compile("[?;\u037e\u061f\uff1f\u055e\u1367\u00bf]")
 _PLACEHOLDER = re.compile(
     r"%\([A-Za-z_]\w*\)[#0\- +]*\d*(?:\.\d+)?[a-zA-Z]|%\d+\$[a-z]|%[sdifrxg](?![\w%])"
     r"|\$?\{[A-Za-z_][\w.]*\}|\{\d+\}|\{\}"
-)
-# A lead byte and its continuation bytes, as cp1252 (with Latin-1 where that has none) shows them
-_CP1252 = {bytes([b]).decode("cp1252", "replace"): b for b in range(0x80, 0x100)}
-_CP1252 = {c: b for c, b in _CP1252.items() if c != "\ufffd"} | {
-    chr(b): b for b in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
-}
-_LATIN1 = {chr(b): b for b in range(0x80, 0x100)}
-_BYTE = _LATIN1 | _CP1252
-_TAIL = "".join(re.escape(c) for c, b in _BYTE.items() if 0x80 <= b < 0xC0)
-_MOJIBAKE = re.compile(
-    f"[\u00c2-\u00df][{_TAIL}]|[\u00e0-\u00ef][{_TAIL}]{{2}}|[\u00f0-\u00f4][{_TAIL}]{{3}}"
-)
-# UTF-8 Cyrillic read as cp1251: capital ER or ES, then a character of its upper half
-_CP1251 = re.compile(
-    "[\u0420\u0421][\u0080-\u00bf\u0401-\u040f\u0451-\u045f\u0490\u0491\u2013-\u2122]"
-)
-# What such sequences stand for where they are no accident, as "\u00c9\u00bb" ends a quotation
-_LIKELY = re.compile(
-    "[\u00a0-\u017f\u0218-\u021b\u0300-\u03ff\u0400-\u04ff\u0590-\u06ff\u0900-\u0dff"
-    "\u0e00-\u0e7f\u1e00-\u1eff\u2010-\u2044\u20ac\u2122\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7af"
-    "\uff00-\uffef]"
 )
 
 
@@ -71,9 +74,11 @@ def format_pairs(batch: pa.RecordBatch, options: FormatOptions) -> Judged:
         texts = []
         for side in ("source", "target"):
             try:
-                texts.append(tidy(row[side] or "", options))
+                texts.append(tidy(row[side] or "", options, row[f"{side}_language"]))
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
+        languages = row["source_language"], row["target_language"]
+        _one_sided(texts[0], texts[1], languages, options)
         if options.placeholders != "keep":
             _placeholders(texts[0], texts[1], options)
         return texts[0], texts[1]
@@ -81,66 +86,66 @@ def format_pairs(batch: pa.RecordBatch, options: FormatOptions) -> Judged:
     return judge_rows(batch, judge)
 
 
-def tidy(text: str, options: FormatOptions) -> str:
-    """One text in its form; raises `Reject` where that cannot be."""
-    if "\ufffd" in text:
-        raise Reject("broken characters", "U+FFFD")
-    text = _mend(text, options)
-    text = unicodedata.normalize("NFC", text)
+def tidy(text: str, options: FormatOptions, language: str = "") -> str:
+    """One text, of the language that a canonical code names, in its form; raises `Reject` where
+    that cannot be."""
+    if len(text) > options.max_characters:
+        raise Reject("too long", f"{len(text)} characters")
+    if not text.isascii():
+        if "\ufffd" in text:
+            raise Reject("broken characters", "U+FFFD")
+        text = _letters(text, options, language)
     if options.markup != "keep":
-        text = _strip(text, options)
+        text = strip_markup(text, reject=options.markup == "reject")
+        if "\ufffd" in text:
+            raise Reject("broken characters", "U+FFFD")
     text = _SPACE.sub(" ", _INVISIBLE.sub("", text)).strip()
     if not text:
         raise Reject("empty")
     return text
 
 
-def _mend(text: str, options: FormatOptions) -> str:
-    if text.isascii():
-        return text
-    mended = _decode(text, "cp1252") if _MOJIBAKE.search(text) else text
-    if len(_CP1251.findall(mended)) >= 2:
-        mended = _decode(mended, "cp1251")
+def _letters(text: str, options: FormatOptions, language: str) -> str:
+    script = scripts_of(language)[0]
+    mended = mend_encoding(text, language, script)
     if mended != text and options.mojibake == "reject":
         raise Reject("mojibake", mended[:60])
-    if len(_CP1251.findall(mended)) >= 3 or "\u00e2\u20ac" in mended:
-        raise Reject("mojibake", mended[:60])
-    return mended
-
-
-def _decode(text: str, encoding: str) -> str:
-    """Read again, as UTF-8, what was read as `encoding`."""
-    if encoding == "cp1251":
-        try:
-            return text.encode("cp1251").decode("utf-8")
-        except UnicodeError:
-            return text
-
-    def one(match: re.Match[str]) -> str:
-        made = bytes(_BYTE[c] for c in match[0]).decode("utf-8", "replace")
-        return made if _LIKELY.fullmatch(made) else match[0]
-
-    for _ in range(2):  # some texts went through it twice
-        again = _MOJIBAKE.sub(one, text)
-        if again == text:
-            break
-        text = again
+    text = unicodedata.normalize("NFC", mended)
+    text = _PRESENTED.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
+    if _MIXED.search(text):
+        table = _OWN_CYRILLIC.get(language, _TO_CYRILLIC)
+        text = _WORD.sub(lambda m: _one_script(m[0], script, table), text)
+        if script == "LATIN" and (left := _MIXED.search(text)):
+            raise Reject("letters of two scripts in a word", left[0])
     return text
 
 
-def _strip(text: str, options: FormatOptions) -> str:
-    plain = text
-    if "&" in plain:
-        plain = html.unescape(html.unescape(plain))
-    if "<" in plain or "{\\" in plain:
-        plain = _TAG.sub(" ", plain)
-    if "''" in plain or "[[" in plain or "==" in plain:
-        plain = _WIKI.sub(lambda m: m[1] or "", plain)
-    if plain != text and options.markup == "reject":
-        raise Reject("markup")
-    if found := _DEBRIS.search(plain):
-        raise Reject("markup debris", found[0])
-    return plain
+def _one_script(word: str, script: str, table: dict[int, int]) -> str:
+    """A word of Cyrillic and Latin letters in one of them, where letters that look alike allow."""
+    if not _MIXED.search(word):
+        # a word of one letter, among mixed ones
+        return word.translate(table) if script == "CYRILLIC" and len(word) == 1 else word
+    if script == "CYRILLIC":
+        made = word.translate(table)
+        return made if _ONLY_CYRILLIC.fullmatch(made) else word
+    made = word.translate(_TO_LATIN)
+    return made if script == "LATIN" and made.isascii() else word
+
+
+def _one_sided(
+    source: str, target: str, languages: tuple[str, str], options: FormatOptions
+) -> None:
+    """Reject what is a fault where only one side has it."""
+    unasked = not NO_MARKS.isdisjoint(code.partition("_")[0] for code in languages)
+    for side, text, other in (("source", source, target), ("target", target, source)):
+        if "?" in text:
+            said = _LINK.sub("", text)
+            more = said.count("?") - len(_ASKS.findall(other)) > 1 or not _ASKS.search(other)
+            if _WITHIN.search(said) or more and not unasked and _UNWRITTEN.search(said):
+                raise Reject(f"{side}: lost characters", text[:60])
+        if options.markup != "keep" and (found := doubtful_markup(text)):
+            if not doubtful_markup(other):
+                raise Reject(f"{side}: markup debris", found)
 
 
 def _placeholders(source: str, target: str, options: FormatOptions) -> None:

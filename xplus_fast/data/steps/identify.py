@@ -5,6 +5,7 @@ expected language is known, so a short text need not look most like it: it goes 
 language is likelier by more than `margin` nats. Dialects and mutually close standards count as one.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ class IdentifyOptions:
     scripts: bool = True  # tell Simplified from Traditional Chinese
 
 
+_WORDS = re.compile(r"[\x21-\x26\x28-\x2c\x2e-\x40\u00a0-\u00bf\u2010-\u2bff]+")
 # What the identifier tells apart and a corpus does not
 SAME = {
     "wuu": "zh", "yue": "zh", "lzh": "zh", "bs": "sr", "hr": "sr", "sh": "sr", "arz": "ar",
@@ -44,9 +46,13 @@ def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
 
 def _one(text: str, language: str, options: IdentifyOptions) -> None:
     base = language.partition("_")[0]
-    gap, other = advantage(text, base)
-    if gap > options.margin:
-        raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
+    if not is_likeliest(text, base):
+        gap, other = advantage(text, base)
+        # symbols say nothing of a language, and names little of the one that they stand in
+        if gap > options.margin:
+            gap = min(gap, advantage(_WORDS.sub(" ", text).strip(), base)[0])
+        if gap > options.margin * (4 if gap <= 4 * options.margin and _names(text) else 1):
+            raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
     if options.scripts and base == "zh":
         simplified, traditional = chinese_scripts(text)
         wrong, right = (traditional, simplified)
@@ -54,6 +60,18 @@ def _one(text: str, language: str, options: IdentifyOptions) -> None:
             wrong, right = right, wrong
         if wrong > right:
             raise Reject("wrong Chinese script", f"{wrong} characters against {right}")
+
+
+def _names(text: str) -> bool:
+    """Whether most words are written as names are."""
+    words = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isupper()]
+    return sum(word[0].isupper() for word in words) > 2 * len(words) / 3
+
+
+def is_likeliest(text: str, language: str) -> bool:
+    """Whether no other language is likelier; cheaper than `advantage`."""
+    found, _ = _identifier().classify(text)
+    return SAME.get(found, found) == SAME.get(language, language)
 
 
 def advantage(text: str, language: str) -> tuple[float, str]:
@@ -100,17 +118,14 @@ def chinese_scripts(text: str) -> tuple[int, int]:
 
 @cache
 def _chinese(character: str) -> str:
-    """What national standards know a character: GB 2312 of Simplified, Big5 of Traditional text."""
-    try:
-        character.encode("gb2312")
-        simplified = True
-    except UnicodeEncodeError:
-        simplified = False
-    try:
-        character.encode("big5")
-        traditional = True
-    except UnicodeEncodeError:
-        traditional = False
-    if simplified == traditional:
-        return ""
-    return "Hans" if simplified else "Hant"
+    """What national standards know a character: GB 2312 of Simplified, Big5 of Traditional text.
+
+    Of Big5 only the frequent characters (its first level): the rare ones, of names and slang, are
+    written alike in both.
+    """
+    simplified, traditional = (
+        character.encode(standard, "ignore") for standard in ("gb2312", "big5")
+    )
+    if simplified:
+        return "" if traditional else "Hans"
+    return "Hant" if b"" < traditional < b"\xc9\x40" else ""
