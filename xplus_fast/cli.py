@@ -16,6 +16,7 @@ from xplus_fast.options import PATH, check_text
 from xplus_fast.signals import Stopped, listen
 from xplus_fast.starter import RECIPES, init
 from xplus_fast.terminal import StandardStreams, one_line
+from xplus_fast.threads import sleep_where_busy
 
 RESUMABLE = ("prepare", "train", "evaluate")
 MOST_LAYERS = 1 << 16  # of a base; more than any has
@@ -52,6 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
                 if isinstance(each, str | Path):
                     plain = name in PATHS and "=" not in str(each)  # DATA may be key=value
                     check_text(str(each), name, PATH if plain or isinstance(each, Path) else "")
+        sleep_where_busy()
         with listen():
             return options.run(options)
     except UserError as e:
