@@ -22,6 +22,7 @@ from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sets import Lines
 from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.model.checkpoint_files import read_json
+from xplus_fast.planning.selection import Rotation
 from xplus_fast.training.changes import Changes, grid
 from xplus_fast.training.run_folder import is_run, read_recipe
 
@@ -129,7 +130,7 @@ def measured_by(base: str, lines: Sequence[Lines], recipe: EvaluateRecipe) -> st
 def about(recipe: Recipe) -> dict[str, str]:
     """What one run differs from another in: layers, learning rates, data."""
     stages = [
-        f"{stage_name(recipe, i)}: {s.layers}" if len(recipe.stages) > 1 else str(s.layers)
+        f"{stage_name(recipe, i)}: {_layers(s)}" if len(recipe.stages) > 1 else _layers(s)
         for i, s in enumerate(recipe.stages)
     ]
     sources = [s for stage in recipe.stages for s in stage.sources or []] or recipe.data.sources
@@ -140,6 +141,11 @@ def about(recipe: Recipe) -> dict[str, str]:
         "learning rate": "; ".join(dict.fromkeys(rates)),
         "data": ", ".join(dict.fromkeys(names)),
     }
+
+
+def _layers(stage: Stage) -> str:
+    turns = stage.layers
+    return turns.rotate if isinstance(turns, Rotation) else str(turns)
 
 
 def _rates(stage: Stage) -> str:

@@ -43,14 +43,14 @@ from xplus_fast.model.checkpoint_files import (
 )
 from xplus_fast.model.families import Shape, shape_of, stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
-from xplus_fast.model.prepare import forget_changes, load_tensors, trained_tensors
+from xplus_fast.model.prepare import forget_changes, load_tensors
 from xplus_fast.model.pretrained import load_config, load_tokenizer
 from xplus_fast.planning.flops import Work, total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
 from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
-from xplus_fast.planning.selection import learning_rates, resolve_layers
+from xplus_fast.planning.selection import Rotation, learning_rates, resolve_layers
 from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     FINAL,
@@ -75,6 +75,7 @@ from xplus_fast.training.planned import PlannedTrainer, check_plans, frozen_form
 from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.report import write_report
 from xplus_fast.training.reporting import check_report_to
+from xplus_fast.training.rotation import Rotate, turn_seed
 from xplus_fast.training.run_folder import (
     card_of,
     claim,
@@ -124,6 +125,9 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     rates = [rates_of(stage, shape) for stage in recipe.stages]
+    turning = any(isinstance(stage.layers, Rotation) for stage in recipe.stages)
+    if turning and place.processes > 1:
+        raise UserError("layers.rotate: on one process; gradients of several are summed for all")
     check_against(files, shape.tensor_shapes())
     run = resolve(recipe.output)
     here, free = replace(recipe, model=str(base)), card_here(place)
@@ -219,7 +223,7 @@ def _train(recipe: Recipe, restart: bool, dry_run: bool, held: ExitStack) -> str
                 "trained_parameters": trained_parameters(shape, ids, stage.also),
                 "total_parameters": total_parameters(shape),
                 "steps": last_step(run, name),
-                "tensors": sorted(trained_tensors(model)),
+                "tensors": sorted(stage_shapes(shape, ids, stage.also)),
                 "data": corpora[i].summary,
                 "plan": plan_dict(plan),
                 "memory": memory,
@@ -340,6 +344,8 @@ def _train_stage(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     watch = None
+    if isinstance(stage.layers, Rotation):
+        trainer.add_callback(Rotate(stage.layers, turn_seed(recipe.seed, index)))
     if recipe.evaluation.every and (heldout or texts):
         watch = Watch(recipe, name, run, tokenizer, heldout, texts, place, log.say)
         trainer.add_callback(watch)
