@@ -303,6 +303,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             result = evaluate(model_folder(options.model, out), base, recipe, lines=lines)
         said = verdict.describe(recipe.output, result)
     print(json.dumps(result, indent=2) if options.json else said)
+    if options.scales and options.fail_if and "@" not in options.fail_if and not result["chosen"]:
+        print("xplus-fast: --fail-if: no point to choose, so none that passes", file=sys.stderr)
+        return 1
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 
 

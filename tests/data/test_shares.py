@@ -72,7 +72,7 @@ def test_any_fifty_steps_have_the_share(data, sources, small_tokenizer, share) -
     assert told["share"] == pytest.approx(counts[:, 0].sum() / counts[:, 1].sum())
     said = [line for line in describe(corpus.summary).splitlines() if line.startswith("share")]
     assert said == [
-        f"share: {told['share']:.1%} of the supervised tokens are of {chats.path} (asked for:"
+        f"share: {told['share']:.1%} of the supervised tokens are of chats (asked for:"
         f" {share:.1%}), {told['times']:.2f} times over an epoch"
     ]
 
@@ -156,7 +156,25 @@ def test_a_stage_may_have_shares_of_its_own_and_a_dry_run_shows_them(
     recipe["stages"][1]["sources"] = [pairs, replay]
     assert xplus("train", write_recipe(tmp_path, recipe), "--dry-run") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("share: ")]
-    assert len(said) == 1 and "old.txt (asked for: 20.0%)" in said[0]
+    assert len(said) == 1 and "of old (asked for: 20.0%)" in said[0]
+
+
+def test_shares_of_what_is_not_there_or_far_too_small_are_refused(
+    data, sources, small_tokenizer, tmp_path
+) -> None:
+    pairs, chats = sources
+    (tmp_path / "none.jsonl").write_text('{"en": "a", "sw": ""}\n')
+    none, skip = Source(str(tmp_path / "none.jsonl")), replace(data, on_error="skip")
+    for unfit in ([none, replace(chats, share=0.2)], [chats, replace(none, share=0.2)]):
+        with pytest.raises(UserError, match="none.jsonl: nothing of it is trained on"):
+            load(unfit, skip, small_tokenizer)
+    with pytest.raises(UserError, match=r"times over in an epoch; 1,000 at most"):
+        load([pairs, replace(chats, limit=1, share=0.99)], data, small_tokenizer)
+    two = [replace(pairs, directions="forward", share=0.3), replace(pairs, share=0.2), chats]
+    told = load(two, data, small_tokenizer).summary["shares"]
+    assert {name: round(of["share"], 2) for name, of in told.items()} == {
+        "pairs": 0.3, "pairs#2": 0.2,
+    }  # fmt: skip
 
 
 # --- text ---

@@ -2,6 +2,7 @@
 Models, a test set and a task for `evaluate`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,6 +34,19 @@ def apart():
     return "namespaces"
 
 
+def write_task(tasks: Path, rows: list[dict]) -> None:
+    """A task "sums" of lm-evaluation-harness: question q, choices c, the right one a."""
+    tasks.mkdir()
+    (tasks / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = {
+        "task": "sums", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}},
+        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """Two models that differ, a test set, a task of lm-evaluation-harness."""
@@ -48,16 +62,7 @@ def place(tmp_path_factory):
     load_tokenizer(folder / "tokenizer").save_pretrained(folder / "tuned")
     for code, lines in SENTENCES.items():
         (folder / f"{code}.devtest").write_text("\n".join(lines) + "\n")
-    tasks = folder / "tasks"
-    tasks.mkdir()
     rows = [{"q": f"{a}+{b}=", "c": [str(a + b), str(a * b + 7)], "a": 0}
             for a in range(2) for b in range(3)]  # fmt: skip
-    (tasks / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = {
-        "task": "sums", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}},
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
-    }  # fmt: skip
-    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
+    write_task(folder / "tasks", rows)
     return folder

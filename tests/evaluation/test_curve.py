@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from tests.evaluation.conftest import write_task
 from tests.training.workplace import make_workplace, write_recipe, xplus
 from xplus_fast.evaluation import front, in_place
 from xplus_fast.evaluation.front import Point
@@ -31,17 +32,8 @@ def place(tmp_path_factory, tiny_model_dir):
     assert xplus("train", write_recipe(folder, recipe)) == 0
     for code, lines in SENTENCES.items():
         (folder / f"{code}.devtest").write_text("\n".join(lines) + "\n")
-    tasks = folder / "tasks"
-    tasks.mkdir()
     rows = [{"q": f"cat {a}", "c": [f" {a + i}" for i in range(3)], "a": 0} for a in range(12)]
-    (tasks / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = {
-        "task": "sums", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}},
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
-    }  # fmt: skip
-    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
+    write_task(folder / "tasks", rows)
     return folder
 
 
@@ -166,6 +158,67 @@ def test_conditions_and_comparison(place, tmp_path, capsys):
     assert xplus("compare", place / "run", place / "other", "--out", tmp_path / "c") == 2
     assert "were not asked the same" in capsys.readouterr().err
     assert xplus("compare", place / "run", place / "run", "--out", tmp_path / "c") == 2
+    # the base is told once, whichever of them has it
+    assert xplus("evaluate", place / "other", asked(place, other, tasks=False), "--scales",
+                 "0.0,1") == 0  # fmt: skip
+    assert xplus("evaluate", place / "run", asked(place, out, tasks=False), "--scales", "1") == 0
+    capsys.readouterr()
+    assert xplus("compare", place / "run", place / "other", "--out", tmp_path / "c", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(r["run"], r["point"]) for r in found["points"]] == [
+        ("run", "1"), ("other", "0.0"), ("other", "1"),
+    ]  # fmt: skip
+    (out / "curve.json").write_text("{}")
+    assert xplus("compare", out, other, "--out", tmp_path / "c") == 2
+    assert "curve.json: not a curve: no run" in capsys.readouterr().err
+
+
+def test_a_point_that_answers_nothing_is_a_result(place, tmp_path, capsys, monkeypatch):
+    whole = in_place.InPlace._at
+
+    def silenced(self, at):
+        model = whole(self, at)
+        if len(at):  # any but the base
+            model.lm_head.weight.data.zero_()
+            model.lm_head.weight.data[model.config.eos_token_id] = 1e-6
+            model.model.norm.weight.data.fill_(1.0)
+        return model
+
+    monkeypatch.setattr(in_place.InPlace, "_at", silenced)
+    out = tmp_path / "o"
+    recipe = asked(place, out, tasks=False)
+    assert xplus("evaluate", place / "run", recipe, "--scales", "0,1", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["points"]) == ["0", "1"]
+
+
+def test_a_condition_without_a_scale_needs_a_point_to_choose(place, tmp_path, capsys):
+    recipe = asked(place, tmp_path / "o", tasks=False)
+    command = ("evaluate", place / "run", recipe, "--scales", "0,1")
+    assert xplus(*command, "--fail-if", "translation < 100") == 2
+    assert "of one point: 'translation@1 ...'" in capsys.readouterr().err
+    assert not (tmp_path / "o" / "generations").exists()
+
+
+def test_what_is_installed_does_not_change_who_answers(place, tmp_path, monkeypatch):
+    """With vLLM there and engine: auto, answers and results are kept as what they are."""
+    import importlib.util
+
+    from xplus_fast.evaluation import curve
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *a: name == "vllm" or found(name, *a))  # fmt: skip
+    engines = []
+    monkeypatch.setattr(curve, "check", lambda *a: [])
+    monkeypatch.setattr(curve, "measure", lambda *a, **k: engines.append(a[3].engine) or STOP())
+    recipe = in_place.EvaluateRecipe(str(tmp_path / "o"))
+    with pytest.raises(StopIteration):
+        curve.curve(place / "run", None, recipe, ["1"])
+    assert engines == ["generate"]
+
+
+def STOP():
+    raise StopIteration
 
 
 @pytest.mark.parametrize(

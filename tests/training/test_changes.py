@@ -150,9 +150,42 @@ def test_scales_that_mean_nothing_are_refused_in_one_line(run, tmp_path, capsys,
 def test_a_grid_has_every_combination():
     assert grid(["0,0.5,1"]) == ["0", "0.5", "1"]
     assert grid(["low=0,1", "high=0,.5,1"]) == [
-        "low=0,high=0", "low=0,high=0.5", "low=0,high=1",
-        "low=1,high=0", "low=1,high=0.5", "low=1,high=1",
+        "low=0,high=0", "low=0,high=.5", "low=0,high=1",
+        "low=1,high=0", "low=1,high=.5", "low=1,high=1",
     ]  # fmt: skip
-    for wrong in (["0,0.0"], ["x"], [""], ["0,1.6"], ["a=" + ",".join(map(str, range(200)))]):
+    assert grid([".5, 0.00001"]) == [".5", "0.00001"]
+    many = [f"{name}=" + ",".join(f"0.{i}" for i in range(1, 99)) for name in "abcdef"]
+    for wrong in (many, ["0,0.0"], ["x"], [""], ["0,1.6"], ["a=" + ",".join(map(str, range(200)))]):
         with pytest.raises(UserError, match="--scales: "):
             grid(wrong)
+
+
+def test_a_tied_head_is_the_embedding_and_a_stored_one_goes_with_it(tmp_path, small_tokenizer_dir):
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import tiny_model
+    from xplus_fast.evaluation.generate import digest_of, model_digest
+    from xplus_fast.training.export import contents
+
+    base = tmp_path / "base"
+    model = tiny_model("qwen3-tied", vocab_size=16500).to(torch.bfloat16)
+    model.save_pretrained(base)
+    for file in small_tokenizer_dir.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    stored_too = load_file(base / "model.safetensors")
+    stored_too["lm_head.weight"] = stored_too["model.embed_tokens.weight"].clone()
+    save_file(stored_too, base / "model.safetensors", {"format": "pt"})
+    recipe = make_workplace(tmp_path, base)
+    recipe["data"] |= {"heldout": 0, "retention": []}
+    recipe["stages"] = [{"layers": "5", "also": ["head"], "steps": 1, "warmup": 0.0,
+                         "learning_rate": {"5": 1e-3, "head": 1e-4}}]  # fmt: skip
+    assert xplus("train", write_recipe(tmp_path, recipe)) == 0
+    changes = Changes(tmp_path / "run").at("head=0.5")
+    assert xplus("export", tmp_path / "run", tmp_path / "out", "--scale", "head=0.5") == 0
+    got = stored(tmp_path / "out")
+    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    made = contents(CheckpointFiles.open(base), changes)
+    assert digest_of((str(name), pieces) for name, pieces in made) == model_digest(tmp_path / "out")
+    assert "model.embed_tokens.weight" in changes and "lm_head.weight" not in changes
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None

@@ -1,11 +1,7 @@
 """Layers that take turns: as a plain loop with the same flags; states; resumption; plans."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -13,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.workplace import losses, make_workplace, write_recipe, xplus
+from tests.training.workplace import losses, make_workplace, train_killed, write_recipe, xplus
 from xplus_fast.config import MemoryConfig, load_recipe
 from xplus_fast.data.corpus import PackCollator, load_corpus
 from xplus_fast.data.packed import RowSampler
@@ -96,7 +92,7 @@ def test_it_is_a_plain_loop_with_the_same_flags(place, tiny_model_dir):
         assert torch.allclose(value, ours[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("kill_at", [3, 4])
 def test_killed_anywhere_it_goes_on_bit_for_bit(place, kill_at):
     folder, recipe = place
     recipe["dtype"] = "bfloat16"
@@ -111,11 +107,8 @@ def on_log(self, args, state, control, **more):
     if state.global_step == {kill_at}:
         os.kill(os.getpid(), signal.SIGKILL)
 RunLog.on_log = on_log
-from xplus_fast.cli import main
-raise SystemExit(main(["train", {str(path)!r}]))
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    train_killed(path, code)
     assert xplus("train", path) == 0
     recipe["output"] = str(folder / "whole")
     assert xplus("train", write_recipe(folder, recipe)) == 0

@@ -1,6 +1,10 @@
 """A folder with a corpus and a recipe of two stages for the tiny model."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,14 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
 def xplus(*arguments: Any) -> int:
     """`xplus-fast ...`: its exit code."""
     return main([str(a) for a in arguments])
+
+
+def train_killed(path: Path, before: str) -> None:
+    """`xplus-fast train` in a process of its own, which `before`, Python, ends with kill -9."""
+    train = f"from xplus_fast.cli import main\nraise SystemExit(main(['train', {str(path)!r}]))"
+    code = f"{before}\n{train}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:

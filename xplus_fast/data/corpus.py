@@ -43,6 +43,7 @@ __all__ = [
 
 # Of everything between the sources' bytes and the files below; raise it when it changes.
 _VERSION = 6
+MOST_TIMES = 1000  # that a source with a share is drawn in an epoch
 _BATCH = 1000  # examples tokenized together
 _BATCH_TEXT = 2_000_000  # characters of them, or one longer example
 _HELDOUT, _SUMMARY = "heldout.jsonl", "summary.json"
@@ -90,12 +91,22 @@ def load_corpus(
     return _open(folder, found)
 
 
-def read_validation(data: DataConfig) -> dict[str, list[Example]]:
-    """What `data.validation` holds, by tag. Raises `UserError`, and where there is nothing."""
+def read_validation(
+    data: DataConfig, tokenizer: Any, vocabulary: int | None
+) -> dict[str, list[Example]]:
+    """What `data.validation` holds, by tag; with `data.on_error: skip`, without what is unfit.
+
+    Raises `UserError`, also where there is nothing.
+    """
     reading, found = Reading(), dict[str, list[Example]]()
     for source in data.validation:
-        for example in read_examples(source, data, reading):
-            found.setdefault(example.tag, []).append(example)
+        for batch in _batches(read_examples(source, data, reading)):
+            encoded = encode(batch, tokenizer, data.think, data.pack_tokens, vocabulary)
+            for example, e in zip(batch, encoded, strict=True):
+                if isinstance(e, Encoded):
+                    found.setdefault(example.tag, []).append(example)
+                else:
+                    reading.skip(e, data)
     if not found:
         raise UserError(f"data.validation: {_names(data.validation)}: empty, no example in it")
     return found
@@ -294,8 +305,9 @@ def _build(
     by_tag = np.bincount(tag[train], minlength=len(groups)).tolist()
     for group in dict.fromkeys(groups):
         if not sum(c for c, g in zip(by_tag, groups, strict=True) if g == group):
+            option = "validation" if data.validation else "heldout"
             raise UserError(
-                f"data.heldout: without the pairs held out of every language pair, nothing is left"
+                f"data.{option}: without the pairs held out of every language pair, nothing is left"
                 f" to train on of {group}"
             )
     counts, of_source = np.asarray(supervised, np.int64), np.asarray(origins)
@@ -349,14 +361,23 @@ def _order(
     if all(share is None for share in asked):
         return mixed_order(tags, seed), {}
     own = np.bincount(origins, supervised, minlength=len(sources))
+    rest = [k for k, share in enumerate(asked) if share is None]
+    left = 1 - sum(share for share in asked if share is not None)
+    whole = own[rest].sum() / left if rest else own.sum()
     for k, share in enumerate(asked):
-        if share is not None and not own[k]:
-            raise UserError(f"{_names([sources[k]])}: share {share:g}: nothing of it is trained on")
+        name = _names([sources[k]])
+        if not own[k]:
+            raise UserError(f"{name}: nothing of it is trained on, where sources have shares")
+        if share is not None and share * whole > MOST_TIMES * own[k]:
+            raise UserError(
+                f"{name}: share {share:g}: that is {share * whole / own[k]:,.0f} times over in an"
+                f" epoch; {MOST_TIMES:,} at most"
+            )
     order = shared_order(tags, origins, supervised, asked, seed)
     got = np.bincount(origins[order], supervised[order], minlength=len(sources))
     told = {
-        _names([source]): {"asked": s, "share": got[k] / got.sum(), "times": got[k] / own[k]}
-        for k, (source, s) in enumerate(zip(sources, asked, strict=True)) if s is not None
+        name: {"asked": s, "share": got[k] / got.sum(), "times": got[k] / own[k]}
+        for k, (name, s) in enumerate(zip(_short(sources), asked, strict=True)) if s is not None
     }  # fmt: skip
     return order, told
 

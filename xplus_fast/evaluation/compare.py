@@ -32,8 +32,8 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
                 " evaluate both with one recipe"
             )
     points = [point for name, curve in curves.items() for point in points_of(curve, name)]
-    # each has the base: once is enough
-    points = [p for p in points if p.label != "0" or p.run == first]
+    bases = [p for p in points if is_base(p)]  # one and the same: once is enough
+    points = [p for p in points if not is_base(p) or p is bases[0]]
     labelled = [Point(f"{p.run} at {p.label}", p.run, p.means) for p in points]
     best = front.chosen(labelled)
     result = {
@@ -53,6 +53,13 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         lines += ["![translation against reasoning](comparison.png)", ""]
     write_text(out / "comparison.md", "\n".join(lines) + "\n")
     return result
+
+
+def is_base(point: Point) -> bool:
+    """Whether nothing of the change is in it."""
+    return all(float(part.rpartition("=")[2]) == 0 for part in point.label.split(",")) and (
+        "=" not in point.label
+    )
 
 
 def describe(out: Path, result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ is loaded; no other is written. Each point's verdict lies in `points/`, the curv
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from xplus_fast.training.run_folder import is_run, read_recipe
 
 POINTS = "points"  # the folder of their verdicts
 CURVE = "curve.json"
+WRITTEN = ("run", "about", "checksums", "measured", "points")  # of what `compare` reads
 NOTED = Path("evaluation") / CURVE  # in a run's folder
 
 
@@ -44,6 +46,7 @@ def curve(
     changes = Changes(run)
     points = {text: changes.at(text, "--scales") for text in grid(scales)}
     here = InPlace(changes, recipe)
+    recipe = replace(recipe, engine="generate")  # whatever is installed
     own = changes.base
     if base is not None and base != own and model_digest(base) != model_digest(own):
         raise UserError(f"--base: {base} is not what {run} began with: {own}")
@@ -57,7 +60,10 @@ def curve(
     found: dict[str, Measured] = {}  # by digest
     for which, subject in {"base": before, **subjects}.items():
         if subject.digest not in found:
-            found[subject.digest] = measure(subject, which, lines, recipe, out, show=show)
+            # a point that answers nothing is a result, too
+            found[subject.digest] = measure(
+                subject, which, lines, recipe, out, show=show, silent=which != "base"
+            )
     results: dict[str, dict[str, Any]] = {}
     for text, subject in subjects.items():
         both = {"base": found[before.digest], "tuned": found[subject.digest]}
@@ -108,6 +114,8 @@ def curve_of(folder: Path) -> dict[str, Any]:
             " makes one"
         )
     found = read_json(file)
+    if missing := [key for key in WRITTEN if key not in found]:
+        raise UserError(f"{file}: not a curve: no {missing[0]}; evaluate the run again")
     if is_run(folder) and Changes(folder).record["checksums"] != found.get("checksums"):
         raise UserError(f"{folder}: was trained again since it was evaluated; evaluate it again")
     return found

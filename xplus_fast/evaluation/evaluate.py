@@ -75,9 +75,12 @@ def evaluate(
 
 def measure(
     subject: Subject, which: str, lines: Sequence[Lines], recipe: EvaluateRecipe, out: Path, *,
-    show: bool,
+    show: bool, silent: bool = False,
 ) -> Measured:  # fmt: skip
-    """A model's answers and figures. which: what it is called while it works."""
+    """A model's answers and figures. which: what it is called while it works.
+
+    silent: whether it may answer nothing at all. Raises `UserError` else.
+    """
     answers, tasks = {}, {}
     if lines:
         generator = Generator(
@@ -90,7 +93,7 @@ def measure(
                 made = generator.answer(asked, f"{which} {each.name}")
                 answers[each.name] = read_answers(each, made, recipe.translation)
         every = [answer for of_direction in answers.values() for answer in of_direction]
-        if not any(answer.text for answer in every):
+        if not silent and not any(answer.text for answer in every):
             why = "its end-of-text token, or a chat template that it was not trained with?"
             if all("thoughts" in answer.odd for answer in every):
                 why = "a think block each, and nothing after it: translation.max_new_tokens?"

@@ -55,7 +55,7 @@ def measure(
     rows = {tag: pack_examples(heldout[tag], tokenizer, data) for tag in tags}
     vocabulary = model.config.vocab_size
     texts = pack_texts(retention, tokenizer, data.pack_tokens, vocabulary) if retention else []
-    directions = [tag for tag in tags if config.translate and _DIRECTION.fullmatch(tag)]
+    directions = [tag for tag in tags if config.translate and is_direction(tag, heldout[tag])]
     chosen = {tag: heldout[tag][: config.translate] for tag in directions}
     work = {_LOSS: sum(map(len, rows.values())) + len(texts),
             _TRANSLATION: sum(map(len, chosen.values()))}  # fmt: skip
@@ -95,6 +95,11 @@ def measure(
                 {"source": s, "reference": r, "output": o} for s, r, o in shown
             ]
     return result
+
+
+def is_direction(tag: str, examples: Sequence[Example]) -> bool:
+    """Whether examples of this tag are translations, and not text in a file of such a name."""
+    return bool(_DIRECTION.fullmatch(tag)) and not any(e.is_text for e in examples)
 
 
 def _loss(

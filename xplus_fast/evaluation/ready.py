@@ -83,6 +83,12 @@ def _check_condition(
     name, at, scale = asked.partition("@") if scales else (asked, "", "")
     if at and scale not in scales:
         raise UserError(f"--fail-if: {scale!r} is none of the scales {', '.join(scales)}")
+    both = lines and "chrf" in recipe.translation.metrics and recipe.reasoning.tasks
+    if scales and not at and not both:
+        raise UserError(
+            f"--fail-if: without a scale it asks of the point to choose, which takes chrf and tasks"
+            f" of reasoning; of one point: '{name}@{scales[-1]} ...'"
+        )
     config, tasks = recipe.translation, recipe.reasoning.tasks
     known = ["translation"] if lines and "chrf" in config.metrics else []
     known += ["reasoning"] if tasks else []

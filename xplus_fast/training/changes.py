@@ -25,6 +25,7 @@ from xplus_fast.training.checkpoints import FINAL, Final
 from xplus_fast.training.run_folder import read_recipe
 
 MOST = 1.5  # of a scale: beyond it nothing is known of the model
+MOST_POINTS = 100  # of a curve
 NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,12})?|\.[0-9]{1,12}"
 
 
@@ -80,7 +81,8 @@ class Changes(Mapping[str, Tensor]):
 
     def _scale(self, text: str, scales: Scales) -> None:
         self._asked, self._scales = text, scales
-        self._names = [name for name in self.trained if any(s for s, _ in self._parts(name))]
+        # a dict, for it is asked for names often
+        self._names = dict.fromkeys(n for n in self.trained if any(s for s, _ in self._parts(n)))
 
     def at(self, text: str, option: str = "--scale") -> "Changes":
         """The same changes at other scales, such as "0.7", "stage-1=1,stage-2=0.5", "21-28=0.5".
@@ -117,7 +119,7 @@ class Changes(Mapping[str, Tensor]):
 
     def _places(self, what: str, option: str) -> list[str]:
         if what in BESIDE:
-            found = [what]
+            found = ["embedding" if what == "head" and self._shape.tied else what]
         else:
             try:
                 found = [str(i) for i in resolve_layers(what, self._shape.layers)]
@@ -179,6 +181,9 @@ class Changes(Mapping[str, Tensor]):
         read_entry(entry, made := torch.empty(entry.shape))
         return made
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -209,11 +214,14 @@ def grid(options: Sequence[str]) -> list[str]:
     points = [""]
     for option in options:
         what, equals, values = option.rpartition("=")
-        numbers = [f"{_number(v.strip(), '--scales', option):g}" for v in values.split(",")]
-        if len(set(numbers)) != len(numbers):
-            raise UserError(f"--scales: {option!r} names a scale twice")
+        numbers = [number.strip() for number in values.split(",")]
+        found = [_number(number, "--scales", option) for number in numbers]
+        if len(set(found)) != len(found):
+            raise UserError(f"--scales: {option!r:.60} names a scale twice")
+        if len(points) * len(numbers) > MOST_POINTS:
+            raise UserError(
+                f"--scales: more than {MOST_POINTS} points, which are evaluated at most"
+            )
         here = [f"{what.strip()}{equals}{number}" for number in numbers]
         points = [f"{before},{one}".lstrip(",") for before in points for one in here]
-    if len(points) > 100:
-        raise UserError(f"--scales: {len(points)} points; 100 at most are evaluated")
     return points

@@ -104,8 +104,7 @@ def _export(
     base = files.folder
     with speaking(out):
         settle(out)
-    changed = _with_head(files, changed)
-    record = {**record, "tensors": sorted(changed)}
+    record = {**record, "tensors": sorted(_with_head(files, changed))}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         # killed after its last step, it has only to be started again
         if "checksums" in record and (out / RECORD).is_file() and read_json(out / RECORD) == record:
@@ -139,6 +138,7 @@ def contents(
 
     files: of the base. changed: as `export` has it.
     """
+    changed = _with_head(files, changed)
     uncoded = {name for name in changed if files.entries[name].scale is not None}
     made_anew = uncoded_shards(files, uncoded)
     texts = {"config.json": uncoded_config, INDEX: uncoded_index} if uncoded else {}

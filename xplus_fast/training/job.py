@@ -94,6 +94,10 @@ def take_folder(job: Job, restart: bool, held: ExitStack) -> None:
 def _rates(stage: Stage, shape: Shape) -> dict[str, float]:
     """The learning rates of a stage, as `learning_rates` has them. Raises `UserError`."""
     ids = resolve_layers(stage.layers, shape.layers)
-    # a tied head is the embedding
-    also = {"embedding" if kind == "head" and shape.tied else kind for kind in stage.also}
-    return learning_rates(stage.learning_rate, stage.layer_decay, ids, also, shape.layers)
+    tied = {"head": "embedding"} if shape.tied else {}  # they are one
+    also, asked = {tied.get(kind, kind) for kind in stage.also}, stage.learning_rate
+    if isinstance(asked, dict):
+        if tied and {"head", "embedding"} <= asked.keys():
+            raise UserError("learning_rate: embedding and head are tied: one of them has it")
+        asked = {tied.get(what, what): rate for what, rate in asked.items()}
+    return learning_rates(asked, stage.layer_decay, ids, also, shape.layers)

@@ -58,7 +58,7 @@ def write_report(run: Path) -> str:
         "## Training",
         "![training loss and learning rate](loss.png)",
         _training(steps, about),
-        watch.section(run),
+        watch.section(run, [*steps]),
         "## Data",
         *_data(about["stages"]),
         _samples(measured),

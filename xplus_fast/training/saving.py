@@ -161,6 +161,8 @@ class SavingTrainer(Trainer):
     def go_back(self, step: int) -> None:
         """Take weights and optimizer from the checkpoint of an earlier step of this training."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        if isinstance(optimizer := bare_optimizer(self.optimizer), AdamW):
+            optimizer.synchronize()
         found = read_checkpoint(folder)
         load_tensors(self.accelerator.unwrap_model(self.model), found.tensors["trained"])
         saved = found.documents["training"]["optimizer"]

@@ -64,9 +64,10 @@ def train_stage(
     watch = None
     if isinstance(stage.layers, Rotation):
         trainer.add_callback(Rotate(stage.layers, turn_seed(recipe.seed, index)))
-    if recipe.evaluation.every and (data.heldout or data.texts):
+    by_texts = data.texts if recipe.evaluation.by == "retention" else []
+    if recipe.evaluation.every and (data.heldout or by_texts):
         watch = Watch(
-            recipe, name, run, data.tokenizer, data.heldout, data.texts, place, log.say
+            recipe, name, run, data.tokenizer, data.heldout, by_texts, place, log.say
         )  # fmt: skip
         trainer.add_callback(watch)
     if resume and place.first:

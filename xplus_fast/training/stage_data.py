@@ -9,6 +9,7 @@ from xplus_fast.data.corpus import Corpus, describe, load_corpus, read_validatio
 from xplus_fast.data.packed import look_at_work
 from xplus_fast.data.readers import Example, read_text
 from xplus_fast.errors import UserError
+from xplus_fast.evaluation.heldout import is_direction
 from xplus_fast.model.pretrained import load_tokenizer
 from xplus_fast.planning.flops import Work
 from xplus_fast.training.job import Job
@@ -36,7 +37,14 @@ def load_data(job: Job) -> StageData:
     texts = read_text(job.recipe.data.retention) if job.recipe.data.retention else []
     corpora, works = _load_corpora(job, tokenizer)
     _show_first(corpora[0], tokenizer, job.say)
-    return StageData(tokenizer, corpora, works, texts)
+    data = StageData(tokenizer, corpora, works, texts)
+    if job.recipe.evaluation.by == "chrf":
+        if not any(is_direction(tag, part) for tag, part in data.heldout.items()):
+            raise UserError(
+                "evaluation.by: chrf, and no translations are held out:"
+                f" {', '.join(data.heldout) or 'nothing'}"
+            )
+    return data
 
 
 def _load_corpora(job: Job, tokenizer: Any) -> tuple[list[Corpus], list[Work]]:
@@ -47,7 +55,9 @@ def _load_corpora(job: Job, tokenizer: Any) -> tuple[list[Corpus], list[Work]]:
     with the same ones under another budget.
     """
     recipe, place, say = job.recipe, job.place, job.say
-    given = read_validation(recipe.data) if recipe.data.validation else {}
+    given = {}
+    if recipe.data.validation:
+        given = read_validation(recipe.data, tokenizer, job.shape.vocabulary)
     if given:
         say("validation: " + ", ".join(f"{tag} {len(part):,}" for tag, part in given.items()))
     loaded: dict[Any, Corpus] = {}

@@ -7,7 +7,7 @@ is decided again: to stop a stage that no longer improves, and to end it with it
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,8 +27,8 @@ _FILE = re.compile(r"during-(.+)-(\d+)\.json")
 class Watch(TrainerCallback):
     """Every `evaluation.every` steps: `evaluation.few` held-out examples of each direction.
 
-    With `evaluation.patience` or `keep: best`, the last step too. texts: of retention, measured
-    where `evaluation.by` asks for it. `best_step`: so far; 0 if nothing was measured.
+    With `evaluation.patience` or `keep: best`, the last step too. texts: of retention, where it
+    decides. `best_step`: so far; 0 if nothing was measured.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class Watch(TrainerCallback):
     ) -> None:  # fmt: skip
         self.recipe, self.stage, self.run, self.say = recipe, stage, run, say
         self.tokenizer, self.place = tokenizer, place
-        options = recipe.evaluation
-        self.texts = texts if options.by == "retention" else []
+        options, self.texts = recipe.evaluation, texts
         self.heldout = {tag: examples[: options.few] for tag, examples in heldout.items()}
         self.decides = options.patience is not None or options.keep == "best"
         self.best_step, self.best, self.since = 0, float("inf"), 0  # the lower, the better
@@ -127,17 +126,23 @@ def points(run: Path, stage: str | None = None) -> list[tuple[str, int, dict[str
     return sorted(found, key=lambda point: point[:2])
 
 
-def section(run: Path) -> str:
-    """What the report says of it: a line for each point, and the last point's translations."""
-    every = points(run)
+def section(run: Path, stages: Sequence[str]) -> str:
+    """What the report says of it: a line for each point, and the last point's translations.
+
+    stages: their names in order.
+    """
+    every = [point for stage in stages for point in points(run, stage)]
     if not every:
         return ""
     tags = sorted(every[-1][2]["loss"])
+    heads = [f"{t} loss, chrF++" for t in tags]
+    kept = any(found["retention"] for _, _, found in every)
+    heads += ["retention loss"] if kept else []
     lines = [
         "## While it trained", "",
         "A few held-out sentences of each direction: a trend, too few for a verdict.", "",
-        "| stage, step | " + " | ".join(f"{t} loss, chrF++" for t in tags) + " |",
-        "|---|" + "---|" * len(tags),
+        "| stage, step | " + " | ".join(heads) + " |",
+        "|---|" + "---|" * len(heads),
     ]  # fmt: skip
     for stage, step, found in every:
         cells = []
@@ -147,9 +152,11 @@ def section(run: Path) -> str:
                 ("-" if loss is None else f"{loss:.3f}")
                 + (f", {score:.1f}" if score is not None else "")
             )
+        if kept:
+            cells.append(f"{found['retention']['loss']:.3f}" if found["retention"] else "-")
         lines.append(f"| {stage}, {step} | " + " | ".join(cells) + " |")
     stage, step, last = every[-1]
-    lines += ["", f"Translations at {stage}, step {step}:", ""]
-    for tag, samples in last["samples"].items():
-        lines += [f"- {tag}: {s['source']} -> {s['output']}" for s in samples[:1]]
+    shown = [(tag, samples[0]) for tag, samples in last["samples"].items() if samples]
+    lines += ["", f"Translations at {stage}, step {step}:", ""] if shown else []
+    lines += [f"- {tag}: {s['source']} -> {s['output']}" for tag, s in shown]
     return "\n".join(lines)
