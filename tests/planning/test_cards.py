@@ -1,6 +1,7 @@
 """Cards by every name that people give them, and the figures that plans count with."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,17 @@ def test_nvidia_smis_own_name_and_memory(line):
     assert match_card(line) is card is CARDS[card.name]
     for spelling in (name.lower(), name.upper(), name.replace(" ", ""), f"  {name}  "):
         assert find_card(spelling) is card
+
+
+def test_the_names_in_the_document_are_names():
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    section = text.partition("### Naming a card")[2]
+    named = re.findall(r'--card ("[^"]+"|[a-z0-9][^\s]*)', section.partition("The start of")[0])
+    found = [find_card(name.strip('"')).name for name in named]
+    assert found == ["rtx3060", "rtx3060", "rtx4060ti-16", "rtx4090laptop", "a100-40",
+                     "h100-80-3g.40gb", "h100-80-3g.40gb"]  # fmt: skip
+    assert "about 60 cards" in section and 55 <= len(CARDS) <= 65
+    assert {key.partition("-")[0] for key in SLICES} == {"a30", "a100", "h100", "h200"}
 
 
 def test_the_lines_are_many_and_of_different_cards():

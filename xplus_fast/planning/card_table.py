@@ -115,36 +115,18 @@ _TABLE = (
     _card("rtx5080laptop", "RTX 5080 Laptop GPU", 16303, 896, 83.4, 166.7, (12, 0), 50),
     _card("rtx5090laptop", "RTX 5090 Laptop GPU", 24463, 896, 114, 228, (12, 0), 50),
     _card(
-        "rtxpro6000",
-        "RTX PRO 6000 Blackwell Workstation Edition",
-        97887,
-        1792,
-        500,
-        1000,
-        (12, 0),
-        50,
+        "rtxpro6000", "RTX PRO 6000 Blackwell Workstation Edition", 97887, 1792, 500, 1000,
+        (12, 0), 50,
     ),
     _card(
-        "rtxpro6000-maxq",
-        "RTX PRO 6000 Blackwell Max-Q Workstation Edition",
-        97887,
-        1792,
-        439,
-        878,
-        (12, 0),
-        50,
+        "rtxpro6000-maxq", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, 1792, 439, 878,
+        (12, 0), 50,
     ),
     _card(
-        "rtxpro6000-server",
-        "RTX PRO 6000 Blackwell Server Edition",
-        97887,
-        1597,
-        480,
-        960,
-        (12, 0),
-        50,
+        "rtxpro6000-server", "RTX PRO 6000 Blackwell Server Edition", 97887, 1597, 480, 960,
+        (12, 0), 50,
     ),
-)
+)  # fmt: skip
 CARDS = {card.name: card for card, _ in _TABLE}
 NAMES = [(one, card.name) for card, called in _TABLE for one in called]
 
