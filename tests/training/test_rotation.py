@@ -104,13 +104,13 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(place, kill_at):
     path = write_recipe(folder, recipe)
     code = f"""
 import os, signal
-from xplus_fast.training.run import _RunLog
-whole = _RunLog.on_log
+from xplus_fast.training.stage import RunLog
+whole = RunLog.on_log
 def on_log(self, args, state, control, **more):
     whole(self, args, state, control, **more)
     if state.global_step == {kill_at}:
         os.kill(os.getpid(), signal.SIGKILL)
-_RunLog.on_log = on_log
+RunLog.on_log = on_log
 from xplus_fast.cli import main
 raise SystemExit(main(["train", {str(path)!r}]))
 """
