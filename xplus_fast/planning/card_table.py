@@ -16,7 +16,9 @@ training wants them. Before Ampere there is no bf16, and the rate is fp16's. Sou
 Bandwidths: the same pages and sheets; V100's rate is SXM2's (PCIe: 112).
 
 Uncertain, computed rather than read in a sheet: the rates of rtx4000ada (fp32's times 4, as on the
-other Ada cards) and of rtxpro6000-server (the same), and what b300 shares with b200.
+other Ada cards) and of rtxpro6000-server (the same), and what b300 shares with b200. Memory was
+compared with such outputs when the table was made; rates and bandwidths with a second source only
+for T4, A4000, 5080, RTX PRO 6000 and the 4090's and 5090's laptops.
 
 PCIe is one way, of 16 lanes: 16 GB/s (generation 3), 32 (4) or 64 (5) by the standard, of which 12,
 25 and 50 are what copies from pinned memory commonly reach; half of it with 8 lanes. GH200's is
@@ -119,8 +121,8 @@ _TABLE = (
         (12, 0), 50,
     ),
     _card(
-        "rtxpro6000-maxq", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, 1792, 439, 878,
-        (12, 0), 50,
+        "rtxpro6000-maxq", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887,
+        1792, 439, 878, (12, 0), 50,
     ),
     _card(
         "rtxpro6000-server", "RTX PRO 6000 Blackwell Server Edition", 97887, 1597, 480, 960,
