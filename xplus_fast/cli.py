@@ -99,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("recipe", type=Path, help="YAML file, see recipes/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. memory.frozen=bf16")
     plan.add_argument("--budget", default="", help="of GPU memory: 24GB (10^9 bytes), 24GiB")
-    plan.add_argument("--card", default="", help="the GPU to plan for, e.g. rtx4090")
+    plan.add_argument(
+        "--card",
+        default="",
+        help="the GPU to plan for, e.g. rtx4090, l4, or as nvidia-smi names it",
+    )
     plan.add_argument("--host-memory", default="", help="to be pinned at most, e.g. 64GB")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)

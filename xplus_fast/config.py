@@ -132,7 +132,7 @@ class MemoryConfig:
 
     budget: str = "auto"  # of the device, such as 24GB (10^9 bytes) or 24GiB; auto: the card's
     host: str = "auto"  # pinned host memory at most; auto: 80 % of what this machine has free
-    card: str = ""  # for predictions, such as rtx4090; empty: the one here
+    card: str = ""  # to plan for: rtx4090, or as nvidia-smi names it; empty: the one here
     # frozen layers' matrices: auto, bf16 (as they are), int8, fp8, nf4; or by layers: {"0-20": nf4}
     frozen: str | dict[str, str] = "auto"
     placement: Literal["auto", "device", "host"] = "auto"  # of frozen layers

@@ -10,9 +10,12 @@ import yaml
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from xplus_fast.cli import main
+from xplus_fast.config import load_recipe
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import shape_of
 from xplus_fast.planning import from_recipe
+from xplus_fast.planning.cards import CARDS
+from xplus_fast.planning.from_recipe import find_where
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "qwen3-8b-xplus.yaml"
@@ -81,13 +84,53 @@ def test_a_budget_without_a_card_assumes_one(capsys, model):
     assert "no card named and none found: l40s is assumed" in out
 
 
+def test_a_card_by_nvidia_smis_name_is_the_one_by_its_short_name(capsys, model):
+    short = plan(capsys, model, "--card", "rtx4090")
+    assert short[0] == 0 and "rtx4090, 25.76 GB" in short[1]
+    assert plan(capsys, model, "--card", "NVIDIA GeForce RTX 4090") == short
+    assert plan(capsys, model, "memory.card=GEFORCE RTX 4090 24GB") == short
+
+
+def test_a_slice_is_planned_for(capsys, model):
+    given = ["--card", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"]
+    code, out, _ = plan(capsys, model, *given)
+    assert (
+        code == 0
+        and "tokens/s predicted on h100-80-3g.40gb" in out
+        and "h100-80-3g.40gb, 42.41 GB" in out
+    )
+
+
+def test_another_machine_keeps_a_fifth_of_its_memory_as_this_one_does(
+    capsys, model, monkeypatch, tmp_path
+):
+    recipe = load_recipe(RECIPE, [f"model={model}"])
+    where = find_where(recipe, "rtx4090", "auto", "auto")
+    assert where.host == 102_400_000_000
+    said = plan(capsys, model, "--card", "rtx4090")[1]
+    assert "128 GB of host memory are assumed, 80% of them to be pinned (--host-memory)" in (
+        " ".join(said.split())
+    )
+    # said: what is said, in full
+    assert find_where(recipe, "rtx4090", "auto", "64GB").host == 64 * 10**9
+    # here: the same share of what is free
+    (tmp_path / "meminfo").write_text("MemAvailable:   125000000 kB\n")
+    monkeypatch.setattr(from_recipe, "Path", lambda p: tmp_path / "meminfo")
+    monkeypatch.setattr(from_recipe, "container_memory", lambda: None)
+    assert find_where(recipe, "4090", "auto", "auto", CARDS["rtx4090"]).host == 102_400_000_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--budget", "24"], "budget: a size such as 24GB"),
         (["--budget", "0GB"], "budget: a size such as 24GB"),
         (["--budget", "30GB", "--card", "rtx4090"], "30.0 GB are more than there are on rtx4090"),
-        (["--card", "rtx4080"], "did you mean rtx4090"),
+        (["--card", "rtx4095"], "did you mean rtx4090"),
+        (["--card", "NVIDIA A100"], "may be several; did you mean a100-40 or a100-80"),
+        (["memory.card=H100"], "may be several; did you mean h100-pcie or h100-80 or h100-nvl?"),
+        (["--card", "Tesla T4"], "card: t4 has compute capability 7.5 and no bf16"),
+        (["memory.card=V100 32GB", "dtype=float32"], "card: v100-32 has compute capability 7.0"),
         (["--budget", "4GB", "--card", "rtx4090"], "the leanest plan for layers 0-3 needs"),
         (["--card", "rtx4090", "--host-memory", "1GB", "--budget", "16GB"], "memory.host: "),
         (["memory.frozen=int4"], "memory.frozen: one of auto, bf16, int8, fp8, nf4 is wanted"),

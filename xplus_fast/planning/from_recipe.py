@@ -13,7 +13,7 @@ from xplus_fast.model.families import Shape
 from xplus_fast.model.hub import config_from_hub
 from xplus_fast.model.pretrained import config_shape
 from xplus_fast.options import parse_bytes
-from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
+from xplus_fast.planning.cards import Card, check_trains, find_card, local_card, smallest_card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Rows, on_host, plan_hidden
 from xplus_fast.planning.plan import Plan, plan_stage
@@ -21,7 +21,7 @@ from xplus_fast.planning.selection import Rotation, resolve_layers
 
 USABLE = 0.97  # of a card's memory: the driver and the screen have the rest
 HOST_SHARE = 0.8  # of what the machine has free
-ELSEWHERE_HOST = 128 * 10**9  # assumed of a machine that is not this one
+ELSEWHERE_HOST = 128 * 10**9  # assumed to be free on a machine that is not this one
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def plan_recipe(
 def find_where(
     recipe: Recipe, card_name: str, budget: str, host: str, here: Card | None = None
 ) -> Where:
-    """The card, its budget and the host's, from what was said and what is here."""
+    """The card, its budget and the host's, from what was said and what is here.
+
+    Raises `UserError`, also for a card on which nothing trains.
+    """
     here = here or (None if recipe.device == "cpu" else local_card())
     card = find_card(card_name) if card_name else here
     limit = None if budget == "auto" else parse_bytes(budget, "budget")
@@ -85,6 +88,7 @@ def find_where(
         card = smallest_card(limit)
         assumed.append(f"no card named and none found: {card.name} is assumed (--card)")
     if card is not None:
+        check_trains(f"card: {card.name}", card.capability)
         most = int(card.memory * USABLE)
         if limit is not None and limit > card.memory:
             raise UserError(
@@ -99,8 +103,11 @@ def find_where(
     elif here is not None and card.name == here.name:
         pinned = free_memory()
     else:
-        pinned = ELSEWHERE_HOST
-        assumed.append(f"{pinned / 1e9:.0f} GB of host memory are assumed (--host-memory)")
+        pinned = int(ELSEWHERE_HOST * HOST_SHARE)
+        assumed.append(
+            f"{ELSEWHERE_HOST / 1e9:.0f} GB of host memory are assumed, {HOST_SHARE:.0%} of them to"
+            " be pinned (--host-memory)"
+        )
     return Where(card, limit, pinned, "; ".join(assumed))
 
 

@@ -10,10 +10,17 @@ from accelerate import PartialState
 
 from xplus_fast.config import Recipe
 from xplus_fast.errors import UserError
-from xplus_fast.planning.cards import CARDS, Card, left, local_card, smallest_card
+from xplus_fast.planning.cards import (
+    CARDS,
+    SAME_SIZE,
+    Card,
+    check_trains,
+    left,
+    local_card,
+    match_card,
+    smallest_card,
+)
 from xplus_fast.planning.memory import CONTEXT
-
-SAME_SIZE = 0.1  # share by which a card's memory may differ from the table's
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ def find_place(recipe: Recipe) -> Place:
         set_allocator()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+        about = torch.cuda.get_device_properties(device)
+        check_trains(f"device: {about.name}", (about.major, about.minor))
     dtype = {
         "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
         "float32": torch.float32,
@@ -101,12 +110,14 @@ def card_here(place: Place) -> Card | None:
     # what others left; this process's context is among what is gone, and a plan counts it
     free = torch.cuda.mem_get_info(place.device)[0] + torch.cuda.memory_reserved(place.device)
     size = left(about.total_memory, free + CONTEXT)
-    known = local_card()
+    known = match_card(f"{about.name}, {about.total_memory >> 20}")
+    if known is None and (seen := local_card()) is not None:
+        # a slice of it has another size
+        if abs(about.total_memory / CARDS[seen.name].memory - 1) < SAME_SIZE:
+            known = seen
     if known is not None and known.capability == (about.major, about.minor):
-        # a slice of it, or another card of its generation, has another size
-        if abs(about.total_memory / CARDS[known.name].memory - 1) < SAME_SIZE:
-            return replace(known, memory=size)
-    like = smallest_card(about.total_memory)
+        return replace(known, memory=size)
+    like = smallest_card(about.total_memory, (about.major, about.minor))
     return replace(like, name=about.name, memory=size, capability=(about.major, about.minor))
 
 
