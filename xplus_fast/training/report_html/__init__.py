@@ -33,6 +33,8 @@ from xplus_fast.training.report_html.elements import Cell, column, known, sectio
 from xplus_fast.training.report_html.samples import translations
 from xplus_fast.training.report_html.stages import stage_section
 
+_COLUMNS = 4  # measurements that a screen has room for
+
 
 def write(run: Path) -> None:
     """Write a finished run's report.html again. Raises `UserError` as `read_run` does."""
@@ -160,14 +162,18 @@ def _before_after(found: Finished) -> str:
     if not found.rows:
         return "<p>Nothing was held out: data.heldout and data.retention were not set.</p>"
     labels = list(found.measured)
+    shown = range(len(labels)) if len(labels) <= _COLUMNS else (0, len(labels) - 1)
     with_chrf = any(x is not None for _, _, chrf in found.rows for x in chrf)
-    header = ["direction", *(f"loss {label}" for label in labels), "change of loss"]
-    header += [*(f"chrF++ {label}" for label in labels), "change of chrF++"] if with_chrf else []
+    header = ["direction", *(f"loss {labels[i]}" for i in shown), "change of loss"]
+    header += [*(f"chrF++ {labels[i]}" for i in shown), "change of chrF++"] if with_chrf else []
 
     def cells(row: Row) -> list[Cell]:
         name, loss, chrf = row
-        made = [Cell(name), *(Cell(number(x, 3), x) for x in loss), _change(loss, name)]
-        return made + ([*(Cell(number(x, 1), x) for x in chrf), _gain(chrf)] if with_chrf else [])
+        made = [Cell(name), *(Cell(number(loss[i], 3), loss[i]) for i in shown)]
+        made.append(_change(loss, name))
+        if with_chrf:
+            made += [*(Cell(number(chrf[i], 1), chrf[i]) for i in shown), _gain(chrf)]
+        return made
 
     single = [row for row in found.rows if row[0] != RETENTION]
     mean = single[-1:] if len(single) > 1 else []
@@ -216,22 +222,22 @@ def _curve(curve: dict[str, Any] | None) -> str:
     told = _points(curve)
     if curve is None or told is None:
         return ""
-    rows = []
+    rows, both = [], len(told["kinds"]) > 1
     for point in told["points"]:
         cells = [Cell(point["label"])]
         for kind in told["kinds"]:
             m = point[kind]
             ends = "" if m["low"] is None else f" ({m['low']:+.2f} to {m['high']:+.2f})"
             cells.append(Cell(f"{m['change']:+.2f}{ends} {m['verdict']}".strip()))
-        mark = ["chosen"] if point["chosen"] else ["front"] if point["front"] else []
-        rows.append([*cells, Cell("".join(mark))])
+        marks = ["yes"] * point["front"] + ["chosen"] * point["chosen"]
+        rows.append([*cells, *([Cell(", ".join(marks))] if both else [])])
     words = "".join(f"<p>{escape(text)}</p>" for text in curve["words"])
     legend = ["bars: intervals", "orange: the chosen scale", "dashed: no other is preferable"]
-    legend = legend[:3] if len(told["kinds"]) > 1 else legend[:1]
+    legend = legend if both else legend[:1]
     return (
         f'{words}<div class="legend">{"".join(f"<span>{text}</span>" for text in legend)}</div>\n'
         '<div class="chart" id="curve"></div>\n'
-        + table(["scale", *told["kinds"], ""], rows)
+        + table(["scale", *told["kinds"], *(["front"] if both else [])], rows)
         + '\n<p class="note">Changes from the base, in points of 100.</p>'
     )
 

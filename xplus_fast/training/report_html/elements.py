@@ -26,7 +26,8 @@ def table(
     *,
     sorts: bool = False,
 ) -> str:
-    """sorts: its headings are buttons. On a phone a row is a list, each cell with its heading."""
+    """sorts: its headings are buttons. On a phone the rows of a wide one are lists."""
+    classes = ["wide"] * (len(header) > 3) + ["sorts"] * sorts
     heads = [f"<button>{escape(h)}</button>" if sorts else escape(h) for h in header]
 
     def line(cells: list[Cell]) -> str:
@@ -40,7 +41,7 @@ def table(
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     end = f"\n<tfoot>\n{chr(10).join(map(line, foot))}\n</tfoot>" if foot else ""
     return (
-        f"<table{' class=' + chr(34) + 'sorts' + chr(34) if sorts else ''}>\n"
+        f'<table class="{" ".join(classes)}">\n'
         f"<thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{chr(10).join(map(line, rows))}\n</tbody>{end}\n</table>"
     )
@@ -57,4 +58,5 @@ def known(lines: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def storage(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Bytes, in a piece that no line ends in."""
+    return f"{size / 1e9:.2f}\u00a0GB" if size >= 1e9 else f"{size / 1e6:.1f}\u00a0MB"

@@ -43,7 +43,7 @@ function path(points) {
   };
   for (const [x, y] of points) {
     if (y === null) { flush(); pen = "M"; continue; }
-    if (column && Math.abs(x - column.x) < 0.5) {
+    if (column && x - column.x < 1) {
       column.low = Math.min(column.low, y);
       column.high = Math.max(column.high, y);
     } else { flush(); column = { x, low: y, high: y }; }
@@ -132,9 +132,10 @@ chart("loss", 360, "Training loss and learning rate at every step", (root, width
     svg(root, "text", { x: left - 8, y: z(v) + 4, "text-anchor": "end" },
       v ? v.toExponential(0) : "0");
   }
-  const steps_at = ticks(1, every.length, Math.max(2, Math.floor(width / 110)));
+  const steps_at = ticks(1, every.length, Math.max(2, Math.floor(width / 80)));
   for (const v of steps_at.values.filter(Number.isInteger)) {
-    svg(root, "text", { x: x(v), y: bottom + 18, "text-anchor": "middle" }, v);
+    const anchor = x(v) > right - 20 ? "end" : "middle";
+    svg(root, "text", { x: x(v), y: bottom + 18, "text-anchor": anchor }, v);
   }
   svg(root, "text", { x: right, y: low - 6, "text-anchor": "end" }, "learning rate");
 

@@ -39,7 +39,7 @@ def stage_section(found: Finished, stage: dict[str, Any]) -> str:
     host = plan["host_total"] if plan else 0
     rows += [[Cell("on the host"), _size(host), Cell("")]] if host else []
     memory, speed = known(lines, "memory_bytes"), known(lines, "tokens_per_second")
-    rows += [[Cell("highest of the steps"), Cell(""), _size(max(memory))]] if memory else []
+    rows += [[Cell("peak of the steps"), Cell(""), _size(max(memory))]] if memory else []
     guess = plan["predicted_tokens_per_s"] if plan else None
     if speed:
         told = si(guess) if guess else ""
