@@ -27,6 +27,7 @@ from xplus_fast.options import (
     load_options,
     parse_bytes,
 )
+from xplus_fast.planning.selection import Rotation
 
 PROMPT = (
     "Translate the following text from {src} to {tgt}.\n\n"
@@ -94,7 +95,7 @@ class DataConfig:
 class Stage:
     """One round of training: which layers, how fast, how long, on what."""
 
-    layers: str | int | list[int]
+    layers: str | int | list[int] | Rotation  # Rotation: {rotate: 2 of 0-35, every: 20}
     name: Annotated[str, FOLDER_NAME] = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
     # one, or by layers and what trains beside them: {"21-28": 1e-5, "29-35": 2e-5}

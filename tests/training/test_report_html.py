@@ -245,6 +245,9 @@ def test_little_to_show(tmp_path):
 def test_a_curve_comes_into_the_report_and_goes_when_the_run_is_trained_again(run):
     curve = json.loads((run / "evaluation/curve.json").read_text())
     (run / "evaluation/curve.json").unlink()
+    note_in_run(run, curve)
+    assert not (run / "report.html").exists()  # of a version that wrote none
+    (run / "evaluation/curve.json").unlink()
     assert read(run)[1]["curve"] is None
     note_in_run(run, curve)
     page = Page((run / "report.html").read_text())

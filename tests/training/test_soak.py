@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from xplus_fast.cli import main
-from xplus_fast.training.run import _RunLog
+from xplus_fast.training.stage import RunLog
 
 STEPS, WARM, EVERY = 2000, 600, 20
 MOST = 1000.0  # bytes a step
@@ -39,7 +39,7 @@ def test_memory_does_not_grow(
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     seen: list[tuple[int, int]] = []
-    on_log = _RunLog.on_log
+    on_log = RunLog.on_log
 
     def watched(self: Any, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
         on_log(self, args, state, *more, **kwargs)
@@ -47,7 +47,7 @@ def test_memory_does_not_grow(
             gc.collect()
             seen.append((state.global_step, resident()))
 
-    monkeypatch.setattr(_RunLog, "on_log", watched)
+    monkeypatch.setattr(RunLog, "on_log", watched)
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     steps, sizes = np.array(sorted(set(seen))).T
     assert len(steps) == (STEPS - WARM) // EVERY + 1

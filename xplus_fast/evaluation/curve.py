@@ -22,6 +22,7 @@ from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sets import Lines
 from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.model.checkpoint_files import read_json
+from xplus_fast.planning.selection import Rotation
 from xplus_fast.training import report_html
 from xplus_fast.training.changes import Changes, grid
 from xplus_fast.training.run_folder import is_run, read_recipe
@@ -94,7 +95,8 @@ def note_in_run(run: Path, result: dict[str, Any]) -> None:
     """Keep a curve in its run's folder, where `compare` looks for it, and in its report."""
     make_folder((run / NOTED).parent)
     write_json(run / NOTED, result)
-    report_html.write(run)
+    if (run / report_html.NAME).exists():  # an earlier version's run may lack what it shows
+        report_html.write(run)
 
 
 def curve_of(folder: Path) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def measured_by(base: str, lines: Sequence[Lines], recipe: EvaluateRecipe) -> st
 def about(recipe: Recipe) -> dict[str, str]:
     """What one run differs from another in: layers, learning rates, data."""
     stages = [
-        f"{stage_name(recipe, i)}: {s.layers}" if len(recipe.stages) > 1 else str(s.layers)
+        f"{stage_name(recipe, i)}: {_layers(s)}" if len(recipe.stages) > 1 else _layers(s)
         for i, s in enumerate(recipe.stages)
     ]
     sources = [s for stage in recipe.stages for s in stage.sources or []] or recipe.data.sources
@@ -142,6 +144,11 @@ def about(recipe: Recipe) -> dict[str, str]:
         "learning rate": "; ".join(dict.fromkeys(rates)),
         "data": ", ".join(dict.fromkeys(names)),
     }
+
+
+def _layers(stage: Stage) -> str:
+    turns = stage.layers
+    return turns.rotate if isinstance(turns, Rotation) else str(turns)
 
 
 def _rates(stage: Stage) -> str:

@@ -28,6 +28,7 @@ class Layout:
     also: tuple[str, ...] = ()  # what trains beside the layers: embedding, final_norm, head
     embedding: Placement = "device"
     head: Literal["bf16", "fp8"] = "bf16"
+    at_once: int | None = None  # of the layers that train, so many do in a step; None: all
 
 
 def united(also: tuple[str, ...], *, tied: bool) -> tuple[str, ...]:

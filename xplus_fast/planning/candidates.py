@@ -8,6 +8,7 @@ a step's pass and one above twice.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from xplus_fast.config import MemoryConfig
@@ -25,10 +26,13 @@ from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Hidden
 from xplus_fast.planning.memory import CONTEXT, matrices
 from xplus_fast.planning.replay import Batch
-from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.planning.selection import Rotation, resolve_layers
 
 # Formats that "auto" prefers: the loss curve of the demo's model stays within 1 % (docs/memory.md)
 FAITHFUL: tuple[Format, ...] = ("bf16", "int8")
+
+
+TURNS = 16  # of a rotation, over which work and time are averaged
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,20 @@ class Request:
     work: Work = field(default_factory=lambda: assumed_work(True))  # of such data, in any amount
     formats: tuple[Format, ...] = FAITHFUL  # what "auto" may give frozen layers
     hidden: Hidden | None = None  # what is kept of the layers below
+    rotation: Rotation | None = None  # by which `layers` take turns
+
+    @property
+    def at_once(self) -> int | None:
+        """How many of the layers train in a step; None: all."""
+        return None if self.rotation is None else self.rotation.read(self.shape.layers)[0]
+
+    @cached_property
+    def turns(self) -> list[tuple[int, ...]]:
+        """What trains in a step: one case, or of a rotation some, for means over them."""
+        if self.rotation is None:
+            return [self.layers]
+        turn, every = self.rotation.turn, self.rotation.every
+        return [tuple(turn(self.shape.layers, 0, n * every)) for n in range(TURNS)]
 
     @property
     def lowest(self) -> int:
@@ -114,7 +132,8 @@ def candidates(
                 layers.append(kinds[key])
             for head in heads:
                 for embedding in embeddings:
-                    layout = Layout(tuple(layers), r.also, embedding, head)  # type: ignore[arg-type]
+                    form: Any = head
+                    layout = Layout(tuple(layers), r.also, embedding, form, r.at_once)
                     for gradient in gradients:
                         for state in states:
                             update = UpdateLayout(gradient, state, m.bits, m.master)

@@ -17,7 +17,7 @@ from xplus_fast.planning.cards import Card, find_card, local_card, smallest_card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Rows, on_host, plan_hidden
 from xplus_fast.planning.plan import Plan, plan_stage
-from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.planning.selection import Rotation, resolve_layers
 
 USABLE = 0.97  # of a card's memory: the driver and the screen have the rest
 HOST_SHARE = 0.8  # of what the machine has free
@@ -64,6 +64,7 @@ def plan_recipe(
                 pack_tokens=recipe.data.pack_tokens,
                 tokens_per_step=recipe.training.tokens_per_step,
                 budget=where.budget, host=room, hidden=kept[i],
+                rotation=stage.layers if isinstance(stage.layers, Rotation) else None,
                 work=works[i] if works else assumed_work(recipe.data.shared_prompts),
             )  # fmt: skip
         except UserError as e:

@@ -93,7 +93,8 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     pack = b.tokens * (4 * shape.head_dim + 24)
     one = b.element * layer_parameters(shape)
     beside = b.element * beside_parameters(shape, also)
-    whole = one * len(trained) + beside
+    at_once = len(trained) if layout.at_once is None else layout.at_once
+    whole = one * at_once + beside
     on_host = update.gradients == "host"
     gradients = 0 if on_host or b.steps == 1 else whole
     best = Moment(0, 0, 0)
@@ -142,8 +143,9 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
         arriving = 0
         if layer.trains and on_host:
             arriving = one  # on its way while the next layer computes
-        elif layer.trains and b.steps == 1:
+        elif layer.trains and b.steps == 1 and at_once:
             gradients += one
+            at_once -= 1
     if "embedding" in also:
         at(pack + 2 * x + b.element * shape.vocabulary * shape.hidden + held + table)
     saved, gradients = 0, 0 if on_host else whole
@@ -202,8 +204,11 @@ def standing(
     of = {form: layer_bytes(shape, form, e) for form in {i.format for i in frozen}}
     streamed = [of[i.format] for i in frozen if i.placement == "host"]
     resident = sum(of[i.format] for i in frozen if i.placement == "device")
-    parameters = trained * layer_parameters(shape) + beside_parameters(shape, layout.also)
+    # in a rotation the states of a layer that rests wait on the host
+    at_once = trained if layout.at_once is None else layout.at_once
+    parameters = at_once * layer_parameters(shape) + beside_parameters(shape, layout.also)
     states = int(parameters * state_bytes(update, e))
+    resting = int((trained - at_once) * layer_parameters(shape) * state_bytes(update, e))
     head = table + 4 * shape.vocabulary if layout.head == "fp8" else e * table
     tables = e * table if shape.tied else head + (e * table if layout.embedding == "device" else 0)
     x = b.tokens * shape.hidden * e
@@ -219,7 +224,7 @@ def standing(
         "frozen layers": sum(streamed),
         "embedding": e * table if layout.embedding == "host" else 0,
         "gradients": e * parameters if update.gradients == "host" else 0,
-        "optimizer": states if update.states == "host" else 0,
+        "optimizer": resting + (states if update.states == "host" else 0),
         "activations": x * sum(i.activations == "offload" for i in layout.layers),
     }
     return device, host

@@ -21,7 +21,7 @@ from xplus_fast.planning.flops import Work, assumed_work, necessary_flops, recom
 from xplus_fast.planning.hidden import Hidden
 from xplus_fast.planning.memory import MARGIN, account, peak_moment, standing
 from xplus_fast.planning.replay import Batch
-from xplus_fast.planning.selection import resolve_layers
+from xplus_fast.planning.selection import Rotation, resolve_layers
 from xplus_fast.planning.speed import step_seconds
 
 LADDER: tuple[Policy, ...] = ("offload", "recompute", "recompute_mlp", "keep")  # leanest first
@@ -67,6 +67,7 @@ def plan_stage(
     host: int | None = None,
     work: Work | None = None,
     hidden: Hidden | None = None,
+    rotation: Rotation | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -81,6 +82,7 @@ def plan_stage(
         budget, host: bytes on the device and of pinned host memory; None: unlimited.
         work: of such data, in any amount; None: assumed.
         hidden: what is kept of the layers below; not counted here.
+        rotation: by which `layers` take turns.
 
     Raises:
         UserError: nothing fits, or a pin that this model or selection does not allow.
@@ -89,6 +91,7 @@ def plan_stage(
         shape, tuple(sorted(layers)), united(tuple(also), tied=shape.tied), memory, card, budget,
         host, dtype_bytes,
         pack_tokens, tokens_per_step, work or assumed_work(True), hidden=hidden,
+        rotation=rotation,
     )  # fmt: skip
     _check(request)
     found = search(request)
@@ -216,10 +219,24 @@ def _seconds(
 ) -> float:
     if r.card is None:  # plainer first, larger micro-batches first: the first that fits
         return 1.0
-    return step_seconds(
-        r.shape, layout, update, b, r.card,
-        tokens_per_step=r.tokens_per_step, work=r.work, least=least,
-    )  # fmt: skip
+    times = [
+        step_seconds(
+            r.shape, _in_turn(layout, turn), update, b, r.card,
+            tokens_per_step=r.tokens_per_step, work=r.work, least=least,
+        )
+        for turn in (r.turns if layout.at_once is not None else [None])
+    ]  # fmt: skip
+    return sum(times) / len(times)
+
+
+def _in_turn(layout: Layout, turn: Sequence[int] | None) -> Layout:
+    """A rotation's layout while some of its layers train; the others are as if frozen."""
+    if turn is None:
+        return layout
+    layers = [
+        replace(layer, trains=layer.trains and i in turn) for i, layer in enumerate(layout.layers)
+    ]
+    return replace(layout, layers=tuple(layers))
 
 
 def _plan(r: Request, layout: Layout, update: UpdateLayout, tokens: int) -> Plan:
@@ -228,7 +245,8 @@ def _plan(r: Request, layout: Layout, update: UpdateLayout, tokens: int) -> Plan
     if r.hidden is not None and r.card is not None:  # of a micro-batch, on their way
         host["hidden states"] = b.tokens * r.hidden.token_bytes
     work, top = r.work, len(layout.layers) - 1
-    necessary = necessary_flops(r.shape, r.layers, r.also, work).total / work.data_tokens
+    needed = [necessary_flops(r.shape, turn, r.also, work).total for turn in r.turns]
+    necessary = sum(needed) / len(needed) / work.data_tokens
     again = sum(
         recompute_flops(r.shape, layer.activations, work, last=i == top)
         for i, layer in enumerate(layout.layers)

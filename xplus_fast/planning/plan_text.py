@@ -45,6 +45,8 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
     r, update, layout = plan.request, plan.update, plan.layout
     count = trained_parameters(r.shape, r.layers, r.also)
     trained = ", ".join((f"layers {describe_layers(r.layers)}", *r.also))
+    if r.rotation is not None:
+        trained += f", {r.at_once} at a time, others every {r.rotation.every} steps"
     lines = [
         f"{name}: trains {trained} ({len(r.layers)} of {r.shape.layers} layers), {count:,}"
         f" parameters ({count / total_parameters(r.shape):.1%})"

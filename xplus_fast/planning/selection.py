@@ -3,22 +3,55 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from xplus_fast.errors import UserError
+from xplus_fast.options import Count
 
 FORMS = "bottom:4, top:15, all, 0-3,30-35 (both ends included), -15: (a Python slice), [0, 1, 2]"
 
 
-def resolve_layers(spec: str | int | Sequence[int], layers: int) -> list[int]:
+@dataclass(frozen=True)
+class Rotation:
+    """Layers that take turns (LISA, Pan et al. 2024, arXiv 2403.17919)."""
+
+    rotate: str  # how many at a time, of which: "2 of 0-35"
+    every: Count  # steps of a turn
+
+    def read(self, layers: int) -> tuple[int, list[int]]:
+        """How many train at a time, and of which ids. Raises `UserError`."""
+        found = re.fullmatch(r"\s*([0-9]{1,4})\s+of\s+(.+)", self.rotate)
+        if not found:
+            raise UserError(f"layers.rotate: {self.rotate!r:.60}; such as '2 of 0-35' is wanted")
+        count, ids = int(found[1]), resolve_layers(found[2], layers)
+        if not 1 <= count < len(ids):
+            raise UserError(
+                f"layers.rotate: {count} at a time of {len(ids)} layers; from 1 to {len(ids) - 1}"
+                " take turns, and all at once need no rotation"
+            )
+        return count, ids
+
+    def turn(self, layers: int, seed: int, step: int) -> list[int]:
+        """The ids that train in a step, from 0: drawn for each turn, by its number and the seed."""
+        count, ids = self.read(layers)
+        rng = np.random.default_rng([seed, step // self.every])
+        return sorted(int(i) for i in rng.choice(ids, count, replace=False))
+
+
+def resolve_layers(spec: str | int | Sequence[int] | Rotation, layers: int) -> list[int]:
     """Layer ids, ascending, of a selection from `layers` layers; 0 is next to the embedding.
 
-    Comma-separated parts are joined: "bottom:4,top:8".
+    Comma-separated parts are joined: "bottom:4,top:8". Of a rotation: all that take turns.
 
     Raises:
         UserError: a form that is not known, an id out of range, a layer named twice, or none at
         all.
     """
     ids: list[int] = []
+    if isinstance(spec, Rotation):
+        return spec.read(layers)[1]
     spec = [spec] if isinstance(spec, int) else spec
     if isinstance(spec, str):
         for part in spec.split(","):

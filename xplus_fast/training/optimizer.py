@@ -37,7 +37,8 @@ class AdamW(torch.optim.Optimizer):
         bits: of exp_avg and exp_avg_sq: 32, or 8 for codes by blocks of 256.
         master: fp32 copies of narrow parameters. Without them bf16 is rounded stochastically.
         states: where exp_avg, exp_avg_sq and master lie: "device", or "host" memory, out of which
-            a step brings them piece by piece.
+            a step brings them piece by piece. Those of a parameter whose flag was taken away wait
+            on the host, if `place` is called.
         gradients: "host" takes each gradient to host memory when the backward has made it:
             `p.grad` is None then, and `grad_norm` tells the norm.
         seed: at least 0, under 2^64: of the stochastic rounding. It is drawn from seed, step and
@@ -195,9 +196,19 @@ class AdamW(torch.optim.Optimizer):
             if key == "step":
                 restored[key] = torch.tensor(float(value), dtype=torch.float32)
                 continue
-            restored[key] = self._zeros(p, value.shape, value.dtype)
+            restored[key] = self._zeros(p, value.shape, value.dtype, resting=not p.requires_grad)
             restored[key].copy_(value)
         self.state[p] = restored
+
+    def place(self, p: Tensor) -> None:
+        """Bring a parameter's states where they belong, after its flag has changed: those of one
+        that does not train wait on the host."""
+        state, resting = self.state.get(p, {}), not p.requires_grad
+        if self._on_host:
+            return
+        for key, value in state.items():
+            if key != "step":
+                state[key] = self._zeros(p, value.shape, value.dtype, resting=resting).copy_(value)
 
     def check_saved(self, groups: Iterable[dict[str, Any]], where: str) -> None:
         """Refuse param groups saved with other states. Raises `UserError`; `where`: their file."""
@@ -261,8 +272,10 @@ class AdamW(torch.optim.Optimizer):
                 ours.copy_(theirs)
         state.update(made)  # all or, where memory is short, nothing
 
-    def _zeros(self, p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        if self._on_host:
+    def _zeros(
+        self, p: Tensor, shape: Iterable[int], dtype: torch.dtype, *, resting: bool = False
+    ) -> Tensor:
+        if self._on_host or resting:
             return host_state.zeros_on_host(tuple(shape), dtype, p.device)
         return torch.zeros(tuple(shape), dtype=dtype, device=p.device)
 

@@ -61,9 +61,9 @@ def write_report(run: Path) -> str:
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(run / "report.md", text)
-    write_text(run / "report.html", report_html.page(found))
+    write_text(run / report_html.NAME, report_html.page(found))
     where = ", ".join(str(run / name) for name in pictures)
-    reports = ", ".join(str(run / name) for name in ("report.md", "report.html"))
+    reports = ", ".join(str(run / name) for name in ("report.md", report_html.NAME))
     return "\n".join([*_summary(rows), f"report    {reports}", f"pictures  {where}"])
 
 

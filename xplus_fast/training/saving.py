@@ -6,6 +6,7 @@ from it is exact, whatever moment it was cut at.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,13 @@ class SavingTrainer(Trainer):
         documents["trainer_state"] = dataclasses.asdict(self.state)
         write_checkpoint(folder, {k: v for k, v in tensors.items() if v}, documents)
 
-    def _held_tensors(self) -> dict[str, Tensor]:
+    def _held_tensors(self, instead: Mapping[int, Tensor] = {}) -> dict[str, Tensor]:
         """What the optimizer may change, whether it trains at this moment or not."""
         model: Any = self.accelerator.unwrap_model(self.model)
         whole = {} if self._unpacked is None else self._unpacked.packed()
         groups = bare_optimizer(self.optimizer).param_groups
         held = [whole.get(id(p), p) for group in groups for p in group["params"]]
-        return named_tensors(model, held)
+        return named_tensors(model, held, instead)
 
     def _changed_tensors(self) -> dict[str, Tensor]:
         """What may differ from the base model: flags may change while training goes on."""
@@ -134,14 +135,13 @@ class SavingTrainer(Trainer):
         }
 
     def final_tensors(self) -> dict[str, Tensor]:
-        """What trains, by Hugging Face name: its fp32 masters where it has them."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        """What was trained, by Hugging Face name: its fp32 masters where it has them."""
         masters: dict[int, Tensor] = {}
         if isinstance(optimizer := bare_optimizer(self.optimizer), AdamW):
             optimizer.synchronize()
             states = optimizer.state.items()
             masters = {id(p): state["master"] for p, state in states if "master" in state}
-        return named_tensors(model, [p for p in model.parameters() if p.requires_grad], masters)
+        return self._held_tensors(masters)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -188,17 +188,17 @@ class SavingTrainer(Trainer):
             name: decode(saved[name], self._resumed.tensors.get(name, {}))
             for name in ("optimizer", "scheduler", "scaler")
         }
-        self._restore_optimizer(state["optimizer"], checkpoint)
-        self.lr_scheduler.load_state_dict(state["scheduler"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.meter.seen = saved["tokens_seen"]
         # as they were then: what changes them may do so at some steps only
         model: Any = self.accelerator.unwrap_model(self.model)
         trains = set(self._resumed.documents["selection"]["trains"])
         for p in model.parameters():
             if p.is_floating_point():
                 p.requires_grad_(bool(trains & named_tensors(model, [p]).keys()))
+        self._restore_optimizer(state["optimizer"], checkpoint)
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meter.seen = saved["tokens_seen"]
 
     def _restore_optimizer(self, saved: dict[str, Any], where: str) -> None:
         optimizer = bare_optimizer(self.optimizer)

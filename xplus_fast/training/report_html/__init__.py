@@ -33,12 +33,13 @@ from xplus_fast.training.report_html.elements import Cell, column, known, sectio
 from xplus_fast.training.report_html.samples import translations
 from xplus_fast.training.report_html.stages import stage_section
 
+NAME = "report.html"
 _COLUMNS = 4  # measurements that a screen has room for
 
 
 def write(run: Path) -> None:
     """Write a finished run's report.html again. Raises `UserError` as `read_run` does."""
-    write_text(run / "report.html", page(read_run(run)))
+    write_text(run / NAME, page(read_run(run)))
 
 
 def page(found: Finished) -> str:
