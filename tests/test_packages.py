@@ -77,6 +77,7 @@ def test_the_wheel_works_without_a_checkout(built: Path, tmp_path: Path) -> None
         "xplus_fast/py.typed",
         "xplus_kernels/py.typed",
         "xplus_fast/recipes/demo.yaml",
+        *(f"xplus_fast/training/report_html/page.{kind}" for kind in ("html", "css", "js")),
     } <= names
     assert not any(n.startswith(("tests/", "benchmarks/")) for n in names)
     assert "Project-URL: Paper (LLaMAX2), https://arxiv.org/abs/2510.09189" in metadata

@@ -38,8 +38,8 @@ Seed = Range(0, 2**32 - 1)  # that numpy takes
 STAGES = 100  # of a recipe at most
 # Of a run's folder, beside its stages' folders
 RESERVED = (
-    "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "loss.png",
-    "quality.png",
+    "evaluation", "recipe.yaml", "metrics.jsonl", "run.json", "report.md", "report.html",
+    "loss.png", "quality.png",
 )  # fmt: skip
 Format = Literal[
     "auto", "messages", "sharegpt", "prompt", "alpaca", "translation", "lines", "gettext", "text"

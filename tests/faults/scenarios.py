@@ -16,7 +16,7 @@ from tests.faults.injected import Ran, run
 
 COMPUTED = ("stage", "step", "loss", "grad_norm", "learning_rate", "tokens", "supervised")
 # Whose contents say how long something took, or that do not change what comes out
-TIMED = ("run.json", "report.md", ".log")
+TIMED = ("run.json", "report.md", "report.html", ".log")
 PAIRS = [
     ("The old house stands near the river.", "La vieille maison se trouve près de la rivière."),
     ("My sister reads a book every evening.", "Ma sœur lit un livre tous les soirs."),

@@ -1,6 +1,5 @@
 """The report of a made-up run: every figure recomputed by hand, pictures that show something."""
 
-import json
 import math
 import re
 
@@ -8,96 +7,27 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from tests.training.finished import DATA, NASTY, make_run, measure, measured, step, write_steps
 from xplus_fast.data.corpus import describe
 from xplus_fast.errors import UserError
 from xplus_fast.training.report import (
     _escape,
     _fenced,
-    _mean,
     _ranges,
-    _smooth,
     _table,
     write_report,
 )
+from xplus_fast.training.report_data import mean_of, smooth
 
-NASTY = "Enter a | `value`\nor **nothing** <b>%(name)s</b> [x](y) _z_ $5 & ~~w~~"
 SHOWN = (
     r"Enter a \| \`value\`<br>or \*\*nothing\*\* &lt;b>%(name)s&lt;/b> \[x\](y) \_z\_ \$5 &amp;"
     r" \~\~w\~\~"
 )
 
 
-def step(stage, i, n):
-    return {
-        "stage": stage, "step": i, "steps": n, "loss": 2.0 + math.exp(-i), "grad_norm": 1.0,
-        "learning_rate": 1e-4 / i, "tokens": 1000,
-        "tokens_computed": 700, "supervised": 300, "tokens_seen": 1000 * i,
-        "seconds": 2.0, "tokens_per_second": 500.0 if i < n else 9.0,
-        "mfu": 0.4 if stage == "top" else None, "memory_bytes": 10**9 * (3 if i == 2 else 1),
-    }  # fmt: skip
-
-
-DATA = {
-    "sequences": 900, "tags": {"en-fr": 450, "fr-en": 450}, "tokens": 90_000, "supervised": 9_000,
-    "pack_tokens": 1024, "formats": {"x.jsonl": "translation"},
-    "files": {}, "left": {}, "unread": [], "shares": {}, "sources": ["pairs"],
-    "skipped": {}, "skipped_first": {}, "cut": 0, "heldout": {}, "kept_out": 0, "template": True,
-}  # fmt: skip
-
-
-def measured(factor, gain, tags=("en-fr", "fr-en"), output="out"):
-    return {
-        "loss": {tag: (i + 2) * factor for i, tag in enumerate(tags)},
-        "chrf": {tag: 10.0 * (i + 1) + gain for i, tag in enumerate(tags)},
-        "samples": {
-            tag: [{"source": f"{tag} {NASTY}", "reference": "ref | x", "output": output}]
-            for tag in tags[:2]
-        },
-        "signature": "nrefs:1|nw:2",
-        "retention": {"loss": 4.0 + gain / 100, "tokens": 77},
-        "off_length": {tag: {"empty": int(gain == 0), "truncated": 0} for tag in tags[:1]},
-    }
-
-
 @pytest.fixture
 def run(tmp_path):
-    """A run of two stages, 40 steps each, with all its files."""
-    folder = tmp_path / "a run"
-    (folder / "evaluation").mkdir(parents=True)
-    lines = [step(stage, i, 40) for stage in ("bottom", "top") for i in range(1, 41)]
-    write_steps(folder, lines)
-    stages = [
-        {
-            "name": name, "layers": layers, "also": also, "steps": 40,
-            "trained_parameters": 14_000_000, "total_parameters": 135_000_000,
-            "tensors": [f"model.layers.{i}.mlp.down_proj.weight" for i in layers] + extra,
-            "data": DATA,
-        }
-        for name, layers, also, extra in (
-            ("bottom", [0, 1, 2, 3], [], []),
-            ("top", [9, 22, 23], ["final_norm"], ["model.norm.weight"]),
-        )
-    ]  # fmt: skip
-    about = {
-        "stages": stages,
-        "device": "CPU, 2 threads", "dtype": "float32", "versions": {"torch": "2.13.0"},
-        "seconds": 400.0,
-    }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(about))
-    (folder / "recipe.yaml").write_text('model: here\nprompt: "```{text}"\n')
-    measure(folder, "before", measured(1.0, 0.0, output=""))
-    measure(folder, "after-bottom", measured(0.9, 4.0))
-    measure(folder, "after-top", measured(0.75, 9.0, output="* a | b\n# c"))
-    return folder
-
-
-def write_steps(folder, lines):
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text)
-
-
-def measure(folder, name, value):
-    (folder / "evaluation" / f"{name}.json").write_text(json.dumps(value))
+    return make_run(tmp_path / "a run")
 
 
 def cells(report, first):
@@ -132,7 +62,7 @@ def test_before_and_after(run):
         "fr-en           loss 3.000 -> 2.250 (-25.0 %)  chrF++ 20.0 -> 29.0 (+9.0)",
         "mean of 2       loss 2.500 -> 1.875 (-25.0 %)  chrF++ 15.0 -> 24.0 (+9.0)",
         "retention text  loss 4.000 -> 4.090 (+2.2 %)",
-        f"report    {run / 'report.md'}",
+        f"report    {run / 'report.md'}, {run / 'report.html'}",
         f"pictures  {run / 'loss.png'}, {run / 'quality.png'}",
     ]
 
@@ -285,11 +215,11 @@ def test_small_pieces():
     assert _escape(" a\r\nb\u2028c ") == "a<br>b<br>c"
     assert _fenced("no ticks\n\n", "x") == "```x\nno ticks\n```"
     # a row with a gap would make the columns' means those of different rows
-    assert _mean([[1.0, 3.0], [5.0, None], [2.0, 5.0]]) == [1.5, 4.0]
-    assert _mean([[None, 1.0], [1.0, None]]) == [None, None]
+    assert mean_of([[1.0, 3.0], [5.0, None], [2.0, 5.0]]) == [1.5, 4.0]
+    assert mean_of([[None, 1.0], [1.0, None]]) == [None, None]
     y = np.array([1.0, 5.0])
-    assert _smooth(np.ones(1)).tolist() == [1.0] and _smooth(y).shape == (2,)
-    flat = _smooth(np.full(100, 3.0))
+    assert smooth(np.ones(1)).tolist() == [1.0] and smooth(y).shape == (2,)
+    flat = smooth(np.full(100, 3.0))
     assert flat == pytest.approx(np.full(100, 3.0))  # no dip at the ends
-    ramp = _smooth(np.arange(200.0))
+    ramp = smooth(np.arange(200.0))
     assert ramp[50:150] == pytest.approx(np.arange(50.0, 150.0))  # no lag

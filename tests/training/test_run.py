@@ -41,7 +41,8 @@ def test_train_export_verify(workplace, tiny_model_dir, capsys):
     assert [(s, n) for s, n, _ in losses(run)] == [
         (s, n) for s in ("low", "high") for n in range(1, 7)
     ]
-    for name in ("report.md", "loss.png", "quality.png", "run.json", "evaluation/before.json"):
+    made = ("report.md", "report.html", "loss.png", "quality.png", "run.json")
+    for name in (*made, "evaluation/before.json"):
         assert (run / name).stat().st_size > 0, name
     before, after = (
         json.loads((run / "evaluation" / f"{point}.json").read_text())

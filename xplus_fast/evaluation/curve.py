@@ -24,6 +24,7 @@ from xplus_fast.evaluation.sets import Lines
 from xplus_fast.files import make_folder, resolve, write_json, write_text
 from xplus_fast.model.checkpoint_files import read_json
 from xplus_fast.planning.selection import Rotation
+from xplus_fast.training import report_html
 from xplus_fast.training.changes import Changes, grid
 from xplus_fast.training.run_folder import is_run, read_recipe
 
@@ -97,9 +98,11 @@ def curve(
 
 
 def note_in_run(run: Path, result: dict[str, Any]) -> None:
-    """Keep a curve in its run's folder, where `compare` looks for it."""
+    """Keep a curve in its run's folder, where `compare` looks for it, and in its report."""
     make_folder((run / NOTED).parent)
     write_json(run / NOTED, result)
+    if (run / report_html.NAME).exists():  # an earlier version's run may lack what it shows
+        report_html.write(run)
 
 
 def curve_of(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,5 @@
-"""A finished run's report: report.md, loss.png and quality.png, from the files in its folder.
+"""A finished run's report: report.md, report.html, loss.png and quality.png, from its files."""
 
-Reads recipe.yaml, run.json, metrics.jsonl and evaluation/*.json, nothing else, so that a report
-can be written again at any time.
-"""
-
-import json
 import re
 from pathlib import Path
 from statistics import fmean, median
@@ -13,37 +8,34 @@ from typing import Any
 import numpy as np
 
 from xplus_fast.data.corpus import describe
-from xplus_fast.errors import UserError
 from xplus_fast.files import write_picture, write_text
-from xplus_fast.training import watch
+from xplus_fast.training import report_html, watch
 from xplus_fast.training.progress import duration, si
+from xplus_fast.training.report_data import (
+    RETENTION,
+    Measured,
+    Row,
+    Steps,
+    number,
+    percent,
+    points,
+    read_run,
+    smooth,
+)
 
-_RETENTION = "retention text"  # its row's name, among those of the directions
 _SUMMARY_ROWS = 8  # directions that the terminal shows one by one
 _BEFORE, _AFTER = "#9a9a9a", "#0072b2"
 _STAGES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]  # told apart by colour-blind readers too
 
-Steps = dict[str, list[dict[str, Any]]]  # stage name -> its lines of metrics.jsonl
-Measured = dict[str, dict[str, Any]]  # "before", "after bottom", ... -> what was measured
-Row = tuple[str, list[float | None], list[float | None]]  # name, loss and chrF++ at each of those
-
 
 def write_report(run: Path) -> str:
-    """Write report.md, loss.png and, where there is something to compare, quality.png.
+    """Write report.md, report.html, loss.png and, where there is something to compare, quality.png.
 
     Returns the few lines that the command line prints in the end. Raises `UserError` for a folder
     that is no finished run, or a file in it that cannot be read.
     """
-    steps = _read_steps(run / "metrics.jsonl")
-    about = _read_json(run / "run.json")
-    recipe = _read(run / "recipe.yaml")
-    measured = {}
-    for label in ["before", *(f"after {stage['name']}" for stage in about["stages"])]:
-        path = run / "evaluation" / f"{label.replace(' ', '-', 1)}.json"
-        if path.exists():
-            measured[label] = _read_json(path)
-    rows = _rows(measured)
-
+    found = read_run(run)
+    steps, about, measured, rows = found.steps, found.about, found.measured, found.rows
     _draw_loss(steps, run / "loss.png")
     pictures = ["loss.png"]
     if compared := bool(rows) and len(measured) > 1:
@@ -64,67 +56,15 @@ def write_report(run: Path) -> str:
         _samples(measured),
         "## How to run it again",
         "`xplus-fast train recipe.yaml`, with this recipe:",
-        _fenced(recipe, "yaml"),
+        _fenced(found.recipe, "yaml"),
         _table(["software", "version"], [list(pair) for pair in about["versions"].items()]),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(run / "report.md", text)
+    write_text(run / report_html.NAME, report_html.page(found))
     where = ", ".join(str(run / name) for name in pictures)
-    return "\n".join([*_summary(rows), f"report    {run / 'report.md'}", f"pictures  {where}"])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a report needs the folder of a finished run") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from None
-
-
-def _read_steps(path: Path) -> Steps:
-    steps: Steps = {}
-    for number, text in enumerate(_read(path).split("\n"), 1):
-        if not text:  # after the last line
-            continue
-        try:
-            line = json.loads(text)
-            steps.setdefault(line["stage"], []).append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a line of metrics: {text[:60]!r}") from None
-    if not steps:
-        raise UserError(f"{path}: empty; a report needs at least one step")
-    return steps
-
-
-def _rows(measured: Measured) -> list[Row]:
-    """One row a direction, then their mean if there are several, then retention."""
-    values = measured.values()
-    rows: list[Row] = [
-        (tag, [v["loss"].get(tag) for v in values], [v["chrf"].get(tag) for v in values])
-        for tag in sorted({tag for v in values for tag in v["loss"]})
-    ]
-    if len(rows) > 1:
-        rows.append(
-            (f"mean of {len(rows)}", _mean([r[1] for r in rows]), _mean([r[2] for r in rows]))
-        )
-    if any(v["retention"] for v in values):
-        retained = [(v["retention"] or {}).get("loss") for v in values]
-        rows.append((_RETENTION, retained, [None] * len(retained)))
-    return rows
-
-
-def _mean(table: list[list[float | None]]) -> list[float | None]:
-    """Column means over the rows without gaps: figures to be compared are of the same rows."""
-    whole = [[x for x in row if x is not None] for row in table if None not in row]
-    return [fmean(column) for column in zip(*whole, strict=True)] or [None] * len(table[0])
+    reports = ", ".join(str(run / name) for name in ("report.md", report_html.NAME))
+    return "\n".join([*_summary(rows), f"report    {reports}", f"pictures  {where}"])
 
 
 def _before_after(rows: list[Row], measured: Measured) -> str:
@@ -135,14 +75,14 @@ def _before_after(rows: list[Row], measured: Measured) -> str:
     header += [*(f"chrF++ {label}" for label in measured), "change"] if with_chrf else []
     table = []
     for name, loss, chrf in rows:
-        cells = [name, *(_number(x, 3) for x in loss), _percent(loss)]
-        cells += [*(_number(x, 1) for x in chrf), _points(chrf)] if with_chrf else []
+        cells = [name, *(number(x, 3) for x in loss), percent(loss)]
+        cells += [*(number(x, 1) for x in chrf), points(chrf)] if with_chrf else []
         table.append(cells)
     notes = ["Loss: nats per supervised token of held-out examples, lower is better."]
     if with_chrf:
         notes[0] += " chrF++: 0 to 100, higher is better."
-    if rows[-1][0] == _RETENTION:
-        notes[0] += f" {_RETENTION.capitalize()}: its loss should not move."
+    if rows[-1][0] == RETENTION:
+        notes[0] += f" {RETENTION.capitalize()}: its loss should not move."
     if len(measured) == 1:
         notes.append(f"Measured {', '.join(map(_escape, measured))} only: nothing to compare with.")
     for label, value in measured.items():
@@ -257,35 +197,21 @@ def _summary(rows: list[Row]) -> list[str]:
     if not rows:
         return ["nothing was held out: data.heldout and data.retention were not set"]
     if len(rows) > _SUMMARY_ROWS + 2:  # the mean and retention come last
-        rows = rows[-2:] if rows[-1][0] == _RETENTION else rows[-1:]
+        rows = rows[-2:] if rows[-1][0] == RETENTION else rows[-1:]
     width = max(len(name) for name, _, _ in rows)
     lines = []
     for name, loss, chrf in rows:
-        line = f"{name:{width}}  loss {_arrow(loss, 3, _percent(loss))}"
+        line = f"{name:{width}}  loss {_arrow(loss, 3, percent(loss))}"
         if any(x is not None for x in chrf):
-            line += f"  chrF++ {_arrow(chrf, 1, _points(chrf))}"
+            line += f"  chrF++ {_arrow(chrf, 1, points(chrf))}"
         lines.append(line)
     return lines
 
 
 def _arrow(values: list[float | None], decimals: int, change: str) -> str:
     """Such as 2.75 -> 1.80 (-34.5 %); where there is nothing to compare, the last figure."""
-    known = [_number(x, decimals) for x in values if x is not None]
+    known = [number(x, decimals) for x in values if x is not None]
     return f"{known[0]} -> {known[-1]} ({change})" if change else known[-1]
-
-
-def _number(x: float | None, decimals: int) -> str:
-    return "" if x is None else f"{x:.{decimals}f}"
-
-
-def _percent(values: list[float | None]) -> str:
-    a, b = values[0], values[-1]
-    return "" if a is None or b is None or len(values) < 2 else f"{100 * (b - a) / a:+.1f} %"
-
-
-def _points(values: list[float | None]) -> str:
-    a, b = values[0], values[-1]
-    return "" if a is None or b is None or len(values) < 2 else f"{b - a:+.1f}"
 
 
 def _ranges(layers: list[int]) -> str:
@@ -341,7 +267,7 @@ def _draw_loss(steps: Steps, path: Path) -> None:
         loss = np.array([line["loss"] for line in lines], dtype=float)
         size = 4 if n <= 400 else 2
         top.plot(x, loss, "o", ms=size, mew=0, color=colour, alpha=0.35 if n <= 400 else 0.15)
-        top.plot(x, _smooth(loss), color=colour, lw=2, label=stage)
+        top.plot(x, smooth(loss), color=colour, lw=2, label=stage)
         low.plot(x, [line["learning_rate"] for line in lines], color=colour, lw=1.2)
         if start:
             for axes in (top, low):
@@ -362,21 +288,14 @@ def _draw_loss(steps: Steps, path: Path) -> None:
     write_picture(path, figure)
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average under a Hann window of a tenth of the steps; shorter at the ends."""
-    width = min(len(y), max(9, len(y) // 10 | 1))  # odd: an even window would lag
-    window = np.hanning(width + 2)[1:-1]
-    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-
-
 def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
     """A dumbbell a row: loss on the left, chrF++ on the right, the change beside it."""
     from matplotlib.figure import Figure
 
     with_chrf = [row for row in rows if None not in (row[2][0], row[2][-1])]
-    panels = [("held-out loss, lower is better", 1, 3, _percent)]
+    panels = [("held-out loss, lower is better", 1, 3, percent)]
     if with_chrf:
-        panels.append(("chrF++, higher is better", 2, 1, _points))
+        panels.append(("chrF++, higher is better", 2, 1, points))
     height = 1.4 + 0.36 * len(rows)
     figure = Figure(figsize=(5.2 * len(panels), height), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -392,7 +311,7 @@ def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
             # The smaller value's number stands left of it, the larger one's right: no overlap
             for x, colour, right in ((a, "#666666", a > b), (b, _AFTER, b >= a)):
                 axes.annotate(
-                    _number(x, decimals),
+                    number(x, decimals),
                     (x, y),
                     xytext=(7 if right else -7, 0),
                     textcoords="offset points",
@@ -414,7 +333,7 @@ def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
         axes.grid(axis="x", color="#e6e6e6")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if rows[-1][0] == _RETENTION and len(rows) > 1:
+        if rows[-1][0] == RETENTION and len(rows) > 1:
             axes.axhline(len(rows) - 1.5, color="#444444", lw=0.8, ls="--")
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.tick_params(left=axes is grid[0])

@@ -33,7 +33,10 @@ COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it i
 STEPS, FORMATS = "steps an epoch", "frozen format"
 CARD = "card"  # and the memory on it that the plans count with
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of
-FILES = ("metrics.jsonl", "run.json", "report.md", "loss.png", "quality.png", "recipe.yaml")
+FILES = (
+    "metrics.jsonl", "run.json", "report.md", "report.html", "loss.png", "quality.png",
+    "recipe.yaml",
+)  # fmt: skip
 
 
 def hold(run: Path) -> Any:
