@@ -143,6 +143,8 @@ def test_a_folder_of_something_else(recipe):
 
 def test_two_runs_in_one_folder(workplace, tiny_model_dir, capfd, monkeypatch):  # noqa: F811
     """And evaluate and prepare: one line for the second, nothing harmed; freed by a kill."""
+    for code in ("en", "sw"):
+        (workplace / f"x.{code}").write_text("one two\n")
     evaluate = {
         "output": str(workplace / "verdict"),
         "translation": {

@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from xplus_fast.errors import UserError
 from xplus_fast.options import Count
 
@@ -35,6 +33,8 @@ class Rotation:
 
     def turn(self, layers: int, seed: int, step: int) -> list[int]:
         """The ids that train in a step, from 0: drawn for each turn, by its number and the seed."""
+        import numpy as np  # a plan is made in a second, most of them without turns
+
         count, ids = self.read(layers)
         rng = np.random.default_rng([seed, step // self.every])
         return sorted(int(i) for i in rng.choice(ids, count, replace=False))

@@ -1,12 +1,15 @@
 """A trainer that carries out a plan, and a leaner one where memory runs out all the same."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from xplus_fast.data.collate import split_batch
@@ -89,6 +92,23 @@ class PlannedTrainer(XPlusTrainer):
         if fresh and len(set(self._rates.values())) > 1:
             self._split_groups(bare_optimizer(optimizer))
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up from 1 / its steps, and down a half cosine to the floor.
+
+        The library's own begins at 0, which wastes a step, or, in its other form, after the peak.
+        """
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            options: Any = self.args.lr_scheduler_kwargs
+            least = options["min_lr"] / self.args.learning_rate
+            rate = partial(
+                _rate, warmup=self.args.get_warmup_steps(num_training_steps),
+                steps=num_training_steps, least=least,
+            )  # fmt: skip
+            self.lr_scheduler = LambdaLR(bare_optimizer(optimizer), rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """A group for each learning rate, the highest first: it is the one that is logged."""
@@ -209,6 +229,14 @@ class PlannedTrainer(XPlusTrainer):
             f" micro-batches of {found.micro_batch_tokens:,} tokens, {policies(found)};"
             " the step is repeated, its batch is the same"
         )
+
+
+def _rate(step: int, *, warmup: int, steps: int, least: float) -> float:
+    """What a learning rate is multiplied by in a step, from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class _Epoch(TrainerCallback):

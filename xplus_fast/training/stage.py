@@ -115,7 +115,7 @@ def _arguments(job: Job, index: int) -> TrainingArguments:
         per_device_train_batch_size=1,
         ddp_find_unused_parameters=False,
         learning_rate=max(job.rates[index].values()),
-        lr_scheduler_type="cosine_warmup_with_min_lr",  # whose first step's rate is not 0
+        lr_scheduler_type="cosine_with_min_lr",  # with a warm-up of our own
         lr_scheduler_kwargs={"min_lr": stage.min_learning_rate},
         warmup_steps=stage.warmup,  # a share of the steps, below 1
         max_steps=stage.steps or -1,
