@@ -367,7 +367,7 @@ def tiny_recipe(folder: Path) -> Recipe:
         data=DataConfig(
             sources=[Source(str(folder / "pairs.jsonl"), directions="forward")],
             heldout=4,
-            retention=[Source(str(folder / "text.txt"), "text")],
+            retention=[Source(str(folder / "text.txt"), format="text")],
             prompt="{src}-{tgt}: {text}",
             pack_tokens=128,
             cache=str(folder / "cache"),

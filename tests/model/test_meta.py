@@ -160,7 +160,7 @@ def test_the_head_at_every_size(t, fp8, counted):
     with counted:
         loss = LossFunction.apply(
             x, make(shape.hidden, grad=True), head, rows, make(len(rows), dtype=torch.int64), 3.0,
-            1e-6,
+            1e-6, None,
         )  # fmt: skip
         loss.backward()
     assert loss.shape == () and loss.dtype == torch.float32 and x.grad.shape == x.shape

@@ -94,13 +94,15 @@ class PlannedTrainer(XPlusTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up from 1 / its steps, and down a half cosine to the floor.
+        """Of a cosine with a floor: warm-up from 1 / its steps, and then down from the peak.
 
         The library's own begins at 0, which wastes a step, or, in its other form, after the peak.
         """
+        options: Any = self.args.lr_scheduler_kwargs or {}
+        if self.args.lr_scheduler_type != "cosine_with_min_lr" or "min_lr" not in options:
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            options: Any = self.args.lr_scheduler_kwargs
             least = options["min_lr"] / self.args.learning_rate
             rate = partial(
                 _rate, warmup=self.args.get_warmup_steps(num_training_steps),

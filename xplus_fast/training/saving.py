@@ -114,11 +114,16 @@ class SavingTrainer(Trainer):
         """id of a parameter that an optimizer may hold -> its name and itself."""
         return named(self.accelerator.unwrap_model(self.model), self._unpacked)
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        """Its states by parameter name, and its groups with their parameters' names."""
+    def _settled(self) -> torch.optim.Optimizer:
+        """The optimizer, when its states in host memory are what the last step made them."""
         optimizer = bare_optimizer(self.optimizer)
         if isinstance(optimizer, AdamW):
             optimizer.synchronize()
+        return optimizer
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Its states by parameter name, and its groups with their parameters' names."""
+        optimizer = self._settled()
         known = self._named_parameters()
         if strange := [key for key in optimizer.state if id(key) not in known]:
             raise UserError(
@@ -137,8 +142,7 @@ class SavingTrainer(Trainer):
     def final_tensors(self) -> dict[str, Tensor]:
         """What was trained, by Hugging Face name: its fp32 masters where it has them."""
         masters: dict[int, Tensor] = {}
-        if isinstance(optimizer := bare_optimizer(self.optimizer), AdamW):
-            optimizer.synchronize()
+        if isinstance(optimizer := self._settled(), AdamW):
             states = optimizer.state.items()
             masters = {id(p): state["master"] for p, state in states if "master" in state}
         return self._held_tensors(masters)
@@ -161,8 +165,7 @@ class SavingTrainer(Trainer):
     def go_back(self, step: int) -> None:
         """Take weights and optimizer from the checkpoint of an earlier step of this training."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        if isinstance(optimizer := bare_optimizer(self.optimizer), AdamW):
-            optimizer.synchronize()
+        self._settled()
         found = read_checkpoint(folder)
         load_tensors(self.accelerator.unwrap_model(self.model), found.tensors["trained"])
         saved = found.documents["training"]["optimizer"]
