@@ -6,7 +6,8 @@ program finds, as the driver keeps a part. Every figure stands in several public
 ECC on, as they come; A5000, A6000, RTX Ada: with it off, as they come).
 
 Matrix rates are dense (sheets often print twice as much, "with sparsity"), with sums in fp32, as
-training wants them. Before Ampere there is no bf16, and the rate is fp16's. Sources:
+training wants them. Before Ampere there is no bf16, and the rate is fp16's. Where rates and
+bandwidths come from; most of them were not read in their sheet again for this table:
 - GeForce: the "AI TOPS" on NVIDIA's comparison pages, which are sparse and have fp16 sums, over 4
   (30 series: fp16), 8 (40: fp8) or 16 (50: fp4): such cards do fp32 sums at half the rate. For the
   3080, 3090, 4090 and 5090 that is what the architectures' whitepapers print. Laptops: at the
