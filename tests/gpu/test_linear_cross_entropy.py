@@ -55,7 +55,9 @@ def test_values(dtype, size, t):
     divisor = max(int((targets != -100).sum()), 1)
     before = x.clone(), weight.clone(), targets.clone()
     made = ops.linear_cross_entropy(x, weight, targets, divisor=divisor)
-    again = ops.linear_cross_entropy(x, weight, targets, divisor=divisor)
+    losses = torch.full((t,), float("nan"), device=x.device)
+    again = ops.linear_cross_entropy(x, weight, targets, divisor=divisor, losses=losses)
+    assert torch.allclose(losses.sum() / divisor, made[0]) and not losses[1::3].any()
     assert made[2] is None
     assert all(torch.equal(a, b) for a, b in zip(made[:2], again[:2], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, targets), strict=True))

@@ -392,6 +392,22 @@ def test_linear_cross_entropy_equals_autograd(chunk, ignored, monkeypatch):
     assert torch.equal(only[0], loss) and only[1] is None and only[2] is None
 
 
+def test_linear_cross_entropy_tells_each_rows_loss(monkeypatch):
+    monkeypatch.setattr(HEAD, "LEAST_ROWS", 3)
+    x, w, targets = randn(11, 8), randn(17, 8, seed=1), torch.arange(11) % 17
+    targets[::3] = -100
+    losses = torch.full((11,), float("nan"))
+    options = dict(divisor=7.5, logits_bytes=1)
+    made = ops.linear_cross_entropy(x, w, targets, losses=losses, **options)
+    truth = nn.functional.cross_entropy(x @ w.T, targets, reduction="none")
+    assert torch.allclose(losses.double(), truth, atol=1e-6) and (losses[::3] == 0).all()
+    without = ops.linear_cross_entropy(x, w, targets, **options)
+    assert torch.equal(made[0], without[0]) and torch.equal(made[1], without[1])
+    for wrong in (losses.double(), losses[:5], torch.empty(22)[::2]):
+        with pytest.raises(ValueError, match="losses is"):
+            ops.linear_cross_entropy(x, w, targets, losses=wrong, **options)
+
+
 def test_linear_cross_entropy_of_no_rows_is_zero():
     x, w = randn(0, 8), randn(17, 8)
     loss, dx, dw = ops.linear_cross_entropy(
