@@ -50,4 +50,4 @@ def test_no_room_to_translate_in_stops_nothing(workplace, capsys, monkeypatch): 
 
 
 def test_without_points_the_report_says_nothing(tmp_path):
-    assert watch.section(tmp_path) == ""
+    assert watch.section(tmp_path, ["stage-1"]) == ""
