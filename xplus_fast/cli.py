@@ -284,7 +284,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     recipe = load_evaluate_recipe(options.recipe, options.overrides)
     _quiet()
-    from xplus_fast.evaluation import curve, verdict
+    from xplus_fast.evaluation import verdict
     from xplus_fast.evaluation.evaluate import evaluate, model_folder
     from xplus_fast.evaluation.ready import check
     from xplus_fast.model.checkpoint_files import resolve_model
@@ -294,6 +294,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     out = resolve(recipe.output)
     # what is missing is told before a model is downloaded or exported
     if options.scales:
+        from xplus_fast.evaluation import curve
+
         base = resolve_model(options.base) if options.base else None
         with working_in(out):
             result = curve.curve(

@@ -212,6 +212,8 @@ def _convert(hint: Any, value: Any, at: str, extra: Any = None) -> Any:
         if value is None and len(members) < len(get_args(hint)):
             return None
         for member in members:
+            if dataclasses.is_dataclass(member) and isinstance(value, dict):
+                return _convert(member, value, at)  # what is wrong in it is told by its key
             try:
                 return _convert(member, value, at)
             except _BadValue:
@@ -274,6 +276,8 @@ def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(m) for m in get_args(hint) if m is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
     if get_origin(hint) in (list, dict):
         return "a list" if get_origin(hint) is list else "a mapping"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

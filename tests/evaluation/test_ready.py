@@ -76,12 +76,9 @@ def test_what_is_missing_is_told_first(
 ):  # fmt: skip
     options = json.loads(json.dumps(options).replace("{tmp}", str(tmp_path)))
     path = recipe(place, tmp_path / "out", **options)
-    took = []
-    for _ in range(3):  # other work on the machine makes a call slower, never faster
-        began = time.process_time()
-        code, _, err = run(capsys, place / "tuned", path, "--base", place / "base")
-        took.append(time.process_time() - began)
-    assert min(took) < 1
+    began = time.process_time()
+    code, _, err = run(capsys, place / "tuned", path, "--base", place / "base")
+    assert time.process_time() - began < 1
     lines = err.splitlines()
     assert code == 2 and len(lines) == len(messages), err
     for line, message in zip(lines, messages, strict=True):

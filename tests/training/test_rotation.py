@@ -179,9 +179,10 @@ def test_turns_are_drawn_by_seed_and_number():
         ({"rotate": "0 of 0-3", "every": 2}, "0 at a time of 4 layers"),
         ({"rotate": "4 of 0-3", "every": 2}, "4 at a time of 4 layers; from 1 to 3"),
         ({"rotate": "2 of 0-9", "every": 2}, "9"),
-        ({"rotate": "2 of 0-3", "every": 0}, "every"),
-        ({"rotate": "2 of 0-3"}, "layers"),
-        ({"rotate": "2 of 0-3", "every": 2, "kind": 1}, "layers"),
+        ({"rotate": "2 of 0-3", "every": 0}, "stages.0.layers.every"),
+        ({"rotate": "2 of 0-3", "every": "x"}, "stages.0.layers.every: a whole number"),
+        ({"rotate": "2 of 0-3"}, "stages.0.layers.every"),
+        ({"rotate": "2 of 0-3", "every": 2, "kind": 1}, "stages.0.layers.kind"),
     ],
 )
 def test_rotations_that_cannot_be_are_one_line(place, capsys, layers, said):
