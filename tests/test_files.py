@@ -464,6 +464,12 @@ def test_a_folder_knows_its_files(tmp_path):
     assert not is_whole(folder)
     with pytest.raises(UserError, match="f/b: damaged: 2 bytes, not 1; a hint"):
         check_files(folder, "a hint")
+    whole = json.loads((folder / "manifest.json").read_text())
+    for name, item in (("b", None), ("a", whole["files"]["b"])):  # an entry gone, another's
+        files = {k: v for k, v in (whole["files"] | {name: item}).items() if v}
+        (folder / "manifest.json").write_text(json.dumps(whole | {"files": files}))
+        with pytest.raises(UserError, match="manifest.json: damaged"):
+            read_manifest(folder)
     for text in ("", "{", "[]", "{}", '{"files": [1]}', '{"files": {"a": 1}}', "9" * 5000):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="manifest.json: damaged"):

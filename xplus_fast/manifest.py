@@ -1,6 +1,7 @@
 """A folder's list of its own files: manifest.json, written last, with the size and SHA-256 of each.
 
-A folder without one was cut off; one whose files differ from it is damaged.
+A folder without one was cut off; one whose files differ from it is damaged. The list has a SHA-256
+of its own, so that an entry that went missing is noticed, too.
 """
 
 import hashlib
@@ -18,14 +19,18 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path, made: Mapping[str, NewFile]) -> None:
     """List the files of a new folder, by name, each written with its digest. Raises `OSError`."""
     files = {n: {"bytes": f.size, "sha256": f.digest.hexdigest()} for n, f in made.items()}
-    write_file(folder / MANIFEST, [json.dumps({"files": files}, indent=1).encode()])
+    document = {"files": files, "sha256": _digest(files)}
+    write_file(folder / MANIFEST, [json.dumps(document, indent=1).encode()])
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> {"bytes", "sha256"}; `UserError` if there is no manifest or it is damaged."""
     file = folder / MANIFEST
     try:
-        listed = json.loads(file.read_bytes())["files"]
+        document = json.loads(file.read_bytes())
+        listed = document["files"]
+        if document["sha256"] != _digest(listed):
+            raise ValueError
         if not all(item.keys() == {"bytes", "sha256"} for item in listed.values()):
             raise ValueError
         if any(Path(name).name != name or "\0" in name for name in listed):
@@ -66,3 +71,7 @@ def check_files(folder: Path, hint: str) -> list[str]:
         if digest != item["sha256"]:
             raise UserError(f"{file}: damaged: its SHA-256 is not that of {MANIFEST}; {hint}")
     return list(listed)
+
+
+def _digest(listed: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
