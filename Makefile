@@ -60,8 +60,8 @@ test-gpu: $(VENV)/dev.stamp  ## run the tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu
 
 bench: $(VENV)/dev.stamp  ## time the demo's training step and, with a GPU, the kernels
-	$(BIN)/python -m benchmarks.cpu_step
-	$(if $(GPU),$(BIN)/python -m benchmarks.kernels)
+	$(BIN)/python -m benchmarks.training.cpu_step
+	$(if $(GPU),$(BIN)/python -m benchmarks.kernels.measure)
 
 clean:  ## remove the virtual environment, what was built and the demo's run
 	rm -rf $(VENV) build dist runs/demo .mypy_cache .pytest_cache .ruff_cache

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    fit_report,
-    frozen_formats,
-    kernel_report,
-    prepare,
-    profile,
-    recipe_report,
-    train_report,
-)
 from benchmarks.environment import fill
+from benchmarks.kernels import report as kernel_report
+from benchmarks.memory import fit_report, frozen_formats
+from benchmarks.preparation import measure as prepare
+from benchmarks.recipe import report as recipe_report
+from benchmarks.training import profile
+from benchmarks.training import report as train_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

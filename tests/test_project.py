@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from benchmarks import cpu_step
+from benchmarks.training import cpu_step
 from xplus_fast.config import Recipe, load_recipe
 from xplus_fast.data.preparation.recipe import load_prepare_recipe
 from xplus_fast.evaluation.recipe import load_evaluate_recipe

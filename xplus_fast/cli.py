@@ -21,7 +21,12 @@ from xplus_fast.threads import sleep_where_busy
 RESUMABLE = ("prepare", "train", "evaluate")
 MOST_LAYERS = 1 << 16  # of a base; more than any has
 PATHS = ("model", "base", "data")  # of arguments that are text
-BENCHMARKS = ("kernels", "train", "profile")  # modules of benchmarks/ whose main takes arguments
+BENCHMARKS = {  # modules whose main takes arguments
+    "kernels": "benchmarks.kernels.measure",
+    "train": "benchmarks.training.race",
+    "profile": "benchmarks.training.profile",
+    "fit": "benchmarks.memory.fit",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("what", choices=BENCHMARKS, help="what to time")
     bench.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help=f"see: xplus-fast bench {BENCHMARKS[0]} --help"
+        "arguments", nargs=argparse.REMAINDER, help="see: xplus-fast bench train --help"
     )
     bench.set_defaults(run=_bench)
     return parser
@@ -378,10 +383,11 @@ def _sensitivity(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parents[1]
     # both: another project's `benchmarks` may lie beside an installed package
-    if not all((root / p).is_file() for p in ("pyproject.toml", f"benchmarks/{options.what}.py")):
+    module = BENCHMARKS[options.what]
+    if not all((root / p).is_file() for p in ("pyproject.toml", f"{module.replace('.', '/')}.py")):
         raise UserError("bench: works in a checkout of the source; benchmarks/ is not installed")
     sys.path.insert(0, str(root))
-    return importlib.import_module(f"benchmarks.{options.what}").main(options.arguments)
+    return importlib.import_module(module).main(options.arguments)
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""`benchmarks.fit` without a GPU: every path on tiny models; what the report makes of figures."""
+"""`benchmarks.memory.fit` without a GPU: every path on tiny models; what the report makes of figures."""
 
 import json
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import fit, fit_report
+from benchmarks.memory import fit, fit_report
+from benchmarks.models import RandomWeights, make_config
 from xplus_fast.model.families import shape_of
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import CARDS
@@ -158,8 +159,8 @@ def test_packs_are_full_of_sentences_half_supervised() -> None:
 
 
 def test_random_weights_have_a_checkpoints_shapes() -> None:
-    shape = shape_of(fit.make_config("tiny"))
-    weights = fit.RandomWeights(shape, torch.device("cpu"))
+    shape = shape_of(make_config("tiny"))
+    weights = RandomWeights(shape, torch.device("cpu"))
     names = tuple(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
     qkv = weights.read(names, torch.bfloat16)
     assert qkv.shape == shape.packed_shapes()["qkv"] and qkv.dtype == torch.bfloat16

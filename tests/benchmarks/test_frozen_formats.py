@@ -1,4 +1,4 @@
-"""`benchmarks.frozen_formats` on a tiny model, its arithmetic, and the figures in the docs."""
+"""`benchmarks.memory.frozen_formats` on a tiny model, its arithmetic, and the figures in the docs."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import frozen_formats as ff
+from benchmarks.memory import frozen_formats as ff
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("bitsandbytes", reason="makes the NF4 codes")

@@ -1,4 +1,4 @@
-"""`benchmarks.kernels` on a CPU: every op through gate, JSON, table, pictures and README."""
+"""`benchmarks.kernels.measure` on a CPU: every op through gate, JSON, table, pictures and README."""
 
 import dataclasses
 import json
@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import kernel_report, kernels, timing
-from benchmarks.kernel_case import SIZES, TINY, Maker, Provider, error, sampled_rows
-from benchmarks.kernel_ops import OPS, plan
+from benchmarks import timing
+from benchmarks.kernels import measure as kernels
+from benchmarks.kernels import report as kernel_report
+from benchmarks.kernels.case import SIZES, TINY, Maker, Provider, error, sampled_rows
+from benchmarks.kernels.ops import OPS, plan
 from xplus_fast import cli
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +303,9 @@ def test_without_cuda_one_line_and_2(arguments, capsys) -> None:
             code = e.code
         assert code == 2
         said = capsys.readouterr().err
-        assert said == "benchmarks.kernels: needs CUDA; --smoke runs tiny sizes on this CPU\n"
+        assert (
+            said == "benchmarks.kernels.measure: needs CUDA; --smoke runs tiny sizes on this CPU\n"
+        )
 
 
 @pytest.mark.parametrize(

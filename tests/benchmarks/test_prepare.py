@@ -1,11 +1,11 @@
-"""`benchmarks.prepare` on a small corpus, and the figures in the docs."""
+"""`benchmarks.preparation.measure` on a small corpus, and the figures in the docs."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import prepare
+from benchmarks.preparation import measure as prepare
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("py3langid", reason="identifies languages")

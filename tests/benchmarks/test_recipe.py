@@ -1,4 +1,4 @@
-"""`benchmarks.recipe` on a tiny model: every variant, going on, and the figures in the docs."""
+"""`benchmarks.recipe.experiment` on a tiny model: every variant, going on, and the figures in the docs."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import recipe as rb
-from benchmarks import recipe_report as report
+from benchmarks.recipe import experiment as rb
+from benchmarks.recipe import report
 from xplus_fast.planning.memory import layer_parameters
 
 ROOT = Path(__file__).parents[2]

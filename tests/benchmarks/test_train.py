@@ -12,11 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare, profile, report, train, train_clock, train_contestants, train_report
-from benchmarks.fit import make_config
-from benchmarks.train_contestants import CONTESTANTS
-from benchmarks.train_padding_free import flat, register
-from benchmarks.train_workloads import (
+from benchmarks import compare, report
+from benchmarks.models import make_config
+from benchmarks.training import clock as train_clock
+from benchmarks.training import contestants as train_contestants
+from benchmarks.training import profile
+from benchmarks.training import race as train
+from benchmarks.training import report as train_report
+from benchmarks.training.contestants import CONTESTANTS
+from benchmarks.training.padding_free import flat, register
+from benchmarks.training.workloads import (
     SMOKE,
     NamedWeights,
     Scale,
@@ -193,7 +198,7 @@ def test_unsloth_is_imported_before_transformers(unsloth, monkeypatch):
     monkeypatch.setattr(train.subprocess, "run", run)
     assert train._spawn("Unsloth", "8B", "stage1", ["pairs"], 60)["why"] == "stopped"
     assert seen["first"] == "True"
-    assert "run_module('benchmarks.train', run_name='__main__'" in seen["command"][2]
+    assert "run_module('benchmarks.training.race', run_name='__main__'" in seen["command"][2]
 
 
 def test_an_earlier_result_is_kept_aside(tmp_path):

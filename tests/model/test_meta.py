@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import xplus_kernels as ops
-from benchmarks.fit import make_config
+from benchmarks.models import make_config
 from xplus_fast.model import packing
 from xplus_fast.model.block import KEEP, WEIGHTS, BlockFunction, BlockSpec
 from xplus_fast.model.families import shape_of

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fit import make_config
-from benchmarks.train_contestants import CONTESTANTS
+from benchmarks.models import make_config
+from benchmarks.training.contestants import CONTESTANTS
 from xplus_fast.config import MemoryConfig
 from xplus_fast.model.families import shape_of
 from xplus_fast.planning.cards import match_card

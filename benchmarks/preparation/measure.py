@@ -1,13 +1,13 @@
 """Data preparation: pairs a second, what a second core brings, and memory.
 
-    python -m benchmarks.prepare                (some minutes on 2 cores, after `make demo`)
-    python -m benchmarks.prepare --smoke        (seconds)
+    python -m benchmarks.preparation.measure                (some minutes on 2 cores, after `make demo`)
+    python -m benchmarks.preparation.measure --smoke        (seconds)
 
 The corpus is made of real pairs (Django's messages in all languages it has of the recipe's),
 two joined to one at random, so that pairs differ as sentences do and any number can be had. Every
 run is a process of its own, from reading to shards; those of one and two workers take turns. What
 the steps hold does not grow with the corpus; what the phases hold that see all rows does. So memory
-at 10 M pairs is that of a whole run in which the steps are spared (`benchmarks.prepare_run`).
+at 10 M pairs is that of a whole run in which the steps are spared (`benchmarks.preparation.one_run`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.environment import describe_environment, fill
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/prepare.json", ROOT / "docs/preparation.md"
 BEGIN, END = "<!-- begin: benchmarks/results/prepare.json -->", "<!-- end -->"
 LANGUAGES = "ar bn cs de es fr hu ja ko ru sr sw te th vi zh_Hans".split()
@@ -119,7 +119,7 @@ def _run(recipe: Path, *arguments: str) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.prepare_run", str(recipe), *arguments],
+        [sys.executable, "-m", "benchmarks.preparation.one_run", str(recipe), *arguments],
         stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     return json.loads(ran.stdout.strip().splitlines()[-1])

@@ -1,6 +1,6 @@
 """One run of `xplus-fast prepare`, timed and watched in a process of its own.
 
-    python -m benchmarks.prepare_run RECIPE [--made-up] [key=value ...]
+    python -m benchmarks.preparation.one_run RECIPE [--made-up] [key=value ...]
 
 Prints JSON: seconds, seconds of CPU time, the most bytes that its processes held together, and a
 hash of the sorted rows that came out. `--made-up` spares the steps: parts get fingerprints and

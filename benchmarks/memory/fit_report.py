@@ -1,6 +1,6 @@
-"""What runs of `benchmarks.fit` say: whether a plan was right, in a line, in a table.
+"""What runs of `benchmarks.memory.fit` say: whether a plan was right, in a line, in a table.
 
-python -m benchmarks.fit_report        (rewrites the section of docs/memory.md)
+python -m benchmarks.memory.fit_report        (rewrites the section of docs/memory.md)
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.environment import fill
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/fit.json", ROOT / "docs/memory.md"
 BEGIN, END = "<!-- begin: benchmarks/results/fit.json -->", "<!-- end: fit -->"
 NOT_MEASURED = "not measured on a GPU"

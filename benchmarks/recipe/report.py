@@ -1,6 +1,6 @@
-"""What a run of `benchmarks.recipe` says: a table, and translation gained against retention.
+"""What a run of `benchmarks.recipe.experiment` says: a table, and translation gained against retention.
 
-python -m benchmarks.recipe_report        (rewrites its sections of docs/recipe.md and README.md)
+python -m benchmarks.recipe.report        (rewrites its sections of docs/recipe.md and README.md)
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.environment import fill
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/recipe.json"
 BEGIN, END = "<!-- begin: benchmarks/results/recipe.json -->", "<!-- end: recipe -->"
 COLORS = {"layers": "#1f6f8b", "full": "#c8553d", "lora": "#8a6bb0"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_case import (
+from benchmarks.kernels.case import (
     Case,
     Inputs,
     Maker,

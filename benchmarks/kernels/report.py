@@ -1,6 +1,6 @@
-"""What a run of `benchmarks.kernels` found: a table, pictures, the section of a README.
+"""What a run of `benchmarks.kernels.measure` found: a table, pictures, the section of a README.
 
-    python -m benchmarks.kernel_report [RESULTS] [--readme FILE]
+    python -m benchmarks.kernels.report [RESULTS] [--readme FILE]
 
 rewrites what stands between the markers in kernels/README.md.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.environment import fill
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS, README = Path("benchmarks/results/kernels.json"), Path("kernels/README.md")
 BEGIN, END = "<!-- begin: benchmarks/results/kernels.json -->", "<!-- end -->"
 NOT_MEASURED = "not measured on a GPU"
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = json.loads(options.results.read_text()) if options.results.exists() else None
         options.readme.write_text(fill_readme(options.readme.read_text(), result))
     except (OSError, ValueError) as e:
-        print(f"benchmarks.kernel_report: {e}", file=sys.stderr)
+        print(f"benchmarks.kernels.report: {e}", file=sys.stderr)
         return 2
     print(f"{options.readme}: {'filled' if result else NOT_MEASURED}")
     return 0

@@ -1,7 +1,7 @@
 """One training step of ours under torch's profiler: where its time goes, part by part of a block.
 
-    python -m benchmarks.profile --stage stage2 --frozen fp8      (writes a table and a trace)
-    python -m benchmarks.profile --smoke                          (a toy model on the CPU)
+    python -m benchmarks.training.profile --stage stage2 --frozen fp8      (writes a table and a trace)
+    python -m benchmarks.training.profile --smoke                          (a toy model on the CPU)
 
 Kernels are grouped by what they compute. A group's share of its limit is the time of the work that
 the selection makes necessary of it - FLOPs of GEMMs and attention, bytes that all else has to move
@@ -23,10 +23,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.environment import describe_environment
-from benchmarks.fit import make_config
+from benchmarks.models import make_config
 from benchmarks.timing import measure_limits
-from benchmarks.train_contestants import CONTESTANTS
-from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
+from benchmarks.training.contestants import CONTESTANTS
+from benchmarks.training.workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.planning.cards import local_card
@@ -35,7 +35,7 @@ from xplus_fast.planning.memory import state_bytes
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.place import set_allocator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OUT = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- begin: benchmarks/results/profile.json -->", "<!-- end: profile -->"
 # Group -> parts of kernels' and ops' names, in lower case; the first group that fits takes it
@@ -247,7 +247,9 @@ def table(result: dict[str, Any]) -> str:
 def section(result: dict[str, Any] | None) -> str:
     """What docs/performance.md says."""
     if result is None or result["smoke"]:
-        return "A step part by part (`python -m benchmarks.profile`): not measured on a GPU."
+        return (
+            "A step part by part (`python -m benchmarks.training.profile`): not measured on a GPU."
+        )
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     return f"{table(result)}\n\n{result['device']['name']}; {versions}; commit {result['commit']}."
 

@@ -5,8 +5,8 @@ the same packs in the same order: frozen layers as they are, in INT8, FP8 and NF
 activations and gradients too, by the same rule as its GEMMs on a GPU. What trains is never rounded,
 and what is exported is put into the unquantized model: so the held-out loss is taken there.
 
-    python -m benchmarks.frozen_formats              (20 minutes on 2 cores, after `make demo`)
-    python -m benchmarks.frozen_formats --report     (table in docs/memory.md and picture, again)
+    python -m benchmarks.memory.frozen_formats              (20 minutes on 2 cores, after `make demo`)
+    python -m benchmarks.memory.frozen_formats --report     (table in docs/memory.md and picture, again)
 """
 
 import argparse
@@ -40,7 +40,7 @@ from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import load_tensors, trained_tensors
 from xplus_fast.planning.selection import resolve_layers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/frozen_formats.json", ROOT / "docs/memory.md"
 BEGIN, END = "<!-- begin: benchmarks/results/frozen_formats.json -->", "<!-- end -->"
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from tokenizers.models import WordLevel
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from benchmarks.fit import make_config
-from benchmarks.train_padding_free import flat, register
-from benchmarks.train_workloads import NamedWeights, Scale
-from benchmarks.train_workloads import Sequence as Sentence
+from benchmarks.models import make_config
+from benchmarks.training.padding_free import flat, register
+from benchmarks.training.workloads import NamedWeights, Scale
+from benchmarks.training.workloads import Sequence as Sentence
 from xplus_fast.config import MemoryConfig
 from xplus_fast.data.corpus import PackCollator
 from xplus_fast.model.families import shape_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from benchmarks.train_workloads import Sequence as Sentence
+from benchmarks.training.workloads import Sequence as Sentence
 from xplus_kernels import varlen_attention, varlen_attention_backward
 
 ATTENTION = "benchmark_varlen"

@@ -5,9 +5,9 @@ optimizer steps of 16 384 tokens of translation-length packs; then what it took 
 plan said. Last, what streaming costs: the same step with all layers resident and with the frozen
 ones on the host.
 
-    python -m benchmarks.fit                            (writes benchmarks/results/fit.json)
-    python -m benchmarks.fit --only 8B-stage2-24GB      (keeps the file's other cases)
-    python -m benchmarks.fit --smoke                    (no GPU: every path on tiny models)
+    python -m benchmarks.memory.fit                            (writes benchmarks/results/fit.json)
+    python -m benchmarks.memory.fit --only 8B-stage2-24GB      (keeps the file's other cases)
+    python -m benchmarks.memory.fit --smoke                    (no GPU: every path on tiny models)
 
 Exit code 1: a prediction is off by more than 5 %, a process went over its budget, or died; 2: no
 GPU, or one that planning/cards.py does not know.
@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Qwen3Config, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.environment import describe_environment
-from benchmarks.fit_report import OVERLAP, describe_case, describe_overlap, judge, table
+from benchmarks.memory.fit_report import OVERLAP, describe_case, describe_overlap, judge, table
+from benchmarks.models import RandomWeights, make_config
 from xplus_fast import XPlusTrainer
 from xplus_fast.config import MemoryConfig
 from xplus_fast.data.corpus import PackCollator
 from xplus_fast.errors import UserError
-from xplus_fast.model.families import Shape, shape_of
+from xplus_fast.model.families import shape_of
 from xplus_fast.model.load import load_model
 from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, local_card
@@ -47,18 +47,10 @@ from xplus_fast.planning.plan import LADDER, Plan, plan_stage
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.place import cap, set_allocator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/fit.json"
 STEP, PACK = 16384, 4096  # tokens
 CASE_SECONDS = 420
-CONFIGS: dict[str, dict[str, int]] = {
-    "8B": dict(num_hidden_layers=36, hidden_size=4096, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, intermediate_size=12288, vocab_size=151936),
-    "14B": dict(num_hidden_layers=40, hidden_size=5120, num_attention_heads=40,
-                num_key_value_heads=8, head_dim=128, intermediate_size=17408, vocab_size=151936),
-    "tiny": dict(num_hidden_layers=6, hidden_size=64, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16, intermediate_size=96, vocab_size=256),
-}  # fmt: skip
 LAYERS = {"stage1": "bottom:4", "stage2": "top:15"}
 
 
@@ -66,7 +58,7 @@ LAYERS = {"stage1": "bottom:4", "stage2": "top:15"}
 class Case:
     """One process."""
 
-    model: str  # a key of CONFIGS
+    model: str  # a key of `models.CONFIGS`
     layers: str
     budget: str = ""  # empty: the whole card, uncapped
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -110,25 +102,6 @@ SMOKE = {
         activations="recompute_mlp", master=False, micro_batch_tokens=256,
     ),
 }  # fmt: skip
-
-
-class RandomWeights:
-    """What `load_model` asks of a checkpoint: tensors by name, made where they are asked for."""
-
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.folder = Path("/nonexistent")  # no generation_config.json
-        self._shapes, self._device = shape.tensor_shapes(), device
-
-    def read(self, names: tuple[str, ...], dtype: torch.dtype, *, staged: bool = False) -> Tensor:
-        """Matrices normal with deviation 0.02, stacked along axis 0; norms are ones."""
-        shapes = [self._shapes[name] for name in names]
-        whole = (sum(s[0] for s in shapes), *shapes[0][1:])
-        if len(whole) == 1:
-            return torch.ones(whole, dtype=dtype, device=self._device)
-        return torch.empty(whole, dtype=dtype, device=self._device).normal_(0, 0.02)
-
-    def close(self) -> None:
-        pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,7 +180,15 @@ def spawn(name: str, steps: int, *flags: str) -> dict[str, Any]:
     """What `run_child` writes, or why it did not."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.json"
-        command = [sys.executable, "-m", "benchmarks.fit", "--only", name, "--child", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.memory.fit",
+            "--only",
+            name,
+            "--child",
+            str(file),
+        ]
         command += ["--quick"] * (steps == 3) + list(flags)
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         try:
@@ -284,13 +265,6 @@ def execute(case: Case, steps: int, card: Card | None, device: torch.device) -> 
         settings = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
         found["allocator"] = {k: os.environ[k] for k in settings if k in os.environ}
     return found
-
-
-def make_config(model: str) -> Any:
-    return Qwen3Config(
-        **CONFIGS[model], rms_norm_eps=1e-6, tie_word_embeddings=False,  # type: ignore[arg-type]
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
 
 
 def make_plan(case: Case, card: Card | None, host: int | None = None) -> Plan:

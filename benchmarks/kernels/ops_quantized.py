@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_case import Case, Inputs, Maker, Outputs, Provider, Size
-from benchmarks.kernel_ops_rows import (
+from benchmarks.kernels.case import Case, Inputs, Maker, Outputs, Provider, Size
+from benchmarks.kernels.ops_rows import (
     BOUND,
     EPS,
     hf_add_rms_norm,

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks import kernel_ops_gemm as gemm
-from benchmarks import kernel_ops_quantized as quantized
-from benchmarks import kernel_ops_rows as rows
-from benchmarks.kernel_case import Case, Size
+from benchmarks.kernels import ops_gemm as gemm
+from benchmarks.kernels import ops_quantized as quantized
+from benchmarks.kernels import ops_rows as rows
+from benchmarks.kernels.case import Case, Size
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ others are timed as `benchmarks.timing` tells, against limits measured in the sa
 T = 8192 come first; what the time does not reach is reported as such. torch.compile is asked at
 T = 8192 alone (with --quick: for 8B), as every shape costs it seconds.
 
-    python -m benchmarks.kernels [--quick | --smoke] [--ops NAME,...] [--out FILE]
+    python -m benchmarks.kernels.measure [--quick | --smoke] [--ops NAME,...] [--out FILE]
 """
 
 import argparse
@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import kernel_report
 from benchmarks.environment import describe_environment
-from benchmarks.kernel_case import SIZES, TINY, Case, Inputs, Maker, Provider, error, sampled_rows
-from benchmarks.kernel_ops import OPS, plan
+from benchmarks.kernels import report as kernel_report
+from benchmarks.kernels.case import SIZES, TINY, Case, Inputs, Maker, Provider, error, sampled_rows
+from benchmarks.kernels.ops import OPS, plan
 from benchmarks.timing import clocks, measure, measure_limits, peak_memory, set_count
 
 FIRST = 8192
@@ -32,19 +32,19 @@ TOKENS = (FIRST, 32_768, 16_384, 4096, 2048, 1024)
 BUDGET = {"quick": 165.0, "whole": 510.0, "smoke": 45.0}  # seconds, writing and drawing on top
 SLICE = 0.4  # seconds a case is timed for, at most
 COMPILING = 0.6  # of the budget: later nothing new is given to torch.compile
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
+RESULTS = Path(__file__).parents[1] / "results" / "kernels.json"
 SMOKE_RESULTS = Path("build/kernels_smoke.json")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"benchmarks.kernels: {message}", file=sys.stderr)
+        print(f"benchmarks.kernels.measure: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 a provider was wrong or one of ours failed, 2 bad input or no CUDA."""
-    parser = _Parser(prog="benchmarks.kernels", description=__doc__.split("\n")[0])
+    parser = _Parser(prog="benchmarks.kernels.measure", description=__doc__.split("\n")[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="T = 8192 alone, in 3 minutes")
     mode.add_argument("--smoke", action="store_true", help="tiny sizes on this CPU")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bad = [r for r in result["rows"] if is_bad(r)]
     for r in bad:
         what = f"{r['op']} {r['way']} {r['size']} T={r['tokens']} {r['provider']}"
-        print(f"benchmarks.kernels: {what}: {r['status']}", file=sys.stderr)
+        print(f"benchmarks.kernels.measure: {what}: {r['status']}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -9,7 +9,7 @@ read from a folder (`data.cache_hidden`). All are interleaved step by step, so t
 speed drifts treats them alike; what is reported is the ratio. Before any time is taken, all must
 give the same loss and gradient norm.
 
-    python -m benchmarks.cpu_step        (after `make demo`, or `make bench`)
+    python -m benchmarks.training.cpu_step        (after `make demo`, or `make bench`)
 """
 
 import argparse

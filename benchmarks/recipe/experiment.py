@@ -5,8 +5,8 @@ weights, on the same packed rows, for the same number of steps: the recipe's two
 its halves alone, both at once, as many layers at one end only, everything, and LoRA. Half of the
 steps are one pass over the rows: a stage sees every row once, everything else sees it twice.
 
-    python -m benchmarks.recipe                  (under an hour on a core, after `make demo`)
-    python -m benchmarks.recipe --steps 120      (another budget)
+    python -m benchmarks.recipe.experiment                  (under an hour on a core, after `make demo`)
+    python -m benchmarks.recipe.experiment --steps 120      (another budget)
 
 The results file is written after every variant; the same command goes on where it was stopped.
 """
@@ -38,7 +38,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from benchmarks.environment import describe_environment
-from benchmarks.recipe_report import RESULTS, draw, table
+from benchmarks.recipe.report import RESULTS, draw, table
 from xplus_fast import XPlusTrainer
 from xplus_fast.config import DataConfig, EvaluationConfig, Recipe, Source, Stage, load_recipe
 from xplus_fast.data.corpus import PackCollator, load_corpus
@@ -47,7 +47,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.evaluation.heldout import measure
 from xplus_fast.planning.selection import resolve_layers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DRAWS = 400  # of a bootstrap
 RANK = 64  # of LoRA, as in the published comparison (arXiv 2609.13680); its scale is 2
 BESIDE = ("embedding", "final_norm")  # train with everything, beside the layers; the head is tied

@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.fit import RandomWeights
+from benchmarks.models import RandomWeights
 from xplus_fast.data.collate import PackCollator
 from xplus_fast.planning.flops import PROMPT, Work, work_of
 
 STEP, ROW = 16384, 4096  # tokens of an optimizer step, and of a packed row
 STAGES = {"stage1": "bottom:4", "stage2": "top:15", "b4t8": "bottom:4,top:8"}
 MIXES = ("pairs", "full", "1k")
-LENGTHS = Path(__file__).parent / "train_lengths.json"
+LENGTHS = Path(__file__).parent / "lengths.json"
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large a run is."""
 
-    model: str  # a key of `fit.CONFIGS`
+    model: str  # a key of `models.CONFIGS`
     step: int = STEP
     row: int = ROW
     stages: tuple[tuple[str, str], ...] = tuple(STAGES.items())

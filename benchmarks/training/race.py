@@ -5,10 +5,10 @@ sequences of real lengths ("pairs") or of 4096 tokens ("full"): steps to warm up
 are timed. A loss that is not the others' disqualifies. Results go into
 benchmarks/results/train.json; tables and pictures are made of it (`python -m benchmarks.report`).
 
-    python -m benchmarks.train                               (8B, under 9 minutes on an H200)
-    python -m benchmarks.train --mixes full --out benchmarks/results/train-full.json
-    python -m benchmarks.train --model 14B --only "ours, bf16,tuned"
-    python -m benchmarks.train --smoke                       (no GPU: every contestant, a toy model)
+    python -m benchmarks.training.race                               (8B, under 9 minutes on an H200)
+    python -m benchmarks.training.race --mixes full --out benchmarks/results/train-full.json
+    python -m benchmarks.training.race --model 14B --only "ours, bf16,tuned"
+    python -m benchmarks.training.race --smoke                       (no GPU: every contestant, a toy model)
 """
 
 import argparse
@@ -30,12 +30,12 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.environment import describe_environment
-from benchmarks.fit import make_config
+from benchmarks.models import make_config
 from benchmarks.timing import clocks, measure_limits
-from benchmarks.train_clock import Clock
-from benchmarks.train_contestants import CONTESTANTS, CannotRun, Contestant
-from benchmarks.train_report import draw, table
-from benchmarks.train_workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
+from benchmarks.training.clock import Clock
+from benchmarks.training.contestants import CONTESTANTS, CannotRun, Contestant
+from benchmarks.training.report import draw, table
+from benchmarks.training.workloads import MIXES, SMOKE, STAGES, Scale, make_steps, necessary_work
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.planning.cards import Card, local_card
@@ -44,10 +44,11 @@ from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.place import set_allocator
 from xplus_fast.training.planned import PlannedTrainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/train.json"
 MINUTES = 8.5  # after which nothing is begun, and half a minute later nothing goes on
 CHILD_SECONDS = 240
+MODULE = "benchmarks.training.race"
 NORM = 10  # times a loss's tolerance: a gradient's norm's
 
 
@@ -166,10 +167,10 @@ def _spawn(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         first = CONTESTANTS[name].first
-        start = ["-m", "benchmarks.train"]
+        start = ["-m", MODULE]
         if first and importlib.util.find_spec(first):
-            run_as_main = "run_module('benchmarks.train', run_name='__main__', alter_sys=True)"
-            start = ["-c", f"import {first}, runpy; runpy.{run_as_main}"]
+            run = f"run_module({MODULE!r}, run_name='__main__', alter_sys=True)"
+            start = ["-c", f"import {first}, runpy; runpy.{run}"]
         command = [
             sys.executable, *start, "--model", model, "--stages", stage,
             "--mixes", ",".join(mixes), "--only", name, "--child", str(file),
