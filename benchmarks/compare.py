@@ -4,8 +4,8 @@
 
 Compares the rows that both have: of `benchmarks.training.race` by tokens/s and peak memory, of
 `benchmarks.kernels.measure` by time. Of training it also says whether losses and gradient norms are
-equal to the last bit, as they are after a change that claims to compute the same. Exit code 1: something
-became worse, or differs under --same-losses; 2: nothing to compare.
+equal to the last bit, as they are after a change that claims to compute the same. Exit code 1:
+something became worse, or differs under --same-losses; 2: nothing to compare.
 """
 
 import argparse

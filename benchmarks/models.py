@@ -1,4 +1,4 @@
-"""Models of real sizes and of toy size, from random weights: speed and memory are those of real ones."""
+"""Models of real sizes, and a toy, from random weights: speed and memory are those of real ones."""
 
 from pathlib import Path
 from typing import Any

@@ -180,16 +180,8 @@ def spawn(name: str, steps: int, *flags: str) -> dict[str, Any]:
     """What `run_child` writes, or why it did not."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.memory.fit",
-            "--only",
-            name,
-            "--child",
-            str(file),
-        ]
-        command += ["--quick"] * (steps == 3) + list(flags)
+        command = [sys.executable, "-m", "benchmarks.memory.fit", "--only", name]
+        command += ["--child", str(file), *(["--quick"] * (steps == 3)), *flags]
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         try:
             run = subprocess.run(

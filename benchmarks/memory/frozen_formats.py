@@ -5,8 +5,8 @@ the same packs in the same order: frozen layers as they are, in INT8, FP8 and NF
 activations and gradients too, by the same rule as its GEMMs on a GPU. What trains is never rounded,
 and what is exported is put into the unquantized model: so the held-out loss is taken there.
 
-    python -m benchmarks.memory.frozen_formats              (20 minutes on 2 cores, after `make demo`)
-    python -m benchmarks.memory.frozen_formats --report     (table in docs/memory.md and picture, again)
+    python -m benchmarks.memory.frozen_formats           (20 minutes on 2 cores, after `make demo`)
+    python -m benchmarks.memory.frozen_formats --report  (table in docs/memory.md and picture, again)
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """Data preparation: pairs a second, what a second core brings, and memory.
 
-    python -m benchmarks.preparation.measure                (some minutes on 2 cores, after `make demo`)
-    python -m benchmarks.preparation.measure --smoke        (seconds)
+    python -m benchmarks.preparation.measure            (some minutes on 2 cores, after `make demo`)
+    python -m benchmarks.preparation.measure --smoke    (seconds)
 
 The corpus is made of real pairs (Django's messages in all languages it has of the recipe's),
 two joined to one at random, so that pairs differ as sentences do and any number can be had. Every
 run is a process of its own, from reading to shards; those of one and two workers take turns. What
 the steps hold does not grow with the corpus; what the phases hold that see all rows does. So memory
-at 10 M pairs is that of a whole run in which the steps are spared (`benchmarks.preparation.one_run`).
+at 10 M pairs is that of a whole run in which the steps are spared (`one_run`).
 """
 
 import argparse

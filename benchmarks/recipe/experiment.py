@@ -5,8 +5,8 @@ weights, on the same packed rows, for the same number of steps: the recipe's two
 its halves alone, both at once, as many layers at one end only, everything, and LoRA. Half of the
 steps are one pass over the rows: a stage sees every row once, everything else sees it twice.
 
-    python -m benchmarks.recipe.experiment                  (under an hour on a core, after `make demo`)
-    python -m benchmarks.recipe.experiment --steps 120      (another budget)
+    python -m benchmarks.recipe.experiment               (an hour on a core, after `make demo`)
+    python -m benchmarks.recipe.experiment --steps 120   (another budget)
 
 The results file is written after every variant; the same command goes on where it was stopped.
 """

@@ -1,4 +1,4 @@
-"""What a run of `benchmarks.recipe.experiment` says: a table, and translation gained against retention.
+"""What a run of the experiment says: a table, and translation gained against retention.
 
 python -m benchmarks.recipe.report        (rewrites its sections of docs/recipe.md and README.md)
 """

@@ -1,7 +1,7 @@
 """One training step of ours under torch's profiler: where its time goes, part by part of a block.
 
-    python -m benchmarks.training.profile --stage stage2 --frozen fp8      (writes a table and a trace)
-    python -m benchmarks.training.profile --smoke                          (a toy model on the CPU)
+    python -m benchmarks.training.profile --stage stage2 --frozen fp8   (writes a table and a trace)
+    python -m benchmarks.training.profile --smoke                       (a toy model on the CPU)
 
 Kernels are grouped by what they compute. A group's share of its limit is the time of the work that
 the selection makes necessary of it - FLOPs of GEMMs and attention, bytes that all else has to move
@@ -247,9 +247,7 @@ def table(result: dict[str, Any]) -> str:
 def section(result: dict[str, Any] | None) -> str:
     """What docs/performance.md says."""
     if result is None or result["smoke"]:
-        return (
-            "A step part by part (`python -m benchmarks.training.profile`): not measured on a GPU."
-        )
+        return "A step part by part (`xplus-fast bench profile`): not measured on a GPU."
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     return f"{table(result)}\n\n{result['device']['name']}; {versions}; commit {result['commit']}."
 

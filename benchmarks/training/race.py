@@ -5,10 +5,10 @@ sequences of real lengths ("pairs") or of 4096 tokens ("full"): steps to warm up
 are timed. A loss that is not the others' disqualifies. Results go into
 benchmarks/results/train.json; tables and pictures are made of it (`python -m benchmarks.report`).
 
-    python -m benchmarks.training.race                               (8B, under 9 minutes on an H200)
+    python -m benchmarks.training.race                          (8B, under 9 minutes on an H200)
     python -m benchmarks.training.race --mixes full --out benchmarks/results/train-full.json
     python -m benchmarks.training.race --model 14B --only "ours, bf16,tuned"
-    python -m benchmarks.training.race --smoke                       (no GPU: every contestant, a toy model)
+    python -m benchmarks.training.race --smoke                  (no GPU: all, with a toy model)
 """
 
 import argparse

@@ -69,9 +69,7 @@ def best(result: dict[str, Any], stage: str, mix: str, name: str) -> dict[str, A
 def section(result: dict[str, Any] | None) -> str:
     """What docs/performance.md says: the table, or that there is none."""
     if result is None or result["smoke"]:
-        return (
-            f"Training steps against peers (`python -m benchmarks.training.race`): {NOT_MEASURED}."
-        )
+        return f"Training steps against peers (`xplus-fast bench train`): {NOT_MEASURED}."
     return table(result)
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks.memory.fit` without a GPU: every path on tiny models; what the report makes of figures."""
+"""The fit benchmark without a GPU: every path on tiny models; what the report makes of figures."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`benchmarks.memory.frozen_formats` on a tiny model, its arithmetic, and the figures in the docs."""
+"""The benchmark of frozen formats on a tiny model, its arithmetic, and the figures in the docs."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`benchmarks.kernels.measure` on a CPU: every op through gate, JSON, table, pictures and README."""
+"""The kernels' benchmark on a CPU: every op through gate, JSON, table, pictures and README."""
 
 import dataclasses
 import json
@@ -303,9 +303,7 @@ def test_without_cuda_one_line_and_2(arguments, capsys) -> None:
             code = e.code
         assert code == 2
         said = capsys.readouterr().err
-        assert (
-            said == "benchmarks.kernels.measure: needs CUDA; --smoke runs tiny sizes on this CPU\n"
-        )
+        assert said.endswith(": needs CUDA; --smoke runs tiny sizes on this CPU\n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`benchmarks.recipe.experiment` on a tiny model: every variant, going on, and the figures in the docs."""
+"""The experiment on a tiny model: every variant, going on, and the figures in the docs."""
 
 import json
 from pathlib import Path
