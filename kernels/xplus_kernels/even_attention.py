@@ -18,7 +18,8 @@ LEAST = 512  # tokens of a sequence; shorter ones have kernels of ours, and cuDN
 def is_even(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_k: Tensor, max_seqlen: int) -> bool:
     """Whether a pack is for these kernels: `max_seqlen` queries and keys in every sequence.
 
-    q, k: [T, heads, D]; max_seqlen is at least the longest sequence's length, so that only equal ones can fill T.
+    q, k: [T, heads, D]; max_seqlen is at least the longest sequence's length, so that only equal
+    ones can fill T.
     """
     return (
         cu_k is cu_seqlens
