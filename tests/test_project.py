@@ -261,8 +261,7 @@ def imports(package: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize("package", ["xplus_fast", "benchmarks"])
 def test_no_modules_import_each_other_in_a_circle(package):
     left = imports(package)
-    for name in [package, *(n for n in left if (ROOT / n.replace(".", "/")).is_dir())]:
-        left.pop(name, None)  # a package's own name brings nothing but itself
+    del left[package]  # it hands on names when they are asked for
     while free := [n for n, needs in left.items() if not needs & left.keys()]:
         for name in free:
             del left[name]
