@@ -6,7 +6,7 @@ activations and gradients too, by the same rule as its GEMMs on a GPU. What trai
 and what is exported is put into the unquantized model: so the held-out loss is taken there.
 
     python -m benchmarks.memory.frozen_formats           (20 minutes on 2 cores, after `make demo`)
-    python -m benchmarks.memory.frozen_formats --report  (table in docs/memory.md and picture, again)
+    python -m benchmarks.memory.frozen_formats --report  (table and picture, again)
 """
 
 import argparse
