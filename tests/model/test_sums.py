@@ -8,6 +8,7 @@ import torch
 from tests.tiny import difference, gradients, packed_batch, select, stock_loss, tiny_model
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.model.sums import Sums, gradient_dtype, summed
+from xplus_fast.training.memory_log import _gradient_bytes
 from xplus_fast.training.optimizer import AdamW
 from xplus_kernels import weight_gradient
 
@@ -191,7 +192,7 @@ def test_under_autocast_and_outside_of_it_autograd_adds():
 def test_sums_of_narrow_weights_may_be_wide_and_narrow_again():
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     AdamW([p], sums=32)
-    assert gradient_dtype(p) == torch.float32
+    assert gradient_dtype(p) == torch.float32 and _gradient_bytes(p) == 12
     (p * 1.001953125).sum().backward()
     assert p.grad.dtype == torch.float32
     AdamW([p])  # of another stage

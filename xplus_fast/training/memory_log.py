@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from xplus_fast.model.frozen import Streamed, tensors_of
+from xplus_fast.model.sums import gradient_dtype
 from xplus_fast.planning.search import Plan
 
 
@@ -56,11 +57,11 @@ def measure(model: Any, optimizer: Any, device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return {}
     on_host = getattr(optimizer, "gradients", "device") == "host"
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and p.device == device]
     states = [t for state in optimizer.state.values() for t in state.values()]
     found = {
         "weights": _bytes(_weights(model), device),
-        "gradients": 0 if on_host else _bytes(trained, device),
+        "gradients": 0 if on_host else sum(_gradient_bytes(p) for p in trained),
         "optimizer": _bytes([t for t in states if torch.is_tensor(t)], device),
     }
     peak, reserved = (
@@ -83,6 +84,10 @@ def compare(plan: Plan, found: dict[str, int]) -> str:
         f"memory: {peak / 1e9:.2f} GB at the peak, {plan.device_total / 1e9:.2f} planned"
         f" ({off:+.1%}): {parts}"
     )
+
+
+def _gradient_bytes(p: torch.Tensor) -> int:
+    return p.numel() * gradient_dtype(p).itemsize
 
 
 def _bytes(tensors: list[torch.Tensor], device: torch.device) -> int:
