@@ -1,8 +1,8 @@
-"""Whether two runs lost the same, to the last digit: what a change that computes the same must show.
+"""Whether two runs lost the same, to the last digit, as after a change that computes the same.
 
     python -m benchmarks.losses_equal runs/before runs/after
 
-A and B are run folders, or their metrics.jsonl. Every step is compared, by stage and number: its loss
+Both are run folders, or their metrics.jsonl. Every step is compared, by stage and number: its loss
 and, where both have it, its gradient norm. Exit code 0: equal; 1: they differ, the first difference
 is told; 2: nothing to compare.
 """
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"differs  {what} of {difference}")
     if any(found.values()):
         return 1
-    print(f"{len(old['loss'])} steps: {' and '.join(both)} are equal to the last digit")
+    print(f"{len(old['loss'])} steps, equal to the last digit: {' and '.join(both)}")
     return 0
 
 
