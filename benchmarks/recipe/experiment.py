@@ -44,7 +44,7 @@ from xplus_fast.config import DataConfig, EvaluationConfig, Recipe, Source, Stag
 from xplus_fast.data.corpus import PackCollator, load_corpus
 from xplus_fast.data.readers import Example, read_text
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.heldout import measure
+from xplus_fast.measuring.heldout import measure
 from xplus_fast.planning.selection import resolve_layers
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured on a GPU"
 OURS, THEIRS, BUDGET = "#1f6f8b", "#b8c4cc", "#c8553d"
-PART_COLORS = ("#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d", "#8a8a8a")
+PART_COLORS = ("#e6e0d4", "#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d", "#8a8a8a")
 
 
 def table(result: dict[str, Any]) -> str:

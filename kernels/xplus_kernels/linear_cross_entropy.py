@@ -130,7 +130,7 @@ def _multiply_back(
         dw += grad.T @ x  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
 
 
-@jit
+@jit(do_not_specialize_on_alignment=("targets_ptr", "losses_ptr"))  # a chunk of the rows each
 def _softmax_gradient_kernel(
     logits_ptr,  # [rows, V], becomes the gradient
     targets_ptr,  # [rows] int64

@@ -12,7 +12,9 @@ Whose kernels run on CUDA in bf16 and fp16, the first that can: flash-attn 3 (co
 fewer key than query heads as they are, and give lse as [N, T] in fp32: the natural logarithm of the
 sum over exp(scale * q k.T), so that any one's backward goes with any one's forward. PyTorch's and
 flash-attn 2's backward make dk and dv for every query head ([T, N, D] each) before they sum a
-group. Everything else, fp32 and fp64 on CUDA too, takes the reference (`attention_reference.py`).
+group. Where PyTorch's would run and all sequences are equally long, cuDNN's do, by way of PyTorch
+(`even_attention.py`). Everything else, fp32 and fp64 on CUDA too, takes the reference
+(`attention_reference.py`).
 
 Read in one copy of each source; PyTorch's ran and was right on an H100 and an H200, the others on
 no GPU yet. A causal mask is aligned to the end of the
@@ -39,6 +41,7 @@ from xplus_kernels.attention_reference import (
     varlen_attention_backward_ref,
     varlen_attention_ref,
 )
+from xplus_kernels.even_attention import even_attention, even_attention_backward, is_even
 from xplus_kernels.numerics import widen
 
 REFERENCE, PYTORCH = "reference", "PyTorch flash"
@@ -214,6 +217,8 @@ def varlen_attention(
         )  # fmt: skip
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
     values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
+    if name == PYTORCH and is_even(q, k, cu_seqlens, cu_k, max_seqlen):
+        return even_attention(q, k, v, max_seqlen, scale=scale, causal=causal)
     if name == PYTORCH:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *values,
@@ -277,6 +282,10 @@ def varlen_attention_backward(
     q, k, v, out, lse = _loadable(q), _loadable(k), _loadable(v), _loadable(out), lse.contiguous()
     dout = dout.contiguous()
     values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
+    if name == PYTORCH and is_even(q, k, cu_seqlens, cu_k, max_seqlen):
+        return even_attention_backward(
+            dout, q, k, v, out, lse, max_seqlen, scale=scale, causal=causal
+        )
     if name == PYTORCH:
         # The generator's state and an unused tensor, as the forward returns them: without dropout
         # nothing reads them.

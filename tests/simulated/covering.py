@@ -32,7 +32,7 @@ from tests.simulated.scenarios import (
 )
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.offload import Offloaded
-from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.search import Plan
 from xplus_fast.training import planned, throughput
 from xplus_fast.training.host_state import HostGradients
 

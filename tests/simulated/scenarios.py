@@ -22,7 +22,8 @@ from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.load import Weights, arrange, load_model, set_activations
 from xplus_fast.model.prepare import trained_tensors
-from xplus_fast.planning.plan import Plan, plan_stage
+from xplus_fast.planning.plan import plan_stage
+from xplus_fast.planning.search import Plan
 from xplus_fast.training import host_state, throughput
 from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.hidden_store import InMemory

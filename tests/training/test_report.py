@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.training.finished import DATA, NASTY, make_run, measure, measured, step, write_steps
-from xplus_fast.data.corpus import describe
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.errors import UserError
 from xplus_fast.training.report import (
     _escape,

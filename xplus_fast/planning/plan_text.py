@@ -15,7 +15,7 @@ from xplus_fast.planning.flops import (
 from xplus_fast.planning.from_recipe import Where
 from xplus_fast.planning.hidden import describe_hidden
 from xplus_fast.planning.memory import CONTEXT, MARGIN
-from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import describe_layers
 
 BAR = 32  # characters of the longest

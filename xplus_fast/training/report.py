@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from xplus_fast.data.corpus import describe
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.files import write_picture, write_text
+from xplus_fast.progress import duration, si
 from xplus_fast.training import report_html, watch
-from xplus_fast.training.progress import duration, si
 from xplus_fast.training.report_data import (
     RETENTION,
     Measured,

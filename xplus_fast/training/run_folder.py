@@ -9,16 +9,8 @@ from typing import Any
 from xplus_fast.config import Recipe, load_recipe, stage_name
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.errors import UserError
-from xplus_fast.files import (
-    is_free,
-    remove,
-    settle,
-    speaking,
-    whole_lines,
-    working_in,
-    write_json,
-    write_text,
-)
+from xplus_fast.files import remove, settle, speaking, whole_lines, write_json, write_text
+from xplus_fast.locks import is_free, working_in
 from xplus_fast.manifest import MANIFEST
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.options import dump_options, first_difference, to_dict

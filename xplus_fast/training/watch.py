@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from xplus_fast.config import Recipe
 from xplus_fast.data.readers import Example
-from xplus_fast.evaluation.heldout import measure
 from xplus_fast.files import write_json
+from xplus_fast.measuring.heldout import measure
 from xplus_fast.training.place import Place, share
 from xplus_fast.training.shortage import ran_out
 
