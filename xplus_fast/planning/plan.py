@@ -117,6 +117,12 @@ def _notes(plan: Plan) -> Iterator[str]:
         more = (sum(needs.values()) - r.budget) / 1e9
         if more > 0:
             yield f"needs {max(more, 0.05):.1f} GB more to have all layers on the device"
+    b, update = r.batch(plan.micro_batch_tokens), replace(plan.update, sums=32)
+    if b.steps > 1 and r.element == 2 and update != plan.update and r.budget is not None:
+        needs, _ = account(r.shape, plan.layout, update, b, context=r.context)
+        if sum(needs.values()) <= r.budget:
+            more = (sum(needs.values()) - plan.device_total) / 1e9
+            yield f"memory.sums=32 would sum gradients in fp32; its {more:.1f} GB more fit"
 
 
 def _faster_notes(plan: Plan) -> Iterator[str]:

@@ -21,7 +21,7 @@ FREE = ("report_to", "save_steps", "save_total_limit")
 PLACES = ("cache", "cache_hidden")  # of `data`
 # Of `evaluation`, where it decides nothing; the rest of it makes figures that are compared
 SHOWN = ("every", "few", "batch_size")
-COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
+COMPUTED = ("frozen", "head", "bits", "master", "sums")  # of `memory`; the rest of it is placement
 STEPS, FORMATS = "steps an epoch", "frozen format"
 CARD = "card"  # and the memory on it that the plans count with
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of

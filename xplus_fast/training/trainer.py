@@ -24,18 +24,12 @@ from xplus_fast.data.collate import PackCollator
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
-from xplus_fast.model.prepare import (
-    is_prepared,
-    layer_ids,
-    note_changes,
-    prepare_model,
-)
+from xplus_fast.model.prepare import is_prepared, layer_ids, note_changes, prepare_model
+from xplus_fast.model.sums import Sums, summed
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
 from xplus_fast.training.arguments import OUR_ADAMW, asks_for_checkpointing, check_arguments
-from xplus_fast.training.checkpoints import (
-    latest_checkpoint,
-)
+from xplus_fast.training.checkpoints import latest_checkpoint
 from xplus_fast.training.optimizer import AdamW
 from xplus_fast.training.saving import SavingTrainer, bare_optimizer
 from xplus_fast.training.shortage import twice
@@ -243,7 +237,12 @@ class XPlusTrainer(SavingTrainer):
         return loss
 
     def _forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().training_step(*args, **kwargs)
+        stock: Any = self.accelerator.unwrap_model(self.model)
+        optimizer, sums = our_adamw(self.optimizer), None
+        if self.args.world_size == 1:  # else others wait for each gradient that autograd adds
+            sums = Sums() if optimizer is None else optimizer.sums
+        with summed(stock.model.layers, sums):
+            return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The norm before clipping, which our AdamW does in its one pass over the gradients."""
