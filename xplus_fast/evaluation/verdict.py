@@ -274,6 +274,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> bool:
                 axes.plot([r["low"], r["high"]], [y, y], color=color, linewidth=2)
                 axes.plot([r["change"]], [y], "o", color=color)
             axes.axvline(0, color="#5c6b7a", linewidth=1)
+            axes.set_ylim(-0.6, len(mine) - 0.4)
             axes.set_yticks(range(len(mine)), [f"{r['name']}, {r['metric']}" for r in mine])
             axes.set_title(f"{kind}: change from the base", loc="left")
         axes = grid[0][0]
