@@ -229,7 +229,7 @@ def _adamw(size: Size, bits: int) -> Case:
     """One weight of gate_up's shape. eager: the states in fp32 by PyTorch's fused AdamW on the
     master, then the copy to bf16; 8-bit by bitsandbytes, which rounds to nearest, as it comes."""
     from xplus_kernels import adamw_update as ours
-    from xplus_kernels.adamw import (
+    from xplus_kernels.blockwise import (
         QUANTUM,
         dequantize_blockwise,
         dynamic_map,

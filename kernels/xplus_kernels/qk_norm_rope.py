@@ -47,16 +47,9 @@ def rope_tables(
 
 
 def qk_norm_rope_ref(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    heads: int,
-    kv_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, *,
+    heads: int, kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = _split(qkv, heads, kv_heads)
     if q_norm is not None:
         q = rms_norm_ref(q, q_norm, eps=eps)
@@ -336,14 +329,9 @@ def _normed(q_norm: Tensor | None, k_norm: Tensor | None) -> bool:
 
 
 def _check(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    kv_heads: int,
-) -> int:
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    heads: int, kv_heads: int,
+) -> int:  # fmt: skip
     """D, once all arguments match."""
     check_rows("qkv", qkv)
     total = heads + 2 * kv_heads

@@ -287,13 +287,9 @@ def varlen_attention_backward(
             dout, q, k, v, out, lse, max_seqlen, scale=scale, causal=causal
         )
     if name == PYTORCH:
-        # The generator's state and an unused tensor, as the forward returns them: without dropout
-        # nothing reads them.
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *values,
-            0.0, causal, state, state.new_zeros(()), scale=scale,
-        )  # fmt: skip
+            dout, q, k, v, out, lse, *values, 0.0, causal, *_no_dropout(q.device), scale=scale
+        )
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     library = LIBRARIES[name]
     _, backward = _functions(library)
@@ -370,6 +366,14 @@ def _check_bounds(of: str, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> No
         raise TypeError(f"max_seqlen{of}: {type(max_seqlen).__name__}; an int is wanted")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen{of}: {max_seqlen}; the longest sequence's length is wanted")
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The generator's state and an unused tensor, as the forward returns them: nothing reads them,
+    so they are made once."""
+    state = torch.zeros(2, dtype=torch.uint64, device=device)
+    return state, state.new_zeros(())
 
 
 def _same(argument: str, x: Tensor, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from xplus_kernels.backend import INTERPRET, use_triton
 
 NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-ROWS = 4096  # of a product that waits to be added: no second dW is ever there
+PIECE = 2**24  # elements of a product that waits to be added: no second dW is ever there
 
 
 def weight_gradient_ref(dy: Tensor, x: Tensor, out: Tensor, *, add: bool) -> Tensor:
@@ -50,8 +50,9 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, *, add: bool) -> Tensor:
         if not add:
             return torch.mm(dy.T, x, out_dtype=out.dtype, out=out)
         if not _adds_to_wide():
-            for part, rows in zip(out.split(ROWS), dy.split(ROWS, 1), strict=True):
-                part.add_(torch.mm(rows.T, x, out_dtype=out.dtype))
+            rows = max(1, PIECE // max(1, out.shape[1]))
+            for part, of in zip(out.split(rows), dy.split(rows, 1), strict=True):
+                part.add_(torch.mm(of.T, x, out_dtype=out.dtype))
             return out
         return torch.addmm(out, dy.T, x, out_dtype=out.dtype, out=out)
 

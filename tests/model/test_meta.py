@@ -205,6 +205,21 @@ def test_launches_and_bytes_of_a_layer_are_those_of_the_document(
     assert f"| {name} | {said} |" in (ROOT / "docs/performance.md").read_text(), said
 
 
+@pytest.mark.parametrize("form, most", [("bf16", 22), ("fp8", 180)])
+def test_launches_and_bytes_of_the_head_are_those_of_the_document(form, most, counted, monkeypatch):
+    """docs/performance.md: 8192 rows of 8B."""
+    monkeypatch.setattr(sys.modules["xplus_kernels.weight_gradient"], "_adds_to_wide", lambda: True)
+    shape = SHAPES["8B"]
+    head = frozen(form, (shape.vocabulary, shape.hidden))
+    head = head.data if form == "bf16" else head.rows
+    x, targets = make(8192, shape.hidden), make(8192, dtype=torch.int64)
+    with counted:
+        ops.linear_cross_entropy(x, head, targets, divisor=3.0)
+    said = f"{counted.launches.total()} | {counted.bytes / 1e9:.1f} GB"
+    assert counted.launches.total() <= most, counted.launches
+    assert f"| head, {form} | {said} |" in (ROOT / "docs/performance.md").read_text(), said
+
+
 @pytest.mark.parametrize("policy", [p for p in KEEP if p != "offload"])
 def test_what_is_kept_is_enough_at_real_sizes(policy, counted):
     with counted:

@@ -26,6 +26,9 @@ from tests.simulated.scenarios import (
     trainer,
 )
 from tests.training.test_trainer import losses
+from xplus_fast.planning.selection import Rotation
+from xplus_fast.training.optimizer import AdamW
+from xplus_fast.training.rotation import Rotate
 
 UPDATES = [
     {"states": "host"}, HOSTED, {"gradients": "host"},
@@ -125,6 +128,32 @@ def test_hidden_states_that_are_kept(model_folder, tmp_path):
         with simulated() as sim:
             found = cached(model_folder, tmp_path, memory)
         assert same(found, wanted) and sim.alive == 0 and not sim.pinned
+
+
+@pytest.mark.parametrize("memory", [{}, LEAN], ids=["device", "lean"])
+def test_layers_that_take_turns(memory, model_folder, tmp_path, monkeypatch):
+    """States go to rest on the host and come back, as if they had stayed on the device."""
+    moved, place = [], AdamW.place
+
+    def counted(optimizer, p):
+        before = {k: t.device.type for k, t in optimizer.state.get(p, {}).items()}
+        place(optimizer, p)
+        after = {k: t.device.type for k, t in optimizer.state.get(p, {}).items()}
+        moved.extend((before[k], after[k]) for k in before if before[k] != after[k])
+
+    def run(folder, **options):
+        turns = Rotate(Rotation("1 of 2-3", 1), seed=0)
+        return trainer(model_folder, folder, callbacks=[turns], max_steps=6, **options)
+
+    monkeypatch.setattr(AdamW, "place", lambda *_: None)  # all stay
+    with simulated():
+        wanted = run(tmp_path / "plain")
+    monkeypatch.setattr(AdamW, "place", counted)
+    with simulated() as sim:
+        found = run(tmp_path / "turns", memory=memory)
+    assert same(found, wanted) and sim.alive == 0 and not sim.pinned
+    ways = {("cuda", "cpu"), ("cpu", "cuda")}
+    assert set(moved) == (set() if memory else ways)  # lean: they are on the host anyway
 
 
 class Processes:

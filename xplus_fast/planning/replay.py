@@ -249,7 +249,7 @@ def head_peaks(s: Shape, b: Batch, fp8: bool, trains: bool) -> tuple[int, int]:
     live.add(logits=chunk * s.vocabulary * e)
     if fp8:
         tile = math.ceil(s.vocabulary / HEAD_TILES)
-        live.add(tile=tile * s.hidden * e, product=chunk * max(tile * e, s.hidden * (4 + e)))
+        live.add(tile=tile * s.hidden * e, product=chunk * s.hidden * 8)
         live.free("tile", "product")
     if trains:
         live.add(product=table * e)

@@ -19,7 +19,8 @@ from xplus_fast.model.sums import Sums
 from xplus_fast.training import host_state
 from xplus_fast.training.host_state import HostGradients, Job, Lane, Shuttle, norms_of
 from xplus_fast.training.shortage import twice
-from xplus_kernels.adamw import QUANTUM, adamw_update
+from xplus_kernels.adamw import adamw_update
+from xplus_kernels.blockwise import QUANTUM
 
 NARROW = (torch.bfloat16, torch.float16)
 
