@@ -72,14 +72,15 @@ _PLACEHOLDER = re.compile(
 def format_pairs(batch: pa.RecordBatch, options: FormatOptions) -> Judged:
     """Bring both texts of every pair into one form."""
 
-    def judge(row: dict[str, str]) -> tuple[str, str]:
+    def judge(source: str, target: str, *languages: str) -> tuple[str, str]:
         texts = []
-        for side in ("source", "target"):
+        for side, text, language in zip(
+            ("source", "target"), (source, target), languages, strict=True
+        ):
             try:
-                texts.append(tidy(row[side] or "", options, row[f"{side}_language"]))
+                texts.append(tidy(text or "", options, language))
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
-        languages = row["source_language"], row["target_language"]
         _one_sided(texts[0], texts[1], languages, options)
         if options.placeholders != "keep":
             _placeholders(texts[0], texts[1], options)
@@ -139,7 +140,7 @@ def _one_script(word: str, script: str, table: dict[int, int]) -> str:
 
 
 def _one_sided(
-    source: str, target: str, languages: tuple[str, str], options: FormatOptions
+    source: str, target: str, languages: tuple[str, ...], options: FormatOptions
 ) -> None:
     """Reject what is a fault where only one side has it."""
     for side, text, other in (("source", source, target), ("target", target, source)):

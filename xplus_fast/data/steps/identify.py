@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xplus_fast.data.steps.batch import Judged, Reject, judged
+from xplus_fast.data.steps.batch import Judged, Reject, by_code, judged
 from xplus_fast.data.steps.bayes import NO_CONTENT, ROUNDING, gaps
 from xplus_fast.errors import UserError
 from xplus_fast.options import AtLeast0
@@ -55,8 +55,7 @@ def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
 def _doubtful(texts: list[str], codes: list[str], options: IdentifyOptions) -> NDArray[np.bool_]:
     """Which texts may be of another language: few, and all that are."""
     found = np.zeros(len(texts), bool)
-    for code in set(codes):
-        at = [i for i, other in enumerate(codes) if other == code]
+    for code, at in by_code(codes):
         base = code.partition("_")[0]
         found[at] = (
             gaps([texts[i] for i in at], base, _identifier(), SAME) > options.margin - ROUNDING

@@ -24,7 +24,7 @@ _PAIR = re.compile(
 _PAIR_BEGINS = re.compile(f"[{_ODD}\u0410-\u044f]")
 _LOST_HAS = re.compile("[\u00c2-\u00c5\u00d0\u00d1\u00d8-\u00db\u20ac\u0402]")
 _LEFT_BEGINS = re.compile("[\u00c2-\u00ef]")
-_ALONE = re.compile(r"(?<![^\0-\x7f])[^\0-\x7f](?![^\0-\x7f])")
+_ALONE = re.compile(r"(?<![^\0-\x7f])[^\0-\x7f\ufffd](?![^\0-\x7f])")  # U+FFFD is \x1a to ftfy
 _WRITTEN = (
     "latin-1", "sloppy-windows-1252", "sloppy-windows-1250", "sloppy-windows-1251", "koi8-r",
     "mac-roman", "cp437", "cp850",
