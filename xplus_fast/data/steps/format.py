@@ -158,7 +158,10 @@ def _one_sided(
 def _placeholders(source: str, target: str, options: FormatOptions) -> None:
     if "%" not in source and "{" not in source and "%" not in target and "{" not in target:
         return
-    ours, theirs = (Counter(_PLACEHOLDER.findall(t)) for t in (source, target))
+    found = _PLACEHOLDER.findall(source), _PLACEHOLDER.findall(target)
+    if found[0] == found[1] and options.placeholders == "agree":
+        return
+    ours, theirs = map(Counter, found)
     if options.placeholders == "reject" and (ours or theirs):
         raise Reject("placeholders", ", ".join(ours | theirs))
     if ours != theirs:
