@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.pairs, options.rows, options.rounds = 600, 20_000, 1
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options.pairs, options.rows, options.rounds)
+        if importlib.util.find_spec("ray") and not options.smoke:
+            recipe = Path(folder) / "recipe.yaml"
+            result["ray"] = [_run(recipe, how, module="ray_data") for how in ("tasks", "data")]
     if options.opusfilter:
         result["opusfilter"] = against_opusfilter.compare(options.opusfilter)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,16 +124,37 @@ def write_lines(folder: Path, count: int) -> Path:
     return folder / "lines.yaml"
 
 
-def _run(recipe: Path, *arguments: str) -> dict[str, Any]:
+def _run(recipe: Path, *arguments: str, module: str = "one_run") -> dict[str, Any]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.preparation.one_run", str(recipe), *arguments],
+        [sys.executable, "-m", f"benchmarks.preparation.{module}", str(recipe), *arguments],
         stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def verdict(kept: bool) -> str:
+    return "kept" if kept else "missed"
+
+
+def _ray_rows(runs: list[dict[str, Any]] | None) -> list[str]:
+    if runs is None:
+        return []
+    tasks, data = runs
+    held = [run["bytes"] / 1e9 for run in runs]
+    no_worse = all(tasks[key] <= data[key] for key in ("seconds", "bytes"))
+    return [
+        "| the steps of all parts on Ray, two cores: as tasks, by Ray Data |"
+        f" {tasks['seconds']:.0f} and {data['seconds']:.0f} s | |",
+        f"| memory of their processes | {held[0]:.2f} and {held[1]:.2f} GB |"
+        f" tasks lose in nothing: {verdict(no_worse)} |",
+        "| the same rows of both |"
+        f" {'yes' if tasks['digest'] == data['digest'] else 'no'} |"
+        f" yes: {verdict(tasks['digest'] == data['digest'])} |",
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -147,11 +171,9 @@ def table(result: dict[str, Any]) -> str:
     ray = any("engine=ray" in r["overrides"] for r in result["runs"])
     same = len({r["digest"] for r in result["runs"]}) == 1
     most = [max(r["bytes"] for r in runs) / 1e9 for runs in (one, two)]
+    more = min(r["user_seconds"] for r in two) / min(r["user_seconds"] for r in one)
     everything, other = result["all_rows"], result.get("opusfilter")
     load = max(r["load"] for r in result["runs"])
-
-    def verdict(kept: bool) -> str:
-        return "kept" if kept else "missed"
 
     return "\n".join(
         [
@@ -164,6 +186,7 @@ def table(result: dict[str, Any]) -> str:
             f" {verdict(user >= BARS['pairs_per_user_s'])} |",
             f"| two workers over one | {both / wall:.2f}x |"
             f" {BARS['two_cores']}x: {verdict(both / wall >= BARS['two_cores'])} |",
+            f"| CPU seconds of two workers over one's, user time | {more:.2f}x | |",
             f"| memory of all processes, {result['pairs']:,} pairs, one and two workers |"
             f" {most[0]:.2f} and {most[1]:.2f} GB | |",
             f"| the most that one of two workers held | {worker:.0f} MB |"
@@ -171,6 +194,7 @@ def table(result: dict[str, Any]) -> str:
             f"| memory of a run of {everything['rows']:,} pairs, the steps spared"
             f" ({everything['seconds']:.0f} s) | {everything['bytes'] / 1e9:.2f} GB |"
             f" 2 GB: {verdict(everything['bytes'] < BARS['bytes'])} |",
+            *_ray_rows(result.get("ray")),
             f"| one worker, two{', Ray' if ray else ''}: the same rows | {'yes' if same else 'no'}"
             f" | yes: {verdict(same)} |",
             "",
