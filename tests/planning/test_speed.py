@@ -47,5 +47,16 @@ def test_tokens_a_second_are_those_that_were_measured(name, row):
     assert plan.predicted_tokens_per_s == pytest.approx(row["tokens_per_s"], rel=WITHIN[name])
 
 
+def test_peaks_are_those_that_were_planned():
+    """Of steps that share no prompts, which is what a plan counts on; `docs/memory.md` says so."""
+    apart = [
+        row for row in FOUND["train"]["rows"]
+        if row["status"] == "ok" and row["planned"]
+        and (row["mix"] == "1k" or row["contestant"] == "ours, prompts apart")
+    ]  # fmt: skip
+    shares = [row["peak"]["allocated"] / row["planned"] for row in apart]
+    assert len(shares) == 8 and 0.965 < min(shares) and max(shares) < 0.985
+
+
 def test_there_is_something_to_compare_with():
     assert [sum(n == name for n, _ in MEASURED) for name in WITHIN] == [6, 4]
