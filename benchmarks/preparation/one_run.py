@@ -2,9 +2,10 @@
 
     python -m benchmarks.preparation.one_run RECIPE [--made-up] [key=value ...]
 
-Prints JSON: seconds, seconds of CPU time, the most bytes that its processes held together, and a
-hash of the sorted rows that came out. `--made-up` spares the steps: parts get fingerprints and
-counts at random, a third of them duplicates, so that what sees all rows can be watched at any size.
+Prints JSON: seconds, seconds of CPU time and of them those in user mode, the most bytes that its
+processes held together and that one worker did, and a hash of the sorted rows that came out.
+`--made-up` spares the steps: parts get fingerprints and counts at random, a third of them
+duplicates, so that what sees all rows can be watched at any size.
 """
 
 import argparse
@@ -37,23 +38,25 @@ class Watch(Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.bytes, self._end = 0, Event()
+        self.bytes, self.worker_bytes, self._end = 0, 0, Event()
 
     def run(self) -> None:
         own = psutil.Process()
         while not self._end.wait(EVERY):
-            held = 0
+            held = []
             for process in [own, *own.children(recursive=True)]:
                 try:
-                    held += process.memory_info().rss
+                    held.append(process.memory_info().rss)
                 except psutil.NoSuchProcess:
                     continue
-            self.bytes = max(self.bytes, held)
+            self.bytes = max(self.bytes, sum(held))
+            # without others, this process is the worker
+            self.worker_bytes = max(self.worker_bytes, *(held[1:] or held), 0)
 
-    def stop(self) -> int:
+    def stop(self) -> dict[str, int]:
         self._end.set()
         self.join()
-        return self.bytes
+        return {"bytes": self.bytes, "worker_bytes": self.worker_bytes}
 
 
 def made_up_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> str:
@@ -103,8 +106,9 @@ def main() -> None:
     watch.start()
     start = time.perf_counter()
     run.prepare(recipe, restart=True, show=False)
-    found: dict[str, Any] = {"seconds": time.perf_counter() - start, "bytes": watch.stop()}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start, **watch.stop()}
     used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    found["user_seconds"] = sum(u.ru_utime for u in used)
     found["cpu_seconds"] = sum(u.ru_utime + u.ru_stime for u in used)
     found["digest"] = hash_rows(Path(recipe.output))
     print(json.dumps(found))

@@ -18,6 +18,9 @@ def test_smoke(tmp_path, capsys) -> None:
     result = json.loads(out.read_text())
     assert [r["overrides"] for r in result["runs"]][:2] == [["workers=1"], ["workers=2"]]
     assert all(r["seconds"] > 0 and r["bytes"] > 5e7 for r in result["runs"])
+    assert all(0 < r["user_seconds"] <= r["cpu_seconds"] for r in result["runs"])
+    assert all(5e7 < r["worker_bytes"] <= r["bytes"] for r in result["runs"])
+    assert 150 < result["characters"] < 350
     assert len({r["digest"] for r in result["runs"]}) == 1  # the same rows, however made
     assert result["all_rows"]["rows"] == 20_000 and result["all_rows"]["bytes"] > 5e7
     shown = capsys.readouterr().out

@@ -140,7 +140,8 @@ def section(run: Path, stages: Sequence[str]) -> str:
     heads += ["retention loss"] if kept else []
     lines = [
         "## While it trained", "",
-        "A few held-out sentences of each direction: a trend, too few for a verdict.", "",
+        "A few held-out sentences of each direction: a trend, too few for a verdict. Loss: lower is"
+        " better; chrF++: higher is better.", "",
         "| stage, step | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(heads),
     ]  # fmt: skip

@@ -6,88 +6,15 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.data.preparation.runs import recipe, results, rows, run
 from xplus_fast import cli
 
 pytest.importorskip("py3langid", reason="identifies languages")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Django's messages, French and Swahili, as two line-aligned files and JSONL, with noise."""
-    polib = pytest.importorskip("polib")
-    django = pytest.importorskip("django", reason="its catalogs are the corpus")
-    folder = tmp_path_factory.mktemp("corpus")
-    pairs = {}
-    for code in ("fr", "sw"):
-        files = Path(django.__file__).parent.glob(f"**/locale/{code}/LC_MESSAGES/*.po")
-        entries = [e for f in sorted(files) for e in polib.pofile(str(f)).translated_entries()]
-        pairs[code] = [
-            (e.msgid, e.msgstr)
-            for e in entries
-            if len(e.msgid.split()) > 3 and "\n" not in e.msgid + e.msgstr
-        ]
-    for side, code in enumerate(("en", "fr")):
-        lines = [pair[side] for pair in pairs["fr"]]
-        with gzip.open(folder / f"django.{code}.gz", "wt", encoding="utf-8") as f:
-            f.write("\n".join(lines) + "\n")
-    records = [{"translation": {"en": a, "sw": b}} for a, b in pairs["sw"]]
-    records += records[:10]  # exact duplicates, of which some go for other reasons
-    records += [{"translation": {"en": a, "sw": a}} for a, _ in pairs["sw"][:10]]  # copies
-    (folder / "sw.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "flores.devtest").write_text(pairs["sw"][3][0].upper() + "\n")
-    return folder
-
-
-def recipe(corpus, folder, **options):
-    tree = {
-        "output": str(folder / "out"),
-        "corpora": [
-            {"path": [str(corpus / f"django.{c}.gz") for c in ("en", "fr")], "name": "lines"},
-            {"path": str(corpus / "sw.jsonl"), "name": "records"},
-        ],
-        "evaluation": {"files": [str(corpus / "flores.devtest")], "flores": []},
-        "balance": {"tokens": 20000},
-        "quality": {"method": "none"},
-        "part_pairs": 40,
-        "shard_conversations": 300,
-        "workers": 1,
-        **options,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def run(capsys, *arguments):
-    code = cli.main(["prepare", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def rows(out):
-    """A hash of the sorted rows, and the rows."""
-    found = []
-    for file in sorted(Path(out).glob("data-*.parquet")):
-        found += pq.read_table(file).to_pylist()
-    lines = sorted(json.dumps(row, sort_keys=True) for row in found)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest(), found
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    assert cli.main(["prepare", str(recipe(corpus, folder))]) == 0
-    return folder / "out"
 
 
 def test_what_comes_out(whole):
@@ -177,113 +104,6 @@ def test_the_order_of_the_corpora_and_the_cut_into_parts_change_no_row(whole, co
     path.write_text(yaml.safe_dump(tree))
     assert cli.main(["prepare", str(path), "--restart"]) == 0
     assert rows(tmp_path / "out")[0] == rows(whole)[0]
-
-
-def test_two_processes_give_the_same(whole, corpus, tmp_path):
-    assert cli.main(["prepare", str(recipe(corpus, tmp_path, workers=2))]) == 0
-    assert rows(tmp_path / "out")[0] == rows(whole)[0]
-
-
-def test_two_ray_workers_give_the_same(whole, corpus, tmp_path):
-    ray = pytest.importorskip("ray", reason="the engine for clusters")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        path = recipe(corpus, tmp_path, engine="ray", workers=2)
-        assert cli.main(["prepare", str(path)]) == 0
-    finally:
-        ray.shutdown()
-    assert rows(tmp_path / "out")[0] == rows(whole)[0]
-
-
-KILLED = """
-import os, signal, sys
-from xplus_fast import cli
-from xplus_fast.data.preparation import parts, run
-module, name = {"part": (parts, "write_table"), "report": (run, "write_report")}[sys.argv[3]]
-true, calls, at = getattr(module, name), 0, int(sys.argv[2])
-def counted(*arguments):
-    global calls
-    calls += 1
-    if calls > at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return true(*arguments)
-setattr(module, name, counted)
-sys.exit(cli.main(["prepare", sys.argv[1]]))
-"""
-
-
-def results(out):
-    """What must be the same, however a run went."""
-    manifest = json.loads((out / "manifest.json").read_text())
-    return manifest["counts"], manifest["quarantined"], manifest["shards"]
-
-
-def test_killed_at_any_point_and_run_again(whole, corpus, tmp_path):
-    """Among the parts, twice, among the conversations, and when all but the manifest is there."""
-    path = recipe(corpus, tmp_path)
-    work = tmp_path / "out/.work"
-    done, kinds = {}, ("*/?????-??????.json", "*/*.conversations.parquet")
-    counts = results(whole)[0]
-    for at, what in ((2, "part"), (3, "part"), (11, "part"), (0, "report")):
-        ran = subprocess.run(
-            [sys.executable, "-c", KILLED, str(path), str(at), what], capture_output=True
-        )
-        assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
-        assert not (tmp_path / "out/manifest.json").exists()
-        before, done = done, {p: p.stat().st_mtime_ns for k in kinds for p in work.glob(k)}
-        assert before.items() < done.items()  # none was made again
-        if what == "part":
-            assert len(done) == len(before) + at
-    assert len(done) == 2 * sum(-(-n // 40) for n in counts["read"].values())
-    script = (
-        f"import sys; from xplus_fast import cli; from xplus_fast.data.preparation import run\n"
-        f"run.filter_part = run.instruct_part = None\n"  # not called again
-        f"sys.exit(cli.main(['prepare', {str(path)!r}]))"
-    )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-    assert rows(tmp_path / "out")[0] == rows(whole)[0]
-    assert results(tmp_path / "out") == results(whole)
-
-
-def test_workers_end_with_a_killed_parent_and_the_rerun_is_the_same(whole, corpus, tmp_path):
-    import psutil
-
-    path = recipe(corpus, tmp_path, workers=2)
-    ran = subprocess.Popen([sys.executable, "-m", "xplus_fast.cli", "prepare", str(path)])
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out/.work").glob("*/*.json")):
-        assert ran.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    workers = psutil.Process(ran.pid).children(recursive=True)
-    ran.kill()
-    ran.wait()
-    assert len(workers) >= 2
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    assert not alive
-    assert not (tmp_path / "out/manifest.json").exists()
-    assert cli.main(["prepare", str(path)]) == 0
-    assert rows(tmp_path / "out")[0] == rows(whole)[0]
-    assert results(tmp_path / "out") == results(whole)
-
-
-def test_workers_open_the_recipes_files_wherever_they_run(whole, corpus, tmp_path, monkeypatch):
-    """As on a cluster, whose processes start in folders of their own."""
-    from xplus_fast.data.preparation import run as module
-
-    def elsewhere(engine, function, calls, workers):
-        for call in calls:
-            with monkeypatch.context() as there:
-                there.chdir("/")
-                made = function(*call)
-            yield made
-
-    monkeypatch.setattr(module, "run_calls", elsewhere)
-    monkeypatch.chdir(tmp_path)
-    os.symlink(corpus, "corpus")
-    files = {"files": ["corpus/flores.*"], "flores": []}
-    path = recipe(corpus, tmp_path, evaluation=files, output="out")
-    assert cli.main(["prepare", str(path)]) == 0
-    assert rows("out")[0] == rows(whole)[0]
 
 
 def test_the_small_recipe(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ there are workers are under way at a time, so that a corpus is never held whole.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,12 @@ from typing import Any
 from xplus_fast.errors import UserError
 
 AHEAD = 2  # calls that wait for each worker
+LOOK = 5.0  # seconds between two looks at what a cluster has
+RETRIES = 3  # times that workers may die and no call ends in between
+KILLED = (
+    "worker processes were killed again and again, perhaps for want of memory; fewer `workers` or"
+    " smaller `part_pairs` need less; start again to go on"
+)
 Call = tuple[Any, ...]
 
 
@@ -36,27 +43,36 @@ def _cores() -> int:
 
 
 def _local(function: Callable[..., Any], calls: Iterable[Call], workers: int) -> Iterator[Any]:
-    stream = iter(calls)
+    stream, todo, deaths = iter(calls), deque[Call](), 0
+    while True:
+        running: dict[Future, Call] = {}
+        with _pool(workers) as pool:
+            try:
+                while True:
+                    todo.extend(islice(stream, workers * AHEAD - len(running) - len(todo)))
+                    while todo:
+                        running[pool.submit(function, *todo[0])] = todo[0]
+                        todo.popleft()
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        made = future.result()
+                        del running[future]
+                        deaths = 0
+                        yield made
+            except BrokenProcessPool:  # one was killed, and with it all that were at work
+                deaths += 1
+                if deaths > RETRIES:
+                    raise UserError(KILLED) from None
+                todo.extendleft(running.values())
+            finally:
+                for future in running:
+                    future.cancel()
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
     # spawned: a fork of a process with threads (Arrow's, a tokenizer's) can hang
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as pool:
-        running: set[Future] = set()
-        try:
-            while True:
-                for call in islice(stream, workers * AHEAD - len(running)):
-                    running.add(pool.submit(function, *call))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory; fewer `workers` or"
-                " smaller `part_pairs` need less; start again to go on"
-            ) from None
-        finally:
-            for future in running:
-                future.cancel()
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
 
 
 def _alone() -> None:
@@ -91,17 +107,24 @@ def _ray(function: Callable[..., Any], calls: Iterable[Call], workers: int | Non
         except (OSError, RuntimeError, ValueError) as e:
             said = " ".join(str(e).split())[:200]
             raise UserError(f"engine: ray: {address or 'Ray'} does not answer ({said})") from None
-    remote = ray.remote(function)
-    at_once = AHEAD * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+    remote = ray.remote(function).options(max_retries=RETRIES)
     stream = iter(calls)
     running: list[Any] = []
     while True:
-        running += [remote.remote(*call) for call in islice(stream, at_once - len(running))]
+        # asked anew each time: nodes join and leave
+        at_once = AHEAD * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+        running += [remote.remote(*call) for call in islice(stream, max(0, at_once - len(running)))]
         if not running:
             return
-        done, running = ray.wait(running)
+        # a node that joins is given work though no call has ended
+        done, running = ray.wait(running, timeout=None if workers else LOOK)
         for reference in done:
             try:
                 yield ray.get(reference)
             except ray.exceptions.RayTaskError as e:
                 raise e.cause if isinstance(e.cause, UserError) else e from None
+            except (
+                ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
+                ray.exceptions.OutOfMemoryError,
+            ):  # fmt: skip
+                raise UserError(KILLED) from None

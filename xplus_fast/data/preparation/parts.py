@@ -66,17 +66,22 @@ def judge(batch: pa.RecordBatch, step: str, recipe: PrepareRecipe) -> Judged:
 
 def filter_part(part: Part, batch: pa.RecordBatch, recipe: PrepareRecipe) -> str:
     """Steps 1 to 3 and decontamination; then fingerprints and token counts. Returns the name."""
+    made, counts = filter_batch(batch, recipe)
+    write_table(made, part.file(".parquet"))
+    # last: its being there says that the part is whole
+    write_json(part.file(".json"), counts)
+    return part.name
+
+
+def filter_batch(batch: pa.RecordBatch, recipe: PrepareRecipe) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows that stay, with fingerprints and tokens; and what was counted."""
     counts: dict[str, Any] = {
         "read": per_pair(batch), "steps": {step: Counter() for step in STEPS}, "rejects": {},
         "lengths": {},
     }  # fmt: skip
-    made = [
-        _filter(batch.slice(at, SLICE), recipe, counts) for at in range(0, batch.num_rows, SLICE)
-    ]
-    write_table(pa.Table.from_batches(made), part.file(".parquet"))
-    # last: its being there says that the part is whole
-    write_json(part.file(".json"), counts)
-    return part.name
+    slices = (batch.slice(at, SLICE) for at in range(0, batch.num_rows, SLICE))
+    made = [_filter(rows, recipe, counts) for rows in slices]
+    return pa.Table.from_batches(made), counts
 
 
 def _filter(batch: pa.RecordBatch, recipe: PrepareRecipe, counts: dict[str, Any]) -> pa.RecordBatch:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +27,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xplus_fast import __version__
-from xplus_fast.data.files import Rejected
 from xplus_fast.data.folders import PREPARED
 from xplus_fast.data.preparation.balance import allot, choose
-from xplus_fast.data.preparation.corpora import corpus_files, read_corpus
+from xplus_fast.data.preparation.corpora import corpus_files
 from xplus_fast.data.preparation.engines import run_calls
 from xplus_fast.data.preparation.parts import (
     CONVERSATIONS,
@@ -40,6 +39,7 @@ from xplus_fast.data.preparation.parts import (
     instruct_part,
     smallest,
 )
+from xplus_fast.data.preparation.reading import Reading
 from xplus_fast.data.preparation.recipe import (
     Corpus,
     EvaluationSets,
@@ -49,7 +49,6 @@ from xplus_fast.data.preparation.recipe import (
 )
 from xplus_fast.data.preparation.report import write_report
 from xplus_fast.data.preparation.rows import Rows
-from xplus_fast.data.steps.batch import SCHEMA
 from xplus_fast.data.steps.instruct import SCHEMA as CONVERSATION
 from xplus_fast.data.steps.instruct import Direction
 from xplus_fast.data.steps.quality import require_method
@@ -153,52 +152,6 @@ def _carry_out(
     write_report(out, manifest)
     write_json(out / MANIFEST, manifest)  # last: its being there says that all is
     return manifest
-
-
-class Reading:
-    """The pass over the corpora: parts for the workers, and what could not be read."""
-
-    def __init__(self, recipe: PrepareRecipe, work: Path, quarantine: BinaryIO) -> None:
-        self.recipe, self.work, self.quarantine = recipe, work, quarantine
-        self.names: list[str] = []
-        self.aside: Counter[str] = Counter()  # "corpus: reason" -> records or files
-        self.read: Counter[str] = Counter()  # corpus -> pairs
-
-    def calls(self) -> Iterator[tuple[Part, pa.RecordBatch, PrepareRecipe]]:
-        """The parts that are still to be worked on."""
-        for number, corpus in enumerate(self.recipe.corpora):
-            recipe = of_corpus(self.recipe, number)
-            for at, rows in enumerate(self._parts(corpus)):
-                part = Part(f"{number:05}-{at:06}", str(self.work))
-                self.names.append(part.name)
-                if not (self.work / f"{part.name}.json").exists():
-                    yield part, pa.RecordBatch.from_pylist(rows, schema=SCHEMA), recipe
-
-    def _parts(self, corpus: Corpus) -> Iterator[list[dict[str, Any]]]:
-        name, rows = corpus_name(corpus), []
-        try:
-            for item in read_corpus(corpus):
-                if isinstance(item, Rejected):
-                    if self.recipe.on_error == "stop":
-                        raise UserError(f"{item}; on_error: skip leaves such pairs out")
-                    self._set_aside(name, item.where, item.reason, item.detail)
-                    continue
-                self.read[name] += 1
-                rows.append(item)
-                if len(rows) == self.recipe.part_pairs:
-                    yield rows
-                    rows = []
-        except UserError as e:
-            if self.recipe.on_error == "stop":
-                raise
-            self._set_aside(name, name, "a file that cannot be read on", str(e))
-        if rows:
-            yield rows
-
-    def _set_aside(self, corpus: str, where: str, reason: str, detail: str) -> None:
-        self.aside[f"{corpus}: {reason}"] += 1
-        line = {"corpus": corpus, "where": where, "reason": reason, "detail": detail}
-        self.quarantine.write((json.dumps(line) + "\n").encode())
 
 
 def _filter(recipe: PrepareRecipe, work: Path, reading: Reading, show: bool) -> list[str]:

@@ -4,7 +4,7 @@ Every step is a pure function of a batch and its own options, so that it runs in
 any order of batches, with the same result.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +49,33 @@ class Reject(Exception):
 
 
 def judge_rows(
-    batch: pa.RecordBatch, judge: Callable[[dict[str, Any]], tuple[str, str] | None]
+    batch: pa.RecordBatch,
+    judge: Callable[..., tuple[str, str] | None],
+    *more: Sequence[Any],
 ) -> Judged:
     """Judge row by row: `judge` returns the texts as they shall be (None: as they are) or raises
-    `Reject`. It gets source, target and both languages."""
+    `Reject`. It gets source, target, both languages, and what each of `more` has for the row."""
     names = ("source", "target", "source_language", "target_language")
     columns = [batch.column(name).to_pylist() for name in names]
     texts: tuple[list[str], list[str]] = (columns[0], columns[1])
-    reasons: list[str | None] = []
-    details: list[str | None] = []
-    for i, row in enumerate(zip(*columns, strict=True)):
-        reason = detail = None
+    reasons: list[str | None] = [None] * batch.num_rows
+    details: list[str | None] = [None] * batch.num_rows
+    changed = False
+    for i, row in enumerate(zip(*columns, *more, strict=True)):
         try:
-            made = judge(dict(zip(names, row, strict=True)))
+            made = judge(*row)
             if made is not None:
                 texts[0][i], texts[1][i] = made
+                changed = True
         except Reject as e:
-            reason, detail = e.reason, e.detail or None
-        reasons.append(reason)
-        details.append(detail)
-    return judged(with_texts(batch, *texts), reasons, details)
+            reasons[i], details[i] = e.reason, e.detail or None
+    return judged(with_texts(batch, *texts) if changed else batch, reasons, details)
+
+
+def by_code(codes: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each of the codes with the places where it stands."""
+    for code in dict.fromkeys(codes):
+        yield code, [i for i, other in enumerate(codes) if other == code]
 
 
 def judged(

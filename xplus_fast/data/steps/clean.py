@@ -6,16 +6,20 @@ links, numbers that disagree, targets that break off.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import pyarrow as pa
 
-from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.data.steps.batch import Judged, Reject, by_code, judge_rows
 from xplus_fast.data.steps.characters import NO_MARKS, census, scripts_of
 from xplus_fast.data.steps.numbers import contradiction
 from xplus_fast.data.steps.plain import words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
+
+# letters, those of other scripts, digits, punctuation, all but spaces
+_Census = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ _STOPS = re.compile(
     "\u0589\u055c\u055e\u1362\u1367\u1368\u17d4\u17d5\u0f0d\u104a\u104b\u037e\u203c\u2047-\u2049\u2e2e]"
     '[^\\w\\s]{0,4}$|["\u201c\u201d\u00bb\u00ab\u300d\u300f\u3011)\\]\uff09]$'  # or closed
 )
+END = 6  # characters at the end of a text, at most, that `_STOPS` is about
 LOOP = 15  # characters of a text that repeats itself
 # A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
 # over the square root of the length. Headlines have no full stop either, and are shorter than their
@@ -65,28 +70,43 @@ _NAME = re.compile(r"[A-Z\u00c0-\u00de\u0410-\u042f]\w*")
 def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
     """Judge every pair by its characters."""
 
-    def judge(row: dict[str, str]) -> None:
-        source, target = row["source"], row["target"]
-        languages = row["source_language"], row["target_language"]
-        for side, text, language in (
-            ("source", source, languages[0]), ("target", target, languages[1])
+    def judge(source: str, target: str, a: str, b: str, ours: _Census, theirs: _Census) -> None:
+        for side, text, language, made_of in (
+            ("source", source, a, ours), ("target", target, b, theirs)
         ):  # fmt: skip
             try:
-                _one(text, language, options)
+                _one(text, language, made_of, options)
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
         _copy(source, target, options)
-        _lengths(source, target, languages, options)
-        if options.numbers and (found := contradiction(source, target, languages)):
-            raise Reject("numbers disagree", found)
+        _lengths(source, target, (a, b), options)
+        if options.numbers and (ours[2] or theirs[2]):  # there are digits
+            if found := contradiction(source, target, (a, b)):
+                raise Reject("numbers disagree", found)
 
-    return judge_rows(batch, judge)
+    return judge_rows(
+        batch, judge, *(_censuses(batch, side, options) for side in ("source", "target"))
+    )
 
 
-def _one(text: str, language: str, options: CleanOptions) -> None:
+def _censuses(batch: pa.RecordBatch, side: str, options: CleanOptions) -> list[_Census]:
+    """What each text of a side is made of; one that is too long is not looked at."""
+    texts = [
+        text if len(text) <= options.max_characters else ""
+        for text in batch.column(side).to_pylist()
+    ]
+    found: list[_Census] = [(0, 0, 0, 0, 0)] * len(texts)
+    for code, at in by_code(batch.column(f"{side}_language").to_pylist()):
+        made_of = census([texts[i] for i in at], scripts_of(code)).tolist()
+        for i, counts in zip(at, made_of, strict=True):
+            found[i] = counts
+    return found
+
+
+def _one(text: str, language: str, made_of: _Census, options: CleanOptions) -> None:
     if len(text) > options.max_characters:
         raise Reject("too long", f"{len(text)} characters")
-    letters, wrong, digits, punctuation, solid = census(text, scripts_of(language))
+    letters, wrong, digits, punctuation, solid = made_of
     if letters < options.min_letters:
         raise Reject("too short", f"{letters} letters")
     # a Latin name takes three letters where a Chinese word takes one
@@ -106,13 +126,15 @@ def _one(text: str, language: str, options: CleanOptions) -> None:
 
 def _repetition(text: str, options: CleanOptions) -> None:
     parts = text.casefold().split()
-    run = 1
-    for before, part in zip(parts, parts[1:], strict=False):
-        run = run + 1 if part == before else 1
-        if run > options.max_repeated:
-            raise Reject("repeated text", part)
-    if len(parts) >= 10 and len(set(parts)) < 0.4 * len(parts):
-        raise Reject("repeated text", f"{len(set(parts))} different of {len(parts)} words")
+    different = len(set(parts))
+    if len(parts) - different >= options.max_repeated:
+        run = 1
+        for before, part in zip(parts, parts[1:], strict=False):
+            run = run + 1 if part == before else 1
+            if run > options.max_repeated:
+                raise Reject("repeated text", part)
+    if len(parts) >= 10 and different < 0.4 * len(parts):
+        raise Reject("repeated text", f"{different} different of {len(parts)} words")
     if found := _loop(text):
         raise Reject("repeated text", found)
 
@@ -185,7 +207,7 @@ def _lengths(source: str, target: str, languages: tuple[str, str], options: Clea
         raise Reject("target too short for its source", f"{math.exp(off):.2f}x as long as expected")
     if not options.truncated:
         return
-    stops = bool(_STOPS.search(source)), bool(_STOPS.search(target))
+    stops = bool(_STOPS.search(source[-END:])), bool(_STOPS.search(target[-END:]))
     if stops[0] == stops[1]:
         return
     unmarked = not NO_STOP.isdisjoint(code.partition("_")[0] for code in languages)

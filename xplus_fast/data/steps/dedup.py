@@ -100,13 +100,20 @@ def _sketch(texts: list[str], shingle: int) -> tuple[Hashes, Hashes]:
     grams, owner = gram_hashes([f" {t} ".ljust(shingle) for t in texts], shingle)
     first = np.searchsorted(owner, np.arange(len(texts)))
     counts = np.diff(np.append(first, len(owner)))
-    bits = np.unpackbits(grams.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")  # [G, 64]
-    ones = np.add.reduceat(bits, first, axis=0, dtype=np.int32)
-    majority = (2 * ones > counts[:, None]).astype(np.uint8)
+    majority = (2 * _ones(grams, first) > counts[:, None]).astype(np.uint8)
     simhashes = np.packbits(majority, axis=1, bitorder="little").view(np.uint64)[:, 0]
     # a product with an odd number orders the grams anew
     minhashes = [np.minimum.reduceat(grams * np.uint64(seed), first) for seed in _SEEDS]
     return simhashes, np.stack(minhashes)
+
+
+def _ones(grams: Hashes, first: NDArray[np.intp]) -> NDArray[np.int32]:
+    """How many of each text's grams have each of the 64 bits; `first`: where texts begin."""
+    bits = np.unpackbits(grams.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")  # [G, 64]
+    # eight counters of a byte in a word: enough for pieces of up to 255 grams
+    pieces = np.union1d(first, np.arange(0, len(grams), 255))
+    ones = np.add.reduceat(bits.view(np.uint64), pieces, axis=0).view(np.uint8)
+    return np.add.reduceat(ones, np.searchsorted(pieces, first), axis=0, dtype=np.int32)
 
 
 def survivors(

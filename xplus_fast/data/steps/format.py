@@ -36,7 +36,8 @@ _INVISIBLE = re.compile(
 )
 _SPACE = re.compile(r"\s\s+|[^\S ]")  # of str: the no-break and ideographic ones, too
 # Ligatures and the shapes that Arabic letters take in a word; not honorifics, which are words
-_PRESENTED = re.compile("[\ufb00-\ufdcf\ufe70-\ufefc]+")
+_PRESENTED = re.compile("[\ufb00-\ufdcf\ufe70-\ufefc]")
+_SHAPES = re.compile(f"{_PRESENTED.pattern}+")
 # Latin letters that stand in Cyrillic words for those that look like them
 _LATIN = "ABCEHKMOPTXYaceopxyk"
 _CYRILLIC = (
@@ -51,6 +52,7 @@ _OWN_CYRILLIC = {
     **dict.fromkeys(("sr", "mk"), _TO_CYRILLIC | str.maketrans("Jj", "\u0408\u0458")),
 }
 _MIXED = re.compile("[A-Za-z][\u0400-\u045f]|[\u0400-\u045f][A-Za-z]")
+_CYRILLIC_LETTER = re.compile("[\u0400-\u045f]")  # one class is found much faster
 _WORD = re.compile(r"[^\W\d_]+")
 _ONLY_CYRILLIC = re.compile(r"[\u0400-\u04ff]+")
 # Question marks that stand for letters which an encoding had not
@@ -70,14 +72,15 @@ _PLACEHOLDER = re.compile(
 def format_pairs(batch: pa.RecordBatch, options: FormatOptions) -> Judged:
     """Bring both texts of every pair into one form."""
 
-    def judge(row: dict[str, str]) -> tuple[str, str]:
+    def judge(source: str, target: str, *languages: str) -> tuple[str, str]:
         texts = []
-        for side in ("source", "target"):
+        for side, text, language in zip(
+            ("source", "target"), (source, target), languages, strict=True
+        ):
             try:
-                texts.append(tidy(row[side] or "", options, row[f"{side}_language"]))
+                texts.append(tidy(text or "", options, language))
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
-        languages = row["source_language"], row["target_language"]
         _one_sided(texts[0], texts[1], languages, options)
         if options.placeholders != "keep":
             _placeholders(texts[0], texts[1], options)
@@ -99,7 +102,10 @@ def tidy(text: str, options: FormatOptions, language: str = "") -> str:
         text = strip_markup(text, reject=options.markup == "reject")
         if "\ufffd" in text:
             raise Reject("broken characters", "U+FFFD")
-    text = _SPACE.sub(" ", _INVISIBLE.sub("", text)).strip()
+    # what is printable has no invisible characters, and no white space but spaces
+    if not text.isprintable() or "  " in text:
+        text = _SPACE.sub(" ", _INVISIBLE.sub("", text))
+    text = text.strip()
     if not text:
         raise Reject("empty")
     return text
@@ -111,8 +117,9 @@ def _letters(text: str, options: FormatOptions, language: str) -> str:
     if mended != text and options.mojibake == "reject":
         raise Reject("mojibake", mended[:60])
     text = unicodedata.normalize("NFC", mended)
-    text = _PRESENTED.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
-    if _MIXED.search(text):
+    if _PRESENTED.search(text):
+        text = _SHAPES.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
+    if _CYRILLIC_LETTER.search(text) and _MIXED.search(text):
         table = _OWN_CYRILLIC.get(language, _TO_CYRILLIC)
         text = _WORD.sub(lambda m: _one_script(m[0], script, table), text)
         if script == "LATIN" and (left := _MIXED.search(text)):
@@ -133,13 +140,13 @@ def _one_script(word: str, script: str, table: dict[int, int]) -> str:
 
 
 def _one_sided(
-    source: str, target: str, languages: tuple[str, str], options: FormatOptions
+    source: str, target: str, languages: tuple[str, ...], options: FormatOptions
 ) -> None:
     """Reject what is a fault where only one side has it."""
-    unasked = not NO_MARKS.isdisjoint(code.partition("_")[0] for code in languages)
     for side, text, other in (("source", source, target), ("target", target, source)):
         if "?" in text:
             said = _LINK.sub("", text)
+            unasked = not NO_MARKS.isdisjoint(code.partition("_")[0] for code in languages)
             more = said.count("?") - len(_ASKS.findall(other)) > 1 or not _ASKS.search(other)
             if _WITHIN.search(said) or more and not unasked and _UNWRITTEN.search(said):
                 raise Reject(f"{side}: lost characters", text[:60])
@@ -151,7 +158,10 @@ def _one_sided(
 def _placeholders(source: str, target: str, options: FormatOptions) -> None:
     if "%" not in source and "{" not in source and "%" not in target and "{" not in target:
         return
-    ours, theirs = (Counter(_PLACEHOLDER.findall(t)) for t in (source, target))
+    found = _PLACEHOLDER.findall(source), _PLACEHOLDER.findall(target)
+    if found[0] == found[1] and options.placeholders == "agree":
+        return
+    ours, theirs = map(Counter, found)
     if options.placeholders == "reject" and (ours or theirs):
         raise Reject("placeholders", ", ".join(ours | theirs))
     if ours != theirs:

@@ -26,7 +26,8 @@ def gram_hashes(texts: list[str], size: int) -> tuple[Hashes, NDArray[np.intp]]:
 def mix(x: Hashes) -> Hashes:
     """SplitMix64's finalizer: every bit of the input changes half of the output's."""
     with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x ^= x >> np.uint64(shift)
+            x *= np.uint64(factor)
     return x ^ (x >> np.uint64(31))

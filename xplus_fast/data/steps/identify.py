@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
+from xplus_fast.data.steps.batch import Judged, Reject, by_code, judged
+from xplus_fast.data.steps.bayes import NO_CONTENT, ROUNDING, gaps
 from xplus_fast.errors import UserError
 from xplus_fast.options import AtLeast0
 
@@ -33,45 +36,55 @@ SAME = {
 
 def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
     """Judge both texts of every pair. Raises `UserError` where py3langid is not installed."""
-
-    def judge(row: dict[str, str]) -> None:
-        for side in ("source", "target"):
+    reasons: list[str | None] = [None] * batch.num_rows
+    details: list[str | None] = [None] * batch.num_rows
+    for side in ("target", "source"):  # the source's reason stands
+        texts, codes = (batch.column(name).to_pylist() for name in (side, f"{side}_language"))
+        doubtful = _doubtful(texts, codes, options)
+        for i, (text, code) in enumerate(zip(texts, codes, strict=True)):
             try:
-                _one(row[side], row[f"{side}_language"], options)
+                if doubtful[i]:
+                    _language(text, code.partition("_")[0], options)
+                if options.scripts and code.partition("_")[0] == "zh":
+                    _chinese_script(text, code)
             except Reject as e:
-                raise Reject(f"{side}: {e.reason}", e.detail) from None
+                reasons[i], details[i] = f"{side}: {e.reason}", e.detail or None
+    return judged(batch, reasons, details)
 
-    return judge_rows(batch, judge)
+
+def _doubtful(texts: list[str], codes: list[str], options: IdentifyOptions) -> NDArray[np.bool_]:
+    """Which texts may be of another language: few, and all that are."""
+    found = np.zeros(len(texts), bool)
+    for code, at in by_code(codes):
+        base = code.partition("_")[0]
+        found[at] = (
+            gaps([texts[i] for i in at], base, _identifier(), SAME) > options.margin - ROUNDING
+        )
+    return found
 
 
-def _one(text: str, language: str, options: IdentifyOptions) -> None:
-    base = language.partition("_")[0]
-    if not is_likeliest(text, base):
-        gap, other = advantage(text, base)
-        # symbols say nothing of a language, and names little of the one that they stand in
-        if gap > options.margin:
-            gap = min(gap, advantage(_WORDS.sub(" ", text).strip(), base)[0])
-        if gap > options.margin * (4 if gap <= 4 * options.margin and _names(text) else 1):
-            raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
-    if options.scripts and base == "zh":
-        simplified, traditional = chinese_scripts(text)
-        wrong, right = (traditional, simplified)
-        if language == "zh_Hant":
-            wrong, right = right, wrong
-        if wrong > right:
-            raise Reject("wrong Chinese script", f"{wrong} characters against {right}")
+def _language(text: str, base: str, options: IdentifyOptions) -> None:
+    gap, other = advantage(text, base)
+    # symbols say nothing of a language, and names little of the one that they stand in
+    if gap > options.margin:
+        gap = min(gap, advantage(_WORDS.sub(" ", text).strip(), base)[0])
+    if gap > options.margin * (4 if gap <= 4 * options.margin and _names(text) else 1):
+        raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
+
+
+def _chinese_script(text: str, language: str) -> None:
+    simplified, traditional = chinese_scripts(text)
+    wrong, right = (traditional, simplified)
+    if language == "zh_Hant":
+        wrong, right = right, wrong
+    if wrong > right:
+        raise Reject("wrong Chinese script", f"{wrong} characters against {right}")
 
 
 def _names(text: str) -> bool:
     """Whether most words are written as names are."""
     words = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isupper()]
     return sum(word[0].isupper() for word in words) > 2 * len(words) / 3
-
-
-def is_likeliest(text: str, language: str) -> bool:
-    """Whether no other language is likelier; cheaper than `advantage`."""
-    found, _ = _identifier().classify(text)
-    return SAME.get(found, found) == SAME.get(language, language)
 
 
 def advantage(text: str, language: str) -> tuple[float, str]:
@@ -86,7 +99,7 @@ def advantage(text: str, language: str) -> tuple[float, str]:
         label = SAME.get(label, label)
         if label == language:
             own = score if own is None else own
-        elif best is None and label != "zxx":  # no linguistic content
+        elif best is None and label != NO_CONTENT:
             best, other = score, label
         if own is not None and best is not None:
             return best - own, other

@@ -54,26 +54,23 @@ _QUOTED = re.compile(r"\\(['\"])")
 _SUBWORDS = re.compile(
     r"\S@@(?:\s|$)|(?:^|\s)@@\S|\u2581\w|(?:\s|^)##\w+(?=[^#]*\s##\w)|\u0120\w(?=.*\u0120\w)|\uffed"
 )
+_SUBWORDS_HAVE = ("@@", "\u2581", "##", "\u0120", "\uffed")  # any match has one of these
 _DEBRIS = re.compile(
     r"</[A-Za-z]|<(?:" + "|".join(sorted(n for n in _INLINE | _BLOCK if len(n) > 2)) + r"|br|td|tr"
     r"|li|ul|hr|h[1-6]|script)\b|<[a-z]\s+\w+=|/>|<!--|-->|\[\[\w+:\w|\{\{|\}\}|\{\\[a-z]|\\u[0-9a-fA-F]{4}"
     r"|&(?:[a-z]{2,8}|#\d+|#x[0-9a-f]+);|\\[nrtu](?![a-z])|\[(?:url|img|size|color|quote|font)="
     r"|\[/(?:b|i|u|s|url|img|quote|code|size|color)\]|\b(?:style|class|href)=[\"']"
 )
+_DEBRIS_HAS = ("<", "/>", "-->", "[", "{{", "}}", "\\", "&", '="', "='")
 _DOUBTFUL = re.compile(
     r"\|\||\[\[|\]\]|\bfunction\s?\w{0,30}\(|\b(?:document|window)\.\w|\{\s*[a-z-]+\s*:[^{};]{1,60}[;}]"
 )
+_DOUBTFUL_HAS = ("||", "[[", "]]", "{", "function", "document.", "window.")
 
 
 def doubtful_markup(text: str) -> str:
     """What looks like a program or a table; a fault where only one side of a pair has it."""
-    if (
-        "|" not in text
-        and "{" not in text
-        and "(" not in text
-        and "t." not in text
-        and "w." not in text
-    ):
+    if not any(map(text.__contains__, _DOUBTFUL_HAS)):
         return ""
     found = _DOUBTFUL.search(text)
     return found[0] if found else ""
@@ -83,7 +80,7 @@ def strip_markup(text: str, *, reject: bool = False) -> str:
     """The text without markup; raises `Reject` where some is left, or, if asked, where any was."""
     if not _MARKED.search(text) and "''" not in text:
         return text
-    if found := _SUBWORDS.search(text):
+    if any(map(text.__contains__, _SUBWORDS_HAVE)) and (found := _SUBWORDS.search(text)):
         raise Reject("subwords of a tokenizer", found[0].strip())
     plain = _entities(text)
     if "<" in plain:
@@ -97,14 +94,18 @@ def strip_markup(text: str, *, reject: bool = False) -> str:
     if "[/" in plain:
         ended = {m[2].lower() for m in _BBCODE.finditer(plain) if m[1]}
         plain = _BBCODE.sub(lambda m: "" if m[2].lower() in ended else m[0], plain)
-    if "\\" in plain and not _PATH.search(plain):
+    if "\\" in plain and not _is_path(plain):
         plain = _QUOTED.sub(r"\1", _BREAK.sub(" ", plain))
     if plain != text and reject:
         raise Reject("markup")
-    found = _DEBRIS.search(plain) if not _PATH.search(plain) else None
-    if found:
-        raise Reject("markup debris", found[0])
+    if any(map(plain.__contains__, _DEBRIS_HAS)) and not _is_path(plain):
+        if found := _DEBRIS.search(plain):
+            raise Reject("markup debris", found[0])
     return plain
+
+
+def _is_path(text: str) -> bool:
+    return "\\" in text and _PATH.search(text) is not None
 
 
 def _entities(text: str) -> str:

@@ -20,6 +20,11 @@ _PAIR = re.compile(
     f"[\u0080-\u00bf\u0401-\u040f\u0452-\u045f\u0490\u0491\u2013-\u2bff]"
     "|[\u0430-\u044f][\u2500-\u25a0\u0410-\u042f]"
 )
+# What each of the patterns needs: a class of characters is found in a fraction of the time
+_PAIR_BEGINS = re.compile(f"[{_ODD}\u0410-\u044f]")
+_LOST_HAS = re.compile("[\u00c2-\u00c5\u00d0\u00d1\u00d8-\u00db\u20ac\u0402]")
+_LEFT_BEGINS = re.compile("[\u00c2-\u00ef]")
+_ALONE = re.compile(r"(?<![^\0-\x7f])[^\0-\x7f\ufffd](?![^\0-\x7f])")  # U+FFFD is \x1a to ftfy
 _WRITTEN = (
     "latin-1", "sloppy-windows-1252", "sloppy-windows-1250", "sloppy-windows-1251", "koi8-r",
     "mac-roman", "cp437", "cp850",
@@ -71,7 +76,7 @@ def mend_encoding(text: str, language: str, script: str) -> str:
     language: a canonical code. script: the name that Unicode gives the language's letters.
     """
     mended = text
-    if _PAIR.search(text):
+    if _PAIR_BEGINS.search(text) and _PAIR.search(text) and _may_be_mended(text):
         for _ in range(3):  # some texts went through it twice
             again = _from_utf8(mended, language)
             if again == mended:
@@ -82,17 +87,35 @@ def mend_encoding(text: str, language: str, script: str) -> str:
             raise Reject("mojibake", mended[:60])
     if language in _WITH_A:
         mended = _A_WORD.sub("\u00e0 ", mended)
-    if (_LOST if script == "LATIN" else _LEFT).search(mended):
+    likely, left = (_LOST_HAS, _LOST) if script == "LATIN" else (_LEFT_BEGINS, _LEFT)
+    if likely.search(mended) and left.search(mended):
         raise Reject("mojibake", mended[:60])
     if language in OWN:
         return _from_code_page(mended, *OWN[language])
     return _from_cyrillic(mended) if script == "CYRILLIC" else mended
 
 
+def _may_be_mended(text: str) -> bool:
+    """Whether `_from_utf8` would change it, or ought to."""
+    return (
+        "\u00c3 " in text
+        or "\ufffd" in text
+        or _ftfy().badness.is_bad(text)
+        or _reading(text) is not None
+    )
+
+
+def _reading(text: str) -> str | None:
+    """The whole of a text read again, as UTF-8."""
+    if _ALONE.search(text):  # a character alone among those of ASCII is no UTF-8
+        return None
+    readings = _read_again(text, _WRITTEN, ("utf-8",))
+    return next((made for made in readings if _LIKELY.fullmatch(made)), None)
+
+
 def _from_utf8(text: str, language: str) -> str:
-    for made in _read_again(text, _WRITTEN, ("utf-8",)):
-        if _LIKELY.fullmatch(made):
-            return made
+    if (made := _reading(text)) is not None:
+        return made
     if "\u00c3 " in text:  # its no-break space became a space
         said = _A_WORD.sub("\u00e0 ", text) if language in _WITH_A else text
         raw = said.encode("sloppy-windows-1252", "replace").replace(b"\xc3 ", b"\xc3\xa0")
@@ -135,6 +158,8 @@ def _read_again(text: str, shown: tuple[str, ...], written: tuple[str, ...]) -> 
 
 def _from_code_page(text: str, own: str, written: tuple[str, ...]) -> str:
     """Mend letters of Western Europe that stand where a language's own should."""
+    if not any(character.isalnum() for character in set(text).difference(_usual(own))):
+        return text
     found = _foreign(text, own)
     # a name may have one, and so may a word of French, Spanish or Portuguese
     small = [word for word in found if word[0].islower()]
@@ -144,6 +169,11 @@ def _from_code_page(text: str, own: str, written: tuple[str, ...]) -> str:
         if not _foreign(made, own):
             return made
     return text
+
+
+@cache
+def _usual(own: str) -> frozenset[str]:
+    return frozenset(map(chr, range(128))).union(own, own.upper())
 
 
 def _foreign(text: str, own: str) -> list[str]:

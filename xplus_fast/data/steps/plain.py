@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
 # Scripts that do not set spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese
 UNSPACED = re.compile(
@@ -10,9 +10,10 @@ UNSPACED = re.compile(
 )
 
 
+@lru_cache(maxsize=1 << 13)  # several steps want it of the same few thousand texts
 def plain(text: str) -> str:
     """In lower case, words set apart by single spaces, no punctuation."""
-    return _noise().sub(" ", text.casefold()).strip()
+    return " ".join(_noise(" ").sub(" ", text.casefold()).split())
 
 
 def words(text: str) -> list[str]:
@@ -21,19 +22,20 @@ def words(text: str) -> list[str]:
 
 def glued(text: str) -> str:
     """`plain` without spaces: the same for a text and its segmentation into words."""
-    return _noise().sub("", text.casefold())
+    return _noise("").sub("", text.casefold())
 
 
 @cache
-def _noise() -> re.Pattern[str]:
-    """Whatever is no letter, mark or digit. `re` has no class that counts the vowel signs of
-    Indic scripts and of Thai as parts of words."""
+def _noise(kept: str) -> re.Pattern[str]:
+    """Whatever is no letter, mark or digit, nor one of `kept`. `re` has no class that counts the
+    vowel signs of Indic scripts and of Thai as parts of words."""
     ranges, start = ["\U0001f000-\U0001fbff"], None  # emoji; more ranges as high would be slow
     for code in range(0x10001):
-        outside = code < 0x10000 and unicodedata.category(chr(code))[0] not in "LMN"
-        if outside and start is None:
+        character = chr(code)
+        outside = unicodedata.category(character)[0] not in "LMN" and character not in kept
+        if outside and code < 0x10000 and start is None:
             start = code
-        elif not outside and start is not None:
+        elif not (outside and code < 0x10000) and start is not None:
             ranges.append(f"\\u{start:04x}-\\u{code - 1:04x}")
             start = None
     return re.compile(f"[{''.join(ranges)}]+")
