@@ -152,9 +152,9 @@ def halved(plan: Plan) -> Plan:
 
 
 def steps_down(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
-    """A step given up while the sums of gradients come over to be added to."""
+    """A step given up while a gradient is being added to its sum."""
     with (
-        running_out(sim, HostGradients, "bring", 6, 3),
+        running_out(sim, HostGradients, "_take", 20, 2),
         mock.patch.object(planned, "leaner", halved),
     ):
         return trainer(model, folder, memory=LEAN)
