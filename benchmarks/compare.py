@@ -12,9 +12,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from benchmarks.losses_equal import first_difference
 
 WORSE = 0.05
 
@@ -49,13 +50,12 @@ def compare_curves(old: dict[str, Any], new: dict[str, Any]) -> int:
     both = [name for name in before if name in after]
     differing = 0
     for name in both:
-        pairs = zip(before[name], after[name], strict=True)
-        for what, (a, b) in zip(("loss", "gradient norm"), pairs, strict=True):
-            at = next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
-            if at is not None:
+        pairs = zip(("loss", "gradient norm"), before[name], after[name], strict=True)
+        for what, *two in pairs:
+            a, b = ([(f"step {i}", x) for i, x in enumerate(curve, 1)] for curve in two)
+            if found := first_difference(a, b):
                 differing += 1
-                x, y = (repr(c[at]) if at < len(c) else "none" for c in (a, b))
-                print(f"differs  {name}: {what} of step {at + 1}: {x} -> {y}")
+                print(f"differs  {name}: {what} of {found}")
                 break
     if both:
         print(f"{len(both) - differing} of {len(both)} loss curves are equal to the last bit")

@@ -180,6 +180,21 @@ def _sustained(call: Call, device: torch.device, *, tiny: bool) -> float:
     return statistics.median(taken[-max(1, len(taken) // 3) :])
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s from pinned host memory, alone: the best of a few."""
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    best = math.inf
+    for _ in range(5):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        there.copy_(host, non_blocking=True)
+        events[1].record()
+        events[1].synchronize()
+        best = min(best, events[0].elapsed_time(events[1]) / 1e3)
+    return len(host) / best
+
+
 def clocks(device: torch.device) -> dict[str, str] | None:
     """What nvidia-smi says of clocks and power, or None where it says nothing."""
     if device.type != "cuda":

@@ -148,7 +148,7 @@ def test_whatever_is_imported_is_declared() -> None:
     """`httpx` was not: it came with a huggingface_hub that fresh installations no longer get."""
     declared = {Requirement(r).name.lower().replace("-", "_") for r in PROJECT["dependencies"]}
     found = imported("xplus_fast") | imported("kernels")
-    own = {"xplus_fast", "xplus_kernels", "benchmarks"}
+    own = {"xplus_fast", "xplus_kernels", "benchmarks", "processes"}  # the last beside its user
     for name, modules in found.items():
         package = PACKAGES.get(name, name).lower()
         assert name in own | BROUGHT or package in declared, (name, modules)
@@ -233,3 +233,48 @@ def test_readme_opens_with_make_demo_and_ci_runs_its_test_command() -> None:
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
     assert [c for c in ci if c.startswith("make ")][:2] == ["make lint", "make test"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# --- the house
+
+ROOMS = {"xplus_fast": "xplus_fast", "kernels": "kernels/xplus_kernels", "benchmarks": "benchmarks"}
+
+
+def imports(package: str) -> dict[str, set[str]]:
+    """Module -> modules of the same package that it imports anywhere, within functions too."""
+    files = {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
+        for f in (ROOT / package).rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        named = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+            elif isinstance(node, ast.Import):
+                named |= {a.name for a in node.names}
+        found[name] = {n for n in named if n in files and n != name}
+    return found
+
+
+@pytest.mark.parametrize("package", ["xplus_fast", "benchmarks"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    left = imports(package)
+    del left[package]  # it hands on names when they are asked for
+    while free := [n for n, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_training_knows_nothing_of_evaluation():
+    for name, needs in imports("xplus_fast").items():
+        if name.startswith(("xplus_fast.training", "xplus_fast.measuring")):
+            assert not [n for n in needs if n.startswith("xplus_fast.evaluation")], name
+
+
+@pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
+def test_no_file_is_longer_than_400_lines(room):
+    files = {f: len(f.read_text().splitlines()) for f in (ROOT / room).rglob("*.py")}
+    assert files and not {str(f): n for f, n in files.items() if n > 400}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from xplus_fast import __version__
 from xplus_fast.errors import UserError
-from xplus_fast.files import resolve, working_in
+from xplus_fast.files import resolve
+from xplus_fast.locks import working_in
 from xplus_fast.options import PATH, check_text
 from xplus_fast.signals import Stopped, listen
 from xplus_fast.starter import RECIPES, init
@@ -21,12 +22,8 @@ from xplus_fast.threads import sleep_where_busy
 RESUMABLE = ("prepare", "train", "evaluate")
 MOST_LAYERS = 1 << 16  # of a base; more than any has
 PATHS = ("model", "base", "data")  # of arguments that are text
-BENCHMARKS = {  # modules whose main takes arguments
-    "kernels": "benchmarks.kernels.measure",
-    "train": "benchmarks.training.race",
-    "profile": "benchmarks.training.profile",
-    "fit": "benchmarks.memory.fit",
-}
+BENCHMARKS = {"kernels": "kernels.measure", "train": "training.race",
+              "profile": "training.profile", "fit": "memory.fit"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -383,7 +380,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parents[1]
     # both: another project's `benchmarks` may lie beside an installed package
-    module = BENCHMARKS[options.what]
+    module = f"benchmarks.{BENCHMARKS[options.what]}"
     if not all((root / p).is_file() for p in ("pyproject.toml", f"{module.replace('.', '/')}.py")):
         raise UserError("bench: works in a checkout of the source; benchmarks/ is not installed")
     sys.path.insert(0, str(root))

@@ -142,6 +142,7 @@ class MemoryConfig:
     states: Literal["auto", "device", "host"] = "auto"  # of the optimizer, the master too
     bits: Literal[32, 8] = 32  # of exp_avg and exp_avg_sq
     master: bool = True  # fp32 copy of bf16 weights; without it, stochastic rounding
+    sums: Literal[16, 32] = 16  # bits of bf16 weights' gradients, summed over micro-batches
     activations: Literal["auto", "keep", "recompute_mlp", "recompute", "offload"] = "auto"
     micro_batch_tokens: str | int = "auto"  # of one forward: n * data.pack_tokens
 

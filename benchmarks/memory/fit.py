@@ -33,6 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.environment import describe_environment
 from benchmarks.memory.fit_report import OVERLAP, describe_case, describe_overlap, judge, table
 from benchmarks.models import RandomWeights, make_config
+from benchmarks.timing import copy_rate
 from xplus_fast import XPlusTrainer
 from xplus_fast.config import MemoryConfig
 from xplus_fast.data.corpus import PackCollator
@@ -43,7 +44,8 @@ from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, local_card
 from xplus_fast.planning.flops import SENTENCE, assumed_work
 from xplus_fast.planning.from_recipe import USABLE, free_memory
-from xplus_fast.planning.plan import LADDER, Plan, plan_stage
+from xplus_fast.planning.plan import plan_stage
+from xplus_fast.planning.search import LADDER, Plan
 from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.place import cap, set_allocator
 
@@ -271,21 +273,6 @@ def make_plan(case: Case, card: Card | None, host: int | None = None) -> Plan:
         work=assumed_work(False),  # sentences of random tokens share nothing
         budget=budget, host=host or free_memory(),
     )  # fmt: skip
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes/s from pinned host memory, alone: the best of a few."""
-    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=device)
-    best = math.inf
-    for _ in range(5):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        there.copy_(host, non_blocking=True)
-        events[1].record()
-        events[1].synchronize()
-        best = min(best, events[0].elapsed_time(events[1]) / 1e3)
-    return len(host) / best
 
 
 def train(

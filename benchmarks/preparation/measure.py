@@ -153,7 +153,7 @@ def _ray_rows(runs: list[dict[str, Any]] | None) -> list[str]:
         "| CPU seconds of their processes, user time |"
         f" {tasks['user_seconds']:.0f} and {data['user_seconds']:.0f} s | |",
         f"| memory of their processes | {held[0]:.2f} and {held[1]:.2f} GB |"
-        f" tasks lose in nothing: {verdict(no_worse)} |",
+        f" tasks no more of either: {verdict(no_worse)} |",
         "| the same rows of both |"
         f" {'yes' if tasks['digest'] == data['digest'] else 'no'} |"
         f" yes: {verdict(tasks['digest'] == data['digest'])} |",

@@ -11,11 +11,12 @@ from transformers import TrainerCallback
 from benchmarks.timing import energy
 from xplus_fast.model.layer import Block
 
-PARTS = ("frozen forward", "trained forward", "head", "backward", "optimizer", "streams")
+BETWEEN = "between steps"
+PARTS = (BETWEEN, "frozen forward", "trained forward", "head", "backward", "optimizer", "streams")
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, and where in it they went.
+    """Seconds of each optimizer step, from the end of the one before, and where in it they went.
 
     On CUDA by events that the host does not wait for until the end. Forward hooks also run when a
     checkpointed layer is recomputed: that is backward. "streams" is what the computing stream
@@ -137,7 +138,11 @@ class Clock(TrainerCallback):
 
     @property
     def seconds(self) -> list[float]:
-        return [self._between(step[0][1], step[-1][1]) for step in self.marks]
+        return [self._between(self._start(i), step[-1][1]) for i, step in enumerate(self.marks)]
+
+    def _start(self, i: int) -> Any:
+        """Where a step's time begins: a batch is made before the library says that it does."""
+        return self.marks[i - 1][-1][1] if i else self.marks[0][0][1]
 
     def split(self, warm: int) -> dict[str, float]:
         """Seconds of the median step by part; clipping counts to the backward, as it ends it."""
@@ -145,6 +150,7 @@ class Clock(TrainerCallback):
         order = sorted(range(warm, len(seconds)), key=lambda i: seconds[i])
         middle = order[len(order) // 2]
         step, part = self.marks[middle], dict.fromkeys(PARTS, 0.0)
+        part[BETWEEN] = self._between(self._start(middle), step[0][1])
         for (_, a), (name, b) in zip(step, step[1:], strict=False):
             part[name] += self._between(a, b)
         for begin, end, at in self.waits[middle]:

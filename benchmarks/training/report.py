@@ -7,7 +7,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured on a GPU"
 OURS, THEIRS, BUDGET = "#1f6f8b", "#b8c4cc", "#c8553d"
-PART_COLORS = ("#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d", "#8a8a8a")
+PART_COLORS = ("#e6e0d4", "#b4d3da", "#4a93a8", "#e0a458", "#1f4e5f", "#c8553d", "#8a8a8a")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -17,7 +17,10 @@ def table(result: dict[str, Any]) -> str:
         " (reserved) | share of the limit | computed / real tokens | J a 1000 tokens |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    late = dict.fromkeys(r["contestant"] for r in result["rows"] if r["status"] == "not begun")
     for row in result["rows"]:
+        if row["status"] == "not begun":
+            continue
         head = f"| {row['stage']} ({row['layers']}) | {row['mix']} | {row['contestant']} |"
         if row["status"] != "ok":
             lines.append(f"{head} {row['status']}: {row['why']} | | | | | | |")
@@ -39,6 +42,8 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", note(result), ""]
     lines += [f"- {name}: {settings}." for name, settings in result["settings"].items()]
+    if late:
+        lines.append(f"- not measured, as the time was over: {'; '.join(late)}.")
     return "\n".join(lines)
 
 

@@ -45,6 +45,7 @@ from xplus_kernels.varlen_attention import (
     varlen_attention,
     varlen_attention_backward,
 )
+from xplus_kernels.weight_gradient import weight_gradient
 
 __all__ = [
     "CHUNK",
@@ -96,4 +97,5 @@ __all__ = [
     "varlen_attention",
     "varlen_attention_backward",
     "wants_sees",
+    "weight_gradient",
 ]

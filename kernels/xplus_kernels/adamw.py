@@ -8,9 +8,7 @@ That is torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), operat
 Bytes moved a bf16 parameter, each read and written once, which is the minimum: fp32 states and
 master 28 (2 + 2 parameter and gradient, 24 m, v and master); 8-bit states without a master 10.03.
 
-8-bit states (Dettmers and others 2022, arXiv 2110.02861) are kept by blocks of 256 as 8-bit codes
-times the block's absmax, in the dynamic maps of bitsandbytes: signed for m, unsigned for v. A code
-is the nearest of the map's values, the lower of two equally near.
+8-bit states are codes by blocks of 256 (`blockwise.py`): signed for m, unsigned for v.
 
 Without a master, a bf16 parameter is rounded up with the probability of the part cut off, by 16
 random bits out of Philox 4x32-10 (Salmon and others 2011): one call serves 8 neighbours. Its key
@@ -23,74 +21,21 @@ is made of seed, step and parameter, its counter is the place: a resumed run dra
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xplus_kernels.backend import jit, tl, use_triton
+from xplus_kernels.blockwise import (
+    QUANTUM,
+    code_tables,
+    dequantize_blockwise,
+    quantize_blockwise,
+    quantize_codes,
+)
 
-QUANTUM = 256  # elements to a block of 8-bit state
-LEAST_ABSMAX = 2.0**-126  # below, 1 / absmax overflows: the block counts as zero
 WIDE = (torch.float32, torch.float64)
-
-
-@lru_cache
-def _tables(device: torch.device) -> Tensor:
-    """[4, 256] fp32: signed and unsigned map, then where each code of either starts.
-
-    A code's start is the least fp32 number at which the code below is no longer as near.
-    """
-    maps = torch.stack([_make_map(signed=True), _make_map(signed=False)])
-    low, high = maps[:, :-1], maps[:, 1:]
-    # Bisection over the bits of |x|, which order as the numbers do: `near` is the side of zero.
-    # No two values straddle zero, and at equal distance the code below is taken.
-    sign = torch.where(low < 0, -1.0, 1.0)
-    near, far = (f(low.abs(), high.abs()).view(torch.int32) for f in (torch.minimum, torch.maximum))
-    for _ in range(32):
-        middle = near + (far - near) // 2
-        x = sign * middle.view(torch.float32)
-        is_far = ((high - x).abs() < (x - low).abs()) == (sign > 0)
-        near, far = torch.where(is_far, near, middle), torch.where(is_far, middle, far)
-    starts = sign * torch.where(sign > 0, far, near).view(torch.float32)
-    first = torch.full((2, 1), -math.inf)
-    return torch.cat([maps, torch.cat([first, starts], 1)]).to(device)
-
-
-def _make_map(*, signed: bool) -> Tensor:
-    """Seven decades below 1, each cut into twice the equal cells of the one below it."""
-    positive = [torch.ones(1)]
-    for i in range(7):
-        cells = 2**i if signed else 2 ** (i + 1)
-        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32)
-        positive.append((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (i - 6))
-    values = torch.cat(positive)
-    parts = [values, torch.zeros(1)] + ([-values[1:]] if signed else [])
-    return torch.cat(parts).sort().values
-
-
-def dynamic_map(*, signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """[256] fp32, rising: the value of each code. Signed holds exp_avg, unsigned exp_avg_sq."""
-    return _tables(torch.device(device))[0 if signed else 1].clone()
-
-
-def quantize_blockwise(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """x, fp32 -> codes uint8 like x, absmax [ceil(n / 256)] fp32."""
-    n = x.numel()
-    blocks = torch.nn.functional.pad(x.reshape(-1), (0, -n % QUANTUM)).view(-1, QUANTUM)
-    absmax = blocks.abs().amax(1)
-    inverse = torch.where(absmax >= LEAST_ABSMAX, 1 / absmax, 0)
-    starts = _tables(x.device)[2 if signed else 3]
-    codes = torch.searchsorted(starts[1:], blocks * inverse[:, None], right=True)
-    return codes.to(torch.uint8).view(-1)[:n].view(x.shape), absmax
-
-
-def dequantize_blockwise(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
-    """Codes uint8 and their blocks' absmax -> fp32."""
-    values = _tables(codes.device)[0 if signed else 1][codes.reshape(-1).long()]
-    scales = absmax.repeat_interleave(QUANTUM)[: values.numel()]
-    return (values * scales).view(codes.shape)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any, Any]:
@@ -169,33 +114,6 @@ def adamw_update_ref(
 
 
 @jit
-def _quantize(x, starts_ptr, SIGNED: tl.constexpr):
-    """x [BLOCKS, 256] fp32 -> codes uint8, absmax [BLOCKS]."""
-    absmax = tl.max(tl.abs(x), axis=1)
-    # correctly rounded, as the codes are to be those of the reference
-    inverse = tl.where(absmax >= 1.1754943508222875e-38, tl.div_rn(1.0, absmax), 0.0)
-    x = x * inverse[:, None]
-    # Where in the map, to half a code: linear within a decade, and each decade's line serves a
-    # little beyond its ends too. Then one look at where the nearest code starts is exact.
-    size = tl.abs(x)
-    size = tl.where(size <= 1.0, size, 1.0)  # NaN too: what indexes must be in range
-    slope = tl.full(x.shape, 1e6 / 0.9, dtype=tl.float32)  # codes per unit
-    cells = tl.full(x.shape, 1.0, dtype=tl.float32)  # codes in the decade
-    for i in tl.static_range(6):
-        above = size >= 10.0 ** (i - 6)
-        slope = tl.where(above, 0.2 ** (i + 1) * (1e6 / 0.9), slope)
-        cells = tl.where(above, 2.0 ** (i + 1), cells)
-    nearest = size * slope + cells * (8.0 / 9.0)
-    if SIGNED:
-        rank = (nearest + 0.5).to(tl.int32)  # 1 .. 128, zero being code 127
-        rank = tl.where(x < 0, 128 - rank, 127 + rank)
-    else:
-        rank = (2.0 * nearest - 0.5).to(tl.int32)  # 1 .. 255
-    start = tl.load(starts_ptr + rank)
-    return (rank - (x < start).to(tl.int32)).to(tl.uint8), absmax
-
-
-@jit
 def _adamw_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, master_ptr, grad_scale_ptr, tables_ptr,
     n, key, beta1, rest1, beta2, rest2, eps, decay, step_size, root, BLOCKS: tl.constexpr,
@@ -237,8 +155,8 @@ def _adamw_kernel(
 
     if m_absmax_ptr is not None:
         # What lies beyond n came as code 0, which is not zero: it must not raise the absmax.
-        m_codes, m_absmax = _quantize(tl.where(m_x, m, 0.0), tables_ptr + 512, True)
-        v_codes, v_absmax = _quantize(tl.where(m_x, v, 0.0), tables_ptr + 768, False)
+        m_codes, m_absmax = quantize_codes(tl.where(m_x, m, 0.0), tables_ptr + 512, True)
+        v_codes, v_absmax = quantize_codes(tl.where(m_x, v, 0.0), tables_ptr + 768, False)
         tl.store(m_ptr + o_x, m_codes, mask=m_x)
         tl.store(v_ptr + o_x, v_codes, mask=m_x)
         tl.store(m_absmax_ptr + block, m_absmax, mask=m_block)
@@ -272,7 +190,7 @@ def _launch(
     n = param.numel()
     _adamw_kernel[(-(-n // (BLOCKS * QUANTUM)),)](
         param, grad.contiguous(), exp_avg, exp_avg_sq, absmax, absmax_sq, master, grad_scale,
-        None if absmax is None else _tables(param.device), n, key, **s,
+        None if absmax is None else code_tables(param.device), n, key, **s,
         BLOCKS=BLOCKS, num_warps=WARPS,
     )  # fmt: skip
 

@@ -19,7 +19,12 @@ INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(kernel: Any = None, **options: Any) -> Any:
-    """`triton.jit` where Triton is installed; else the plain function, which nothing launches."""
+    """`triton.jit` where Triton is installed; else the plain function, which nothing launches.
+
+    What a batch decides, the number of rows and where a part of them begins, stands in
+    `do_not_specialize` or `do_not_specialize_on_alignment`: else Triton compiles the kernel again,
+    in the middle of training, for the first batch in which such a number divides by 16 or does not.
+    """
     if kernel is None:
         return lambda kernel: jit(kernel, **options)
     return kernel if triton is None else triton.jit(kernel, **options)

@@ -93,7 +93,7 @@ def to_fp8(x, inverse, dtype: tl.constexpr, LARGEST: tl.constexpr = FP8_MAX):
     return tl.clamp(q, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
-@jit
+@jit(do_not_specialize=("T",))
 def _quantize_fp8_kernel(
     x_ptr, c_ptr, q_ptr, s_ptr, T, x_row, x_col, c_col,
     W: tl.constexpr, COLUMN_SCALE: tl.constexpr,

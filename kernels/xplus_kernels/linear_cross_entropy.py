@@ -10,8 +10,8 @@ moved where 2 are the minimum, the second reading walking back so that the row's
 the cache; bf16: 6 bytes a logit, where the two GEMMs do 4 H operations. Softmax is fp32 inside;
 the logits round to the dtype before it and the gradient after it, as in Hugging Face's loss.
 
-A frozen head may be FP8 rows: an eighth of it at a time is read back into the dtype of x, once for
-the logits and once for dx of each chunk, so that no card needs FP8 GEMMs for it and x stays exact.
+A frozen head may be FP8 rows: an eighth of it at a time is read back into the dtype of x, for the
+logits and for dx of each chunk, so that no card needs FP8 GEMMs for it and x stays exact.
 
 Making the gradient in the forward is the idea of Liger-Kernel's FusedLinearCrossEntropy (arXiv
 2410.10989); the online softmax is that of Milakov and Gimelshein (arXiv 1805.02867). Saved for the
@@ -32,6 +32,7 @@ from torch import Tensor
 from xplus_kernels.backend import jit, tl, triton, use_triton
 from xplus_kernels.fp8 import Fp8Rows, check_fp8_rows, dequantize_fp8
 from xplus_kernels.numerics import widen
+from xplus_kernels.weight_gradient import weight_gradient
 
 LOGITS_BYTES = 512 * 2**20  # cap for one chunk of logits, in their own dtype
 LEAST_ROWS = 1024  # a chunk is not cut skinnier: a small GEMM would waste the hardware
@@ -64,12 +65,13 @@ def linear_cross_entropy_ref(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     vocabulary = head_shape(weight)[0]
     dw = torch.zeros(head_shape(weight), dtype=loss.dtype, device=x.device) if need_dw else None
+    head = _Head(weight, x.dtype)
     for a, b in row_chunks(x.shape[0], vocabulary, x.element_size(), logits_bytes):
         part, target = x[a:b], targets[a:b]
         counted = target != ignore_index
         at = target.where(counted, 0)[:, None]
         buffer = torch.empty(b - a, vocabulary, dtype=x.dtype, device=x.device)
-        logits = widen(head_logits(part, weight, buffer))  # [chunk, V]
+        logits = widen(head.logits(part, buffer))  # [chunk, V]
         lse = logits.logsumexp(-1)
         of_rows = (lse - logits.gather(1, at)[:, 0]).where(counted, 0)
         loss += of_rows.sum()
@@ -81,7 +83,11 @@ def linear_cross_entropy_ref(
         grad = logits.sub_(lse[:, None]).exp_()
         grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1))
         grad.mul_((counted.to(grad.dtype) / divisor)[:, None])
-        _multiply_back(grad.to(x.dtype), part, weight, dx, dw, a, b)
+        grad = grad.to(x.dtype)
+        if dx is not None:
+            head.dx(grad, dx[a:b])
+        if dw is not None:
+            dw += grad.T @ part  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
     return loss / divisor, dx, None if dw is None else dw.to(x.dtype)
 
 
@@ -91,46 +97,58 @@ def head_shape(weight: Tensor | Fp8Rows) -> tuple[int, int]:
     return v, h
 
 
-def _tiles(weight: Fp8Rows, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Pieces of a head, rows [start, end), read back; each into the place of the one before."""
-    v, h = head_shape(weight)
-    size = -(-v // HEAD_TILES)
-    buffer = torch.empty(size, h, dtype=dtype, device=weight.data.device)
-    for a in range(0, v, size):
-        b = min(v, a + size)
-        yield (
-            a,
-            b,
-            dequantize_fp8(Fp8Rows(weight.data[a:b], weight.scale[a:b]), out=buffer[: b - a]),
-        )
+class _Head:
+    """A head [V, H] as its products take it, chunk by chunk.
+
+    FP8 rows are read back a piece at a time, each into the place of the one before. The pieces are
+    gone through to and fro, so that the one which is there is used twice.
+    """
+
+    def __init__(self, weight: Tensor | Fp8Rows, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.at: tuple[int, int] | None = None  # rows of it that are in the buffer
+
+    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows [start, end), and these in `dtype`."""
+        v, h = head_shape(self.weight)
+        if isinstance(self.weight, Tensor):
+            yield 0, v, self.weight
+            return
+        size = -(-v // HEAD_TILES)
+        if self.at is None:
+            self.buffer = torch.empty(size, h, dtype=self.dtype, device=self.weight.data.device)
+        parts = [(a, min(v, a + size)) for a in range(0, v, size)]
+        for a, b in parts if self.at in (None, parts[0]) else reversed(parts):
+            tile = self.buffer[: b - a]
+            if self.at != (a, b):
+                rows = Fp8Rows(self.weight.data[a:b], self.weight.scale[a:b])
+                dequantize_fp8(rows, out=tile)
+            self.at = a, b
+            yield a, b, tile
+
+    def logits(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [chunk, H] -> logits = x @ W.T in out [chunk, V]."""
+        for a, b, tile in self.pieces():
+            torch.mm(x, tile.T, out=out[:, a:b])
+        return out
+
+    def dx(self, grad: Tensor, out: Tensor) -> None:
+        """grad [chunk, V] -> grad @ W in out [chunk, H]; of pieces the sum, in fp32."""
+        if isinstance(self.weight, Tensor):
+            torch.mm(grad, self.weight, out=out)
+            return
+        total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        for i, (a, b, tile) in enumerate(self.pieces()):
+            weight_gradient(grad[:, a:b].T, tile, total, add=i > 0)
+        out.copy_(total)
 
 
 def head_logits(x: Tensor, weight: Tensor | Fp8Rows, out: Tensor) -> Tensor:
-    """x [chunk, H] -> logits = x @ W.T in out [chunk, V]."""
-    if isinstance(weight, Tensor):
-        return torch.mm(x, weight.T, out=out)
-    for a, b, tile in _tiles(weight, x.dtype):
-        torch.mm(x, tile.T, out=out[:, a:b])
-    return out
+    """x [rows, H] -> logits = x @ W.T in out [rows, V]."""
+    return _Head(weight, x.dtype).logits(x, out)
 
 
-def _multiply_back(
-    grad: Tensor, x: Tensor, weight: Tensor | Fp8Rows, dx: Tensor | None, dw: Tensor | None,
-    a: int, b: int,
-) -> None:  # fmt: skip
-    """grad [chunk, V] -> dx[a:b] = grad @ W; dw += grad.T @ x."""
-    if dx is not None and isinstance(weight, Tensor):
-        torch.mm(grad, weight, out=dx[a:b])  # [chunk, V] @ [V, H]
-    elif dx is not None:
-        total = torch.zeros(dx[a:b].shape, dtype=torch.float32, device=dx.device)
-        for first, end, tile in _tiles(weight, grad.dtype):  # type: ignore[arg-type]
-            total += grad[:, first:end] @ tile
-        dx[a:b] = total
-    if dw is not None:
-        dw += grad.T @ x  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
-
-
-@jit
+@jit(do_not_specialize_on_alignment=("targets_ptr", "losses_ptr"))  # a chunk of the rows each
 def _softmax_gradient_kernel(
     logits_ptr,  # [rows, V], becomes the gradient
     targets_ptr,  # [rows] int64
@@ -223,13 +241,16 @@ def _fused(
     # one buffer for all chunks
     longest = max((b - a for a, b in chunks), default=0)
     buffer = torch.empty(longest, vocabulary, dtype=x.dtype, device=x.device)
-    scale = divisor.reciprocal()
+    scale, head = divisor.reciprocal(), _Head(weight, x.dtype)
     for a, b in chunks:
-        logits = head_logits(x[a:b], weight, buffer[: b - a])
+        logits = head.logits(x[a:b], buffer[: b - a])
         _softmax_gradient(
             logits, targets[a:b], losses[a:b], scale, ignore_index, need_dx or need_dw
         )
-        _multiply_back(logits, x[a:b], weight, dx, dw, a, b)
+        if dx is not None:
+            head.dx(logits, dx[a:b])
+        if dw is not None:
+            dw += logits.T @ x[a:b]  # [V, chunk] @ [chunk, H], summed over the chunks in fp32
     return losses.sum() / divisor, dx, None if dw is None else dw.to(x.dtype)
 
 

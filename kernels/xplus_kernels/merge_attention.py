@@ -36,7 +36,10 @@ def merge_attention_ref(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: 
     lse.copy_(whole)
 
 
-@jit
+@jit(
+    do_not_specialize=("S", "lse_head", "other_lse_head"),
+    do_not_specialize_on_alignment=("lse_ptr", "other_lse_ptr"),  # slices of columns
+)
 def _merge_attention_kernel(
     out_ptr, lse_ptr, other_ptr, other_lse_ptr, S, out_row, lse_head, other_row, other_lse_head,
     N: tl.constexpr, D: tl.constexpr,

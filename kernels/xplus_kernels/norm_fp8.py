@@ -57,7 +57,7 @@ def add_rms_norm_fp8_ref(
     return summed, quantize_fp8_ref(normed)
 
 
-@jit
+@jit(do_not_specialize=("T",))
 def _rms_norm_fp8_kernel(
     x_ptr, r_ptr, w_ptr, sum_ptr, q_ptr, scale_ptr, T, x_row, x_col, r_row, r_col,
     H: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,

@@ -82,7 +82,7 @@ def _wide_backward(
 # H is constexpr (one or two values a model), so that a mask vanishes where its tile is exact.
 
 
-@jit
+@jit(do_not_specialize=("T",))
 def _rms_norm_fwd_kernel(
     x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, T, x_row, x_col, r_row, r_col,
     H: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
@@ -119,7 +119,7 @@ def _rms_norm_fwd_kernel(
         tl.store(y_ptr + rows * H + b, y_b.to(dtype), m_b)
 
 
-@jit
+@jit(do_not_specialize=("T",))
 def _rms_norm_bwd_kernel(
     ds_ptr, dy_ptr, x_ptr, w_ptr, dx_ptr, dw_ptr, T, ds_row, ds_col, dy_row, dy_col, x_row, x_col,
     H: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, NEED_DW: tl.constexpr,

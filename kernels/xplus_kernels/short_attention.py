@@ -37,10 +37,10 @@ SIZES = ("T", "C", "begin_k", "end_k", "prefixes")
 CHUNK = 256  # query rows whose share of a prefix's dk and dv is added up in one go, at least
 # Of each kernel: query rows and keys of a tile, warps, stages. Without spills from sm_80 to sm_120.
 TILES = {
-    "fwd": {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 2},
-    "dq": {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+    "fwd": {"ROWS": 64, "KEYS": 16, "num_warps": 4, "num_stages": 3},
+    "dq": {"ROWS": 64, "KEYS": 16, "num_warps": 4, "num_stages": 2},
     "dkv": {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
-    "prefix": {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+    "prefix": {"ROWS": 64, "KEYS": 16, "num_warps": 4, "num_stages": 2},
     "sum": {"KEYS": 16, "num_warps": 4, "num_stages": 1},
 }
 

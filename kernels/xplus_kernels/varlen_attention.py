@@ -12,7 +12,9 @@ Whose kernels run on CUDA in bf16 and fp16, the first that can: flash-attn 3 (co
 fewer key than query heads as they are, and give lse as [N, T] in fp32: the natural logarithm of the
 sum over exp(scale * q k.T), so that any one's backward goes with any one's forward. PyTorch's and
 flash-attn 2's backward make dk and dv for every query head ([T, N, D] each) before they sum a
-group. Everything else, fp32 and fp64 on CUDA too, takes the reference (`attention_reference.py`).
+group. Where PyTorch's would run and all sequences are equally long, cuDNN's do, by way of PyTorch
+(`even_attention.py`). Everything else, fp32 and fp64 on CUDA too, takes the reference
+(`attention_reference.py`).
 
 Read in one copy of each source; PyTorch's ran and was right on an H100 and an H200, the others on
 no GPU yet. A causal mask is aligned to the end of the
@@ -39,6 +41,7 @@ from xplus_kernels.attention_reference import (
     varlen_attention_backward_ref,
     varlen_attention_ref,
 )
+from xplus_kernels.even_attention import even_attention, even_attention_backward, is_even
 from xplus_kernels.numerics import widen
 
 REFERENCE, PYTORCH = "reference", "PyTorch flash"
@@ -214,6 +217,8 @@ def varlen_attention(
         )  # fmt: skip
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
     values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
+    if name == PYTORCH and is_even(q, k, cu_seqlens, cu_k, max_seqlen):
+        return even_attention(q, k, v, max_seqlen, scale=scale, causal=causal)
     if name == PYTORCH:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *values,
@@ -277,14 +282,14 @@ def varlen_attention_backward(
     q, k, v, out, lse = _loadable(q), _loadable(k), _loadable(v), _loadable(out), lse.contiguous()
     dout = dout.contiguous()
     values = (cu_seqlens, cu_k, _longest(max_seqlen), _longest(longest_k))
+    if name == PYTORCH and is_even(q, k, cu_seqlens, cu_k, max_seqlen):
+        return even_attention_backward(
+            dout, q, k, v, out, lse, max_seqlen, scale=scale, causal=causal
+        )
     if name == PYTORCH:
-        # The generator's state and an unused tensor, as the forward returns them: without dropout
-        # nothing reads them.
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *values,
-            0.0, causal, state, state.new_zeros(()), scale=scale,
-        )  # fmt: skip
+            dout, q, k, v, out, lse, *values, 0.0, causal, *_no_dropout(q.device), scale=scale
+        )
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     library = LIBRARIES[name]
     _, backward = _functions(library)
@@ -361,6 +366,14 @@ def _check_bounds(of: str, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> No
         raise TypeError(f"max_seqlen{of}: {type(max_seqlen).__name__}; an int is wanted")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen{of}: {max_seqlen}; the longest sequence's length is wanted")
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The generator's state and an unused tensor, as the forward returns them: nothing reads them,
+    so they are made once."""
+    state = torch.zeros(2, dtype=torch.uint64, device=device)
+    return state, state.new_zeros(())
 
 
 def _same(argument: str, x: Tensor, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -452,8 +452,15 @@ def test_waits_are_taken_out_of_the_part_they_lie_in(monkeypatch):
     clock._wait(mine, "an input", 7)  # 7 to 8, in the backward
     clock.on_pre_optimizer_step()  # 9
     clock.on_step_end()  # 10
+    next(times), next(times)  # a batch is made
+    clock.on_step_begin(None, SimpleNamespace(global_step=1), None)  # 13
+    clock.on_pre_optimizer_step()  # 14
+    clock.on_step_end()  # 15
     clock.close()
-    assert clock.split(0) == {
+    assert clock.seconds == [10, 5]
+    whole = dict.fromkeys(train_clock.PARTS, 0)
+    assert clock.split(1) == whole | {"between steps": 3, "backward": 1, "optimizer": 1}
+    assert clock.split(0) == whole | {
         "frozen forward": 2, "trained forward": 2, "head": 1, "backward": 2, "optimizer": 1,
         "streams": 2,
     }  # fmt: skip

@@ -9,7 +9,8 @@ import yaml
 
 from tests.data.kinds import CARD, PLAIN, StandIn, jsonl, layout
 from xplus_fast.config import DataConfig, Source, load_recipe
-from xplus_fast.data.corpus import describe, load_corpus
+from xplus_fast.data.corpus import load_corpus
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.data.readers import Reading, read_examples, read_text
 from xplus_fast.errors import UserError
 from xplus_fast.model import hub as hub_module

@@ -15,7 +15,8 @@ from tests.tiny import tiny_model
 from tests.training.workplace import make_workplace, write_recipe, xplus
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.chat import encode, pieces
-from xplus_fast.data.corpus import PackCollator, describe, load_corpus
+from xplus_fast.data.corpus import PackCollator, load_corpus
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.data.packed import RowSampler
 from xplus_fast.data.packing import mixed_order, shared_order
 from xplus_fast.data.readers import Reading, read_examples, read_text

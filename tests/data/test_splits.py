@@ -13,7 +13,8 @@ import pytest
 from xplus_fast.config import DataConfig, Source
 from xplus_fast.data import files as files_module
 from xplus_fast.data import readers as readers_module
-from xplus_fast.data.corpus import describe, load_corpus
+from xplus_fast.data.corpus import load_corpus
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.data.files import read_records
 from xplus_fast.data.languages import is_language
 from xplus_fast.data.readers import Reading, read_examples, source_files

@@ -14,8 +14,8 @@ from xplus_fast.config import DataConfig, EvaluationConfig
 from xplus_fast.data.chat import Encoded, encode, prompt_text
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation import heldout
-from xplus_fast.evaluation.heldout import measure
+from xplus_fast.measuring import heldout
+from xplus_fast.measuring.heldout import measure
 from xplus_fast.model.prepare import prepare_model
 
 TEMPLATE = (

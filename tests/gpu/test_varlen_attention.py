@@ -12,8 +12,9 @@ import xplus_kernels as ops
 from tests.gpu import common
 from tests.tiny import difference
 
-# the module: in the package its name is the function
+# the modules: in the package the first's name is the function
 ATTENTION = sys.modules["xplus_kernels.varlen_attention"]
+EVEN = sys.modules["xplus_kernels.even_attention"]
 CUDA = torch.cuda.is_available() and not common.IR
 MAJOR = torch.cuda.get_device_capability()[0] if CUDA else 0
 pytestmark = [
@@ -30,6 +31,7 @@ PACKS = {
     "single tokens": (1, 1, 1),
     "empty between": (5, 0, 1, 0, 128),
     "a token": (1,),
+    "even": (1024, 1024, 1024),  # where PyTorch's run, cuDNN's do
 }
 
 
@@ -169,9 +171,21 @@ def test_the_forward_and_backward_wait_for_nothing(name, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_deterministic_gradients_repeat(monkeypatch):
+def test_cudnn_takes_what_is_even(monkeypatch):
     use("PyTorch flash", monkeypatch)
-    dout, q, k, v, cu, options = pack((2048, 700), (32, 8), torch.bfloat16)
+    _, q, k, _, cu, _ = pack((1024, 1024), (32, 8), torch.bfloat16)
+    there = MAJOR in EVEN.CAPABILITIES and torch.backends.cudnn.is_available()
+    assert EVEN.is_even(q, k, cu, cu, 1024) == there
+    assert not EVEN.is_even(q, k, cu, cu, 1025) and not EVEN.is_even(q, k, cu, cu.clone(), 1024)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)  # nobody calls it
+    if there:
+        ops.varlen_attention(q, k, k, cu, max_seqlen=1024, scale=SCALE)
+
+
+@pytest.mark.parametrize("lengths", [(2048, 700), (2048, 2048)], ids=["mixed", "even"])
+def test_deterministic_gradients_repeat(lengths, monkeypatch):
+    use("PyTorch flash", monkeypatch)
+    dout, q, k, v, cu, options = pack(lengths, (32, 8), torch.bfloat16)
     options["scale"] = SCALE
     out, lse = ops.varlen_attention(q, k, v, cu, **options)
     rows = (dout, q, k, v, out, lse, cu)

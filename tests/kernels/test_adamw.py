@@ -7,6 +7,7 @@ import torch
 
 from tests.tiny import difference
 from xplus_kernels import adamw as A
+from xplus_kernels import blockwise as B
 
 OPTIONS = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
@@ -81,15 +82,15 @@ def test_maps_and_codes_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     for signed in (True, False):
         values = functional.create_dynamic_map(signed)
-        assert torch.equal(A.dynamic_map(signed=signed), values)
+        assert torch.equal(B.dynamic_map(signed=signed), values)
         x = spread(256 * 500 + 3)
         x = x if signed else x.abs()
-        codes, absmax = A.quantize_blockwise(x, signed=signed)
+        codes, absmax = B.quantize_blockwise(x, signed=signed)
         # fp64 input takes bitsandbytes' nearest value in PyTorch; its compiled CPU path looks up
         # a coarser table and is a few codes off near zero
         theirs = torch.ops.bitsandbytes.quantize_blockwise(x.double(), values.clone(), 256)
         assert torch.equal(codes, theirs[0]) and torch.equal(absmax, theirs[1])
-        ours = A.dequantize_blockwise(codes, absmax, signed=signed)
+        ours = B.dequantize_blockwise(codes, absmax, signed=signed)
         assert torch.equal(
             ours,
             functional.dequantize_blockwise(codes, absmax=absmax, code=values, blocksize=256),
@@ -98,34 +99,34 @@ def test_maps_and_codes_are_those_of_bitsandbytes():
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_code_starts_where_the_value_above_is_nearer(signed):
-    values = A.dynamic_map(signed=signed)
-    starts = A._tables(values.device)[2 if signed else 3]
+    values = B.dynamic_map(signed=signed)
+    starts = B.code_tables(values.device)[2 if signed else 3]
     below = torch.nextafter(starts[1:], torch.tensor(-2.0))
     for x, is_upper in ((starts[1:], True), (below, False)):
         assert (((values[1:] - x).abs() < (x - values[:-1]).abs()) == is_upper).all()
-    codes, absmax = A.quantize_blockwise(values, signed=signed)  # its own values come back
+    codes, absmax = B.quantize_blockwise(values, signed=signed)  # its own values come back
     assert torch.equal(codes.long(), torch.arange(256)) and absmax == 1
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-45, 1e-39])
 def test_block_of_nothing_quantizes_to_zero(x):
     for signed in (True, False):
-        codes, absmax = A.quantize_blockwise(torch.full((5,), x), signed=signed)
-        assert (A.dequantize_blockwise(codes, absmax, signed=signed) == 0).all()
+        codes, absmax = B.quantize_blockwise(torch.full((5,), x), signed=signed)
+        assert (B.dequantize_blockwise(codes, absmax, signed=signed) == 0).all()
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
 def test_eight_bit_states_are_the_quantized_states_of_an_exact_step(n):
     param, state = randn(n), states(randn(n), eight_bit=True)
     for step in (1, 2, 3):
-        m = A.dequantize_blockwise(state["exp_avg"], state["exp_avg_absmax"], signed=True)
-        v = A.dequantize_blockwise(state["exp_avg_sq"], state["exp_avg_sq_absmax"], signed=False)
+        m = B.dequantize_blockwise(state["exp_avg"], state["exp_avg_absmax"], signed=True)
+        v = B.dequantize_blockwise(state["exp_avg_sq"], state["exp_avg_sq_absmax"], signed=False)
         exact, grad = param.clone(), randn(n, seed=step)
         A.adamw_update(exact, grad, m, v, step=step, **OPTIONS)
         A.adamw_update(param, grad, step=step, **state, **OPTIONS)
         assert torch.equal(param, exact)
         for name, x, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
-            codes, absmax = A.quantize_blockwise(x, signed=signed)
+            codes, absmax = B.quantize_blockwise(x, signed=signed)
             assert torch.equal(state[name], codes)
             assert torch.equal(state[f"{name}_absmax"], absmax)
 

@@ -171,3 +171,18 @@ def test_a_row_quantized_alone_stays_in_the_layout_it_was_loaded_in(
     assert {"quantize_fp8 weight 14B bf16", "swiglu_fp8 14B bf16"} <= {c.name for c, _ in alone}
     moved = {c.name: m.shared_bytes for c, m in alone if m.shared_bytes > 4 * c.num_warps}
     assert moved == {}
+
+
+# Of a batch, not of a model: rows, chunks, where keys begin and end
+OF_A_BATCH = {"T", "S", "C", "begin_k", "end_k", "prefixes", "lse_head", "other_lse_head"}
+
+
+def test_no_kernel_is_compiled_for_what_a_batch_decides() -> None:
+    kernels = {case.kernel for cases in registered_cases().values() for case in cases}
+    given = {p.name: p for k in kernels for p in k.params if p.name in OF_A_BATCH}
+    assert given.keys() == OF_A_BATCH
+    special = [
+        f"{k.__name__} {p.name}" for k in kernels for p in k.params
+        if p.name in OF_A_BATCH and not p.do_not_specialize
+    ]  # fmt: skip
+    assert special == []

@@ -421,3 +421,11 @@ def test_bad_input_to_the_backward_is_named(change, error, words):
     with pytest.raises(error) as raised:
         ops.varlen_attention_backward(**(arguments | change), cu_seqlens=cu, **OPTIONS)
     assert str(raised.value).startswith(words)
+
+
+def test_what_stands_for_a_generators_state_is_made_once():
+    """Two fills a layer otherwise, of what nothing reads."""
+    cpu = torch.device("cpu")
+    state, unused = ATTENTION._no_dropout(cpu)
+    assert (state.dtype, state.shape, unused.shape) == (torch.uint64, (2,), ())
+    assert all(a is b for a, b in zip(ATTENTION._no_dropout(cpu), (state, unused), strict=True))

@@ -103,6 +103,27 @@ def test_attention_of_short_sequences_row_by_row(selection, pack, monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("pack", PACKS)
+def test_tables_begin_where_a_kernel_expects_it(pack, monkeypatch):
+    """At a multiple of 16 bytes: else Triton compiles the kernel again for this batch."""
+    monkeypatch.setattr(ops, "wants_sees", lambda device, length: True)
+    batch = PackCollator(shared_prefixes=True)(rows(pack))
+    layout, positions = batch["layout"], batch["position_ids"]
+    whole = make_pack(
+        positions.shape, positions.device, attention_mask=None, position_ids=positions,
+        cu_seq_lens=batch["cu_seq_lens_q"], max_length=None, inv_freq=torch.ones(8), scaling=1.0,
+        layout=layout,
+    )  # fmt: skip
+    last = last_rows(whole, batch["supervised_rows"], layout)
+    for attend in (whole.attend, last.attend):
+        shared = attend.sees.prefixes
+        tables = [attend.sees.keys, attend.sees.queries]
+        if pack != "none":
+            tables += [shared.sees, shared.chunks, shared.of]
+        assert all(x.dtype == torch.int32 and x.storage_offset() % 4 == 0 for x in tables)
+        assert all(x.is_contiguous() for x in tables)
+
+
 @pytest.mark.parametrize("policy", KEEP)
 @pytest.mark.parametrize("also", [(), ("embedding", "final_norm", "head")])
 def test_every_policy_and_what_trains_beside_the_layers(policy, also):

@@ -14,6 +14,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.layout import FORMATS, LayerLayout, Layout, UpdateLayout
 from xplus_fast.model.load import Weights, load_model
 from xplus_fast.model.prepare import prepare_model
+from xplus_fast.model.sums import Sums, summed
 from xplus_fast.planning.memory import (
     account,
     layer_bytes,
@@ -55,7 +56,7 @@ def test_the_peak_is_the_engines(monkeypatch, policy, selection, sizes, steps, s
     expected = peak_moment(shape, layout, UpdateLayout(master=False), b)
     if steps == 2:  # gradients are there before the second micro-batch
         model(**batch).loss.backward()
-    with tracked(monkeypatch) as tracker:
+    with tracked(monkeypatch) as tracker, summed(model.model.layers, Sums()):
         if steps == 2:
             tracker.see([p.grad for p in model.parameters() if p.grad is not None])
         tracker.see([v for v in batch.values() if torch.is_tensor(v)])
@@ -152,9 +153,15 @@ def test_purposes_by_hand():
     assert device["scratch"] == device["stream buffers"] == sum(host.values()) == 0
 
     away = UpdateLayout("host", "host", bits=8, master=False)
+    wide = account(QWEN3_8B, layout, UpdateLayout(sums=32), Batch(4096, 4096, 4096, steps=4))
+    assert wide[0]["gradients"] == 2 * device["gradients"]
+    assert wide[0]["optimizer"] == device["optimizer"]
+
     device, host = account(QWEN3_8B, layout, away, Batch(4096, 4096, 4096, steps=4))
     assert device["optimizer"] == device["gradients"] == 0
     assert host["gradients"] == 2 * 15 * block
+    wide = account(QWEN3_8B, layout, replace(away, sums=32), Batch(4096, 4096, 4096, steps=4))
+    assert wide[1]["gradients"] == 2 * host["gradients"]
     assert host["optimizer"] == int((2 + 8 / 256) * 15 * block)
 
 

@@ -32,9 +32,11 @@ from tests.simulated.scenarios import (
 )
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.offload import Offloaded
-from xplus_fast.planning.plan import Plan
+from xplus_fast.model.sums import summed
+from xplus_fast.planning.search import Plan
 from xplus_fast.training import planned, throughput
 from xplus_fast.training.host_state import HostGradients
+from xplus_fast.training.optimizer import AdamW
 
 Scenario = Callable[[SimulatedDevice, Path, Path], Result]
 
@@ -74,11 +76,11 @@ def epochs(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
 
 
 class _Reads(TrainerCallback):
-    """Looks at what a checkpoint would hold, before anything else waits."""
+    """Looks at what a checkpoint would hold, before anything else waits (for the norm, soon)."""
 
     trainer: Any
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         for state in self.trainer._optimizer_state()["states"].values():
             state["exp_avg"].numpy()
 
@@ -122,14 +124,37 @@ def script_gives_up(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
     return [loss.item() for loss in found], on_host(made)
 
 
+def script_tries_again(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
+    """A script whose memory runs out while sums of gradients come over, and that goes on."""
+    made = load(model, layout((2, 3)))
+    optimizer = AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-3, gradients="host")
+
+    def micro_batch(seed: int) -> float:
+        with summed(made.model.layers, optimizer.sums):
+            return backward(made, seed=seed).item()
+
+    found = [micro_batch(0)]
+    with running_out(sim, HostGradients, "bring", 3, 5):
+        try:
+            micro_batch(1)
+            raise AssertionError("memory does not run out")
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+        for p in made.parameters():
+            torch.ones_like(p)  # where the sums were to arrive
+    found += [micro_batch(2), micro_batch(3)]
+    optimizer.step()
+    return found, on_host(made)
+
+
 def halved(plan: Plan) -> Plan:
     return replace(plan, micro_batch_tokens=plan.micro_batch_tokens // 2)
 
 
 def steps_down(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
-    """A step given up while a gradient is being added to its sum."""
+    """A step given up while the sums of gradients come over to be added to."""
     with (
-        running_out(sim, HostGradients, "_take", 52, 2),
+        running_out(sim, HostGradients, "bring", 6, 3),
         mock.patch.object(planned, "leaner", halved),
     ):
         return trainer(model, folder, memory=LEAN)
@@ -154,5 +179,6 @@ def timing(sim: SimulatedDevice, model: Path, folder: Path) -> Result:
 
 
 SCENARIOS: list[Scenario] = [
-    timing, script, streamed, script_gives_up, stages, formats, epochs, checkpoints, steps_down,
+    timing, script, streamed, script_gives_up, script_tries_again, stages, formats, epochs,
+    checkpoints, steps_down,
 ]  # fmt: skip

@@ -22,7 +22,9 @@ from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import LayerLayout, Layout
 from xplus_fast.model.load import Weights, arrange, load_model, set_activations
 from xplus_fast.model.prepare import trained_tensors
-from xplus_fast.planning.plan import Plan, plan_stage
+from xplus_fast.model.sums import summed
+from xplus_fast.planning.plan import plan_stage
+from xplus_fast.planning.search import Plan
 from xplus_fast.training import host_state, throughput
 from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.hidden_store import InMemory
@@ -94,13 +96,14 @@ def backward(model: Any, *, seed: int, longest: int = 14) -> torch.Tensor:
 def steps(
     model: Any, update: dict[str, Any], *, number: int = 2, clip: bool = True
 ) -> list[torch.Tensor]:
-    """Optimizer steps of two micro-batches, as a script would make them -> losses."""
+    """Optimizer steps of three micro-batches, as a script would make them -> losses."""
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, **update)
     found = []
     torch.cuda.reset_peak_memory_stats()
     for step in range(number):
-        for micro in range(2):
-            found.append(backward(model, seed=10 * step + micro, longest=14 + micro))
+        for micro in range(3):
+            with summed(model.model.layers, optimizer.sums):
+                found.append(backward(model, seed=10 * step + micro, longest=14 + micro))
         if clip:
             norm = optimizer.grad_norm()
             optimizer.gradient_scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)

@@ -26,10 +26,13 @@ from tests.simulated.scenarios import (
     trainer,
 )
 from tests.training.test_trainer import losses
+from xplus_fast.planning.selection import Rotation
+from xplus_fast.training.optimizer import AdamW
+from xplus_fast.training.rotation import Rotate
 
 UPDATES = [
     {"states": "host"}, HOSTED, {"gradients": "host"},
-    {**HOSTED, "bits": 8, "master": False},
+    {**HOSTED, "bits": 8, "master": False}, {**HOSTED, "sums": 32},
 ]  # fmt: skip
 POLICIES = ("keep", "recompute", "offload", "mixed")
 CASES = [
@@ -41,9 +44,8 @@ CASES = [
 
 
 @cache
-def plain(folder: Path, trained: tuple[int, ...], form: str = "bf16", bits: int = 32):
+def plain(folder: Path, trained: tuple[int, ...], form: str = "bf16", **update):
     """Everything on the device."""
-    update = {"bits": 8, "master": False} if bits == 8 else {}
     with simulated():
         return engine(folder, layout(trained, form=form), update=update)
 
@@ -52,7 +54,8 @@ def plain(folder: Path, trained: tuple[int, ...], form: str = "bf16", bits: int 
 def test_layouts(trained, placement, policy, update, model_folder):
     with simulated() as sim:
         found = engine(model_folder, layout(trained, placement, policy), update=update)
-    assert same(found, plain(model_folder, trained, bits=update.get("bits", 32)))
+    computed = {k: v for k, v in update.items() if k not in HOSTED}
+    assert same(found, plain(model_folder, trained, **computed))
     assert sim.alive == 0 and not sim.pinned
 
 
@@ -127,6 +130,32 @@ def test_hidden_states_that_are_kept(model_folder, tmp_path):
         assert same(found, wanted) and sim.alive == 0 and not sim.pinned
 
 
+@pytest.mark.parametrize("memory", [{}, LEAN], ids=["device", "lean"])
+def test_layers_that_take_turns(memory, model_folder, tmp_path, monkeypatch):
+    """States go to rest on the host and come back, as if they had stayed on the device."""
+    moved, place = [], AdamW.place
+
+    def counted(optimizer, p):
+        before = {k: t.device.type for k, t in optimizer.state.get(p, {}).items()}
+        place(optimizer, p)
+        after = {k: t.device.type for k, t in optimizer.state.get(p, {}).items()}
+        moved.extend((before[k], after[k]) for k in before if before[k] != after[k])
+
+    def run(folder, **options):
+        turns = Rotate(Rotation("1 of 2-3", 1), seed=0)
+        return trainer(model_folder, folder, callbacks=[turns], max_steps=6, **options)
+
+    monkeypatch.setattr(AdamW, "place", lambda *_: None)  # all stay
+    with simulated():
+        wanted = run(tmp_path / "plain")
+    monkeypatch.setattr(AdamW, "place", counted)
+    with simulated() as sim:
+        found = run(tmp_path / "turns", memory=memory)
+    assert same(found, wanted) and sim.alive == 0 and not sim.pinned
+    ways = {("cuda", "cpu"), ("cpu", "cuda")}
+    assert set(moved) == (set() if memory else ways)  # lean: they are on the host anyway
+
+
 class Processes:
     """Gradients that meet those of other processes on a stream of their own, as DDP has it."""
 
@@ -157,7 +186,13 @@ class Processes:
 def test_data_parallel_gradients_meet_once_a_step(model_folder, tmp_path, monkeypatch):
     memory = {**LEAN, "gradients": "device", "micro_batch_tokens": 32}
     with simulated():
-        wanted = trainer(model_folder, tmp_path, memory=memory)
+        made = make_trainer(model_folder, tmp_path, memory=memory)
+        for p in made.model.parameters():  # who looks at each gradient sees it added by autograd
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda _: None)
+        made.train()
+        wanted = losses(made), on_host(made.model)
+        del made
     with simulated():
         made = make_trainer(model_folder, tmp_path, memory=memory)
         processes = Processes(made.model)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from xplus_fast.errors import UserError
-from xplus_fast.files import locked, new_folder
+from xplus_fast.files import new_folder
+from xplus_fast.locks import locked
 from xplus_fast.model import headers
 from xplus_fast.model.checkpoint_files import SINGLE, CheckpointFiles
 from xplus_fast.training.export import describe, export, layer_of, verify

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from tests.training.test_run import losses, workplace, xplus  # noqa: F401  (a fixture)
-from xplus_fast.files import PlacedFile, working_in
+from xplus_fast.files import PlacedFile
+from xplus_fast.locks import working_in
 from xplus_fast.model.layer import Block
 from xplus_fast.training.hidden_store import CHECKS, STATES
 from xplus_fast.training.memory_log import PeakWatch

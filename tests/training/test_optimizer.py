@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,6 +322,18 @@ def test_states_that_find_no_room_are_made_once_the_cache_is_given_back(monkeypa
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def flags_of(address):
+    """What the kernel keeps of the memory there, in two letters each; see proc(5), VmFlags."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, end = (int(x, 16) for x in found.groups())
+            inside = first <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such memory")
+
+
 def test_no_room_on_the_host_is_one_line(monkeypatch):
     freed = []
 
@@ -344,6 +358,7 @@ def test_no_room_on_the_host_is_one_line(monkeypatch):
     tensor = host_state.zeros_on_host((9, 1000), torch.float32, gpu)
     row, address = tensor[3], tensor.data_ptr()
     assert tensor.shape == (9, 1000) and not tensor.any()
+    assert "dc" in flags_of(address)  # a process that is forked does not get it
     del tensor
     gc.collect()
     assert not freed  # the row still looks at it

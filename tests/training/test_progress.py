@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from xplus_fast.training.progress import LiveLine, WorkLine, duration, si
+from xplus_fast.progress import LiveLine, WorkLine, duration, si
 
 
 class Clock:

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from tests.training.finished import DATA, NASTY, make_run, measure, measured, step, write_steps
-from xplus_fast.data.corpus import describe
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.errors import UserError
+from xplus_fast.training import report
 from xplus_fast.training.report import (
     _escape,
     _fenced,
@@ -17,7 +18,7 @@ from xplus_fast.training.report import (
     _table,
     write_report,
 )
-from xplus_fast.training.report_data import mean_of, smooth
+from xplus_fast.training.report_data import mean_of, smooth, span
 
 SHOWN = (
     r"Enter a \| \`value\`<br>or \*\*nothing\*\* &lt;b>%(name)s&lt;/b> \[x\](y) \_z\_ \$5 &amp;"
@@ -222,4 +223,43 @@ def test_small_pieces():
     flat = smooth(np.full(100, 3.0))
     assert flat == pytest.approx(np.full(100, 3.0))  # no dip at the ends
     ramp = smooth(np.arange(200.0))
+    assert ramp == pytest.approx(np.arange(200.0))  # nor one that stops short of the last steps
+    for n in (2, 3, 8, 9, 30):
+        assert smooth(np.arange(n, dtype=float)) == pytest.approx(np.arange(n))
+    y = np.random.default_rng(0).normal(size=50)
+    window = np.hanning(11)[1:-1]  # nine steps at least
+    assert smooth(y)[20] == pytest.approx((y[16:25] * window).sum() / window.sum())
     assert ramp[50:150] == pytest.approx(np.arange(50.0, 150.0))  # no lag
+
+
+def figures(run, monkeypatch):
+    """The pictures of a run's report, as matplotlib has them."""
+    found = {}
+    monkeypatch.setattr(
+        report, "write_picture", lambda path, figure: found.update({path.name: figure})
+    )
+    monkeypatch.setattr(report, "write_text", lambda *_: None)
+    write_report(run)
+    return found
+
+
+def test_an_axis_is_long_enough_that_no_small_change_looks_large(run, monkeypatch):
+    assert span([1.0, 3.0], 1.0, 0.5) == (0.0, 4.0)
+    assert span([2.0, 2.1], 0.5, 0.0) == pytest.approx((1.8, 2.3))
+    lines = [{**step("bottom", i, 40), "loss": 3.0 + 1e-3 * (i % 2)} for i in range(1, 41)]
+    write_steps(run, [*lines, *({**line, "stage": "top"} for line in lines)])
+    measure(run, "before", {**measured(1.0, 0.0), "retention": None})
+    for name in ("after-bottom", "after-top"):
+        measure(run, name, {**measured(0.999, 0.1), "retention": None})
+    found = figures(run, monkeypatch)
+    low, high = found["loss.png"].axes[0].get_ylim()
+    assert low < 3.0 < 3.001 < high and high - low >= 0.2 * 3.0
+    for axes, least in zip(found["quality.png"].axes, (0.2 * 3.0, 10.0), strict=True):
+        a, b = axes.get_xlim()
+        assert b - a >= least
+
+
+def test_the_legend_says_what_dots_and_lines_are(run, monkeypatch):
+    legend = figures(run, monkeypatch)["loss.png"].axes[0].get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["bottom", "top", "dot: a step", "line: moving average"]

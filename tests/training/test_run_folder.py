@@ -15,7 +15,7 @@ import yaml
 from tests.training.test_run import losses, workplace, xplus  # noqa: F401  (a fixture)
 from xplus_fast.config import load_recipe
 from xplus_fast.errors import UserError
-from xplus_fast.files import working_in
+from xplus_fast.locks import working_in
 from xplus_fast.planning.cards import CARDS
 from xplus_fast.training.run_folder import (
     card_of,

@@ -7,7 +7,8 @@ A row is {"input_ids" int64 [T], "labels" int64 [T], "lengths" [S]}: S sequences
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -191,3 +192,16 @@ def _sequences(
         layout.lengths[: len(layout.members)], layout.members
     )
     return groups, spans, (layout.starts - before)[layout.groups[0] :], sources
+
+
+@contextmanager
+def whole_sequences(collator: Any) -> Iterator[None]:
+    """Within it a collator of ours gives sequences as they are, in their order."""
+    if not isinstance(collator, PackCollator):
+        yield
+        return
+    before, collator.shared_prefixes = collator.shared_prefixes, False
+    try:
+        yield
+    finally:
+        collator.shared_prefixes = before

@@ -18,6 +18,7 @@ from xplus_fast.config import DataConfig, Source
 from xplus_fast.data.chat import Encoded, encode, pieces
 from xplus_fast.data.collate import PackCollator
 from xplus_fast.data.compressed import stem
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.data.packed import (
     ITEMS,
     SOURCES,
@@ -30,10 +31,10 @@ from xplus_fast.data.packed import (
 )
 from xplus_fast.data.packing import mixed_order, shared_order
 from xplus_fast.data.readers import Example, Reading, read_examples, source_files
-from xplus_fast.data.splits import some
 from xplus_fast.data.template import has_template, template_variables
 from xplus_fast.errors import UserError
-from xplus_fast.files import BUFFER, NewFile, locked, new_folder, remove, resolve, sweep
+from xplus_fast.files import BUFFER, NewFile, new_folder, remove, resolve
+from xplus_fast.locks import locked, sweep
 from xplus_fast.manifest import check_files, write_manifest
 
 __all__ = [
@@ -56,7 +57,7 @@ class Corpus:
 
     train: PackedDataset
     heldout: dict[str, list[Example]]  # tag -> examples
-    summary: dict[str, Any]  # JSON; see `describe`
+    summary: dict[str, Any]  # JSON; `corpus_text` says it in words
 
 
 def load_corpus(
@@ -110,43 +111,6 @@ def read_validation(
     if not found:
         raise UserError(f"data.validation: {_names(data.validation)}: empty, no example in it")
     return found
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """The figures of a corpus in a few lines of text: all but where it lies.
-
-    saved: the share of its tokens that another sequence's stand for in a step, where it is known.
-    """
-    tags = ", ".join(f"{tag} {n:,}" for tag, n in summary["tags"].items())
-    lines = [
-        f"data: {summary['sequences']:,} sequences ({tags}), {summary['tokens']:,} tokens,"
-        f" {summary['supervised']:,} of them supervised",
-    ]
-    for name, of in summary["shares"].items():
-        lines.append(
-            f"share: {of['share']:.1%} of the supervised tokens are of {name} (asked for:"
-            f" {of['asked']:.1%}), {of['times']:.2f} times over an epoch"
-        )
-    if summary.get("saved"):
-        lines.append(f"prompts computed once: {summary['saved']:.0%} of tokens")
-    lines += [f"format: {name}: {found}" for name, found in summary["formats"].items()]
-    for name, files in summary["files"].items():
-        left = summary["left"][name]
-        aside = f"; left alone: {some(left)}" if left else ""
-        lines.append(f"read: {some(files)} of {name}{aside}")
-    if summary["unread"]:
-        lines.append(f"keys of records that are not read: {some(summary['unread'], 12)}")
-    for reason, n in summary["skipped"].items():
-        lines.append(f"left out: {n:,} x {reason}: {', '.join(summary['skipped_first'][reason])}")
-        lines[-1] += ", ..." if n > len(summary["skipped_first"][reason]) else ""
-    if summary["cut"]:
-        lines.append(f"cut to {summary['pack_tokens']:,} tokens: {summary['cut']:,} answers")
-    if summary["heldout"]:
-        held = ", ".join(f"{tag} {n:,}" for tag, n in summary["heldout"].items())
-        lines.append(f"held out: {held} ({summary['kept_out']:,} sequences with their duplicates)")
-    if not summary["template"]:
-        lines.append("no chat template: an example is its prompt, a newline, the answer and eos")
-    return "\n".join(lines)
 
 
 # --- the cache ---

@@ -2,8 +2,9 @@
 
     python -I -S confine.py {"level": ..., "command": [...], ...}
 
-Run by its path, apart from everything: it imports nothing of this project. `sandbox` says what to
-do (`Job`), reads what the command says, and learns from a pipe how it ended. Levels:
+Run by its path, apart from everything: it imports nothing of this project but `processes`.
+`sandbox` says what to do (`Job`), reads what the command says, and learns from a pipe how it ended.
+Levels:
 
 namespaces  the command gets a file system of its own: what it needs, read-only, and a home in
             memory; no network, no other processes. The supervisor is process 1 of the namespace:
@@ -27,6 +28,12 @@ import struct
 import sys
 import time
 from typing import Any, NoReturn
+
+if __package__:
+    from xplus_fast.evaluation.processes import others, too_much
+else:  # run by its path
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from processes import others, too_much  # type: ignore[no-redef]
 
 LIBC: Any = ctypes.CDLL(None, use_errno=True)
 # from <sched.h>, <sys/mount.h>, <linux/prctl.h>, <linux/landlock.h>, <linux/seccomp.h>
@@ -328,9 +335,9 @@ def _supervise(job: dict[str, Any], out: int | None) -> int:
             if ended[0] == child:
                 code = os.waitstatus_to_exitcode(ended[1])
         if not why and code is None and time.monotonic() - looked > LOOK:
-            why = _too_much(job, _others(apart))
+            why = too_much(others(apart), job["most"], job["memory"])
             looked = time.monotonic()
-    while left := _others(apart):  # a dying one may still start another
+    while left := others(apart):  # a dying one may still start another
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -350,50 +357,6 @@ def _reap() -> tuple[int, int]:
         return os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
         return 0, 0
-
-
-def _others(apart: bool) -> dict[int, tuple[int, int]]:
-    """Process -> threads, resident bytes: all of the namespace, or all that come from here."""
-    parents, found = {}, {}
-    me = os.getpid()
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == me:
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as f:
-                told = f.read().rpartition(b")")[2].split()
-        except OSError:
-            continue
-        parents[int(name)] = int(told[1])
-        if told[0] not in (b"Z", b"X"):
-            found[int(name)] = (int(told[17]), int(told[21]) * resource.getpagesize())
-    if apart:
-        return found
-    mine, more = {me}, {me}
-    while more:
-        more = {pid for pid, parent in parents.items() if parent in more} - mine
-        mine |= more
-    return {pid: about for pid, about in found.items() if pid in mine}
-
-
-def _too_much(job: dict[str, Any], running: dict[int, tuple[int, int]]) -> str:
-    if sum(threads for threads, _ in running.values()) > job["most"]:
-        return f"it ran more than {job['most']} processes and threads at a time"
-    if sum(size for _, size in running.values()) > job["memory"]:
-        # what processes share counts once
-        if sum(map(_share, running)) > job["memory"]:
-            return f"its processes together took more than {job['memory'] / 1e9:.3g} GB"
-    return ""
-
-
-def _share(pid: int) -> int:
-    """Bytes of memory, those that are shared divided by how many share them."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as f:
-            line = next(line for line in f if line.startswith(b"Pss:"))
-    except (OSError, StopIteration):
-        return 0
-    return int(line.split()[1]) * 1024
 
 
 def _bring(source: str, out: int) -> str:

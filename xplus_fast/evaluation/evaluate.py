@@ -22,7 +22,8 @@ from xplus_fast.evaluation.reasoning import harness_model, run_tasks, sample_sco
 from xplus_fast.evaluation.recipe import EvaluateRecipe
 from xplus_fast.evaluation.sets import Lines
 from xplus_fast.evaluation.translation import note, prompts, read_answers, score
-from xplus_fast.files import make_folder, remove, resolve, sweep, write_text
+from xplus_fast.files import make_folder, remove, resolve, write_text
+from xplus_fast.locks import sweep
 from xplus_fast.model.pretrained import load_tokenizer
 from xplus_fast.training.run_folder import is_run
 

@@ -176,6 +176,8 @@ def draw(points: Sequence[Point], file: Path) -> None:
         else:
             axes.set_xticks(range(len(points)), [p.label for p in points])
         axes.set_ylabel(f"{kinds[0]}: change from the base, {UNITS[kinds[0]]} (up is better)")
+        if any(_ends(p.means[kind]) for p in points for kind in kinds):
+            axes.plot([], [], color="#5c6b7a", linewidth=0.8, label="bars: intervals")
         axes.legend(frameon=False, fontsize=8)
         write_picture(file, figure, dpi=130)
         plt.close(figure)

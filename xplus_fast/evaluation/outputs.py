@@ -15,6 +15,7 @@ from string import Formatter
 import numpy as np
 
 from xplus_fast.data.languages import language_name
+from xplus_fast.measuring.answers import without_thought
 
 ODDITIES = {
     "empty": "empty",
@@ -24,7 +25,6 @@ ODDITIES = {
     "loops": "that repeat themselves",
     "echoes": "that repeat the prompt",
 }
-_TAG = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning|reflection)\s*>", re.IGNORECASE)
 _BREAK = re.compile(r"\r\n|[\r\n]")
 
 # stems of "translation" in the languages of the world, by which an answer names itself
@@ -58,29 +58,6 @@ def one_line(text: str) -> str:
     """
     text = _BREAK.sub(" ", text).strip()
     return text.encode(errors="backslashreplace").decode()
-
-
-def without_thought(text: str, source: str = "") -> tuple[str, bool]:
-    """A text less its think blocks, and whether it had one.
-
-    One that does not end takes all that follows; one that does not begin, as its beginning stood in
-    the prompt, takes all before. A source with such tags is about them: they stay.
-    """
-    tags = list(_TAG.finditer(text))
-    if not tags or _TAG.search(source):
-        return text, False
-    kept: list[str] = []
-    at, inside = 0, False
-    for tag in tags:
-        if tag[1]:
-            kept = kept if inside else []
-            at, inside = tag.end(), False
-        elif not inside:
-            kept.append(text[at : tag.start()])
-            inside = True
-    if not inside:
-        kept.append(text[at:])
-    return "".join(kept), True
 
 
 def read(

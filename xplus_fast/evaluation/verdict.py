@@ -274,8 +274,14 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> bool:
                 axes.plot([r["low"], r["high"]], [y, y], color=color, linewidth=2)
                 axes.plot([r["change"]], [y], "o", color=color)
             axes.axvline(0, color="#5c6b7a", linewidth=1)
+            axes.set_ylim(-0.6, len(mine) - 0.4)
             axes.set_yticks(range(len(mine)), [f"{r['name']}, {r['metric']}" for r in mine])
             axes.set_title(f"{kind}: change from the base", loc="left")
+        axes = grid[0][0]
+        for verdict in (v for v in colors if any(r["verdict"] == v for r in known)):
+            axes.plot([], [], "o", color=colors[verdict], label=f"dot: the change, {verdict}")
+        axes.plot([], [], color="#5c6b7a", linewidth=2, label="line: its interval")
+        figure.legend(loc="outside lower left", ncols=4, frameon=False)
         write_picture(file, figure, dpi=130)
         plt.close(figure)
     return True

@@ -24,7 +24,7 @@ from torch import Tensor
 import xplus_kernels as ops
 from xplus_fast.model.attention import attention, attention_backward
 from xplus_fast.model.families import PACKED, Shape
-from xplus_fast.model.frozen import Store
+from xplus_fast.model.frozen import MATRICES, Store
 from xplus_fast.model.linear import (
     Products,
     output_rows,
@@ -35,6 +35,7 @@ from xplus_fast.model.linear import (
 )
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import LastRows, Pack
+from xplus_fast.model.sums import Sums, matrix_gradient
 
 # What a block keeps for its backward; what is missing is computed again. The last layer has k and
 # v in "qkv", and q in "q_rows", which no other layer has.
@@ -56,6 +57,7 @@ class BlockSpec:
     frozen: Store | None = None  # the matrices, where they are no parameters
     scratch: Tensor | None = None  # for frozen formats, see `Products`
     offload: Offload | None = None  # where "offload" sends x
+    sums: Sums | None = None  # what matrices' gradients are added to; None: autograd adds them
 
     def weights(self, weights: tuple[Any, ...], *, backward: bool) -> dict[str, Any]:
         """All weights by name: the arguments, and the store's."""
@@ -147,16 +149,21 @@ class BlockFunction(torch.autograd.Function):
         m = Products(dy.dtype, ctx.spec.scratch)
         need = dict(zip(WEIGHTS, ctx.needs_input_grad[4:], strict=True))
         dw: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
+        sums = ctx.spec.sums
+        if sums is not None:
+            sums.bring(w[name] for name in MATRICES if need[name])
         _attention_half(a, w, s, p, last, m)
         _mlp_half(a, w, s, m)
 
         # y = h + swiglu(gate_up) @ down.T
         if need["down"]:
-            dw["down"] = dy.T @ ops.swiglu(a["gate_up"])
+            dw["down"] = matrix_gradient(w["down"], sums, (dy, ops.swiglu(a["gate_up"])))
         dgu = swiglu_backward_into(m.dx(dy, w["down"]), a["gate_up"], w["gate_up"])
         if need["gate_up"]:
             assert isinstance(dgu, Tensor)  # what trains is in no frozen format
-            dw["gate_up"] = dgu.T @ ops.rms_norm(a["h"], w["post_norm"], eps=s.eps)
+            n = ops.rms_norm(a["h"], w["post_norm"], eps=s.eps)
+            dw["gate_up"] = matrix_gradient(w["gate_up"], sums, (dgu, n))
+            del n
         dh, dw["post_norm"] = ops.add_rms_norm_backward(
             dy,
             m.dx(dgu, w["gate_up"]),
@@ -169,7 +176,8 @@ class BlockFunction(torch.autograd.Function):
         # h = x + attention(qk_norm_rope(norm(x) @ qkv.T + bias)) @ o.T
         if need["o"]:
             out = a["out"].flatten(1)
-            dw["o"] = dh.T @ (out if last is None else _picked(out, last))
+            out = out if last is None else _picked(out, last)
+            dw["o"] = matrix_gradient(w["o"], sums, (dh, out))
             del out
         attention_weights = ("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm")
         if not ctx.needs_input_grad[0] and not any(need[name] for name in attention_weights):
@@ -183,7 +191,7 @@ class BlockFunction(torch.autograd.Function):
         )  # fmt: skip
         del dout
         backward = _qkv_backward if last is None else _last_qkv_backward
-        dn = backward(a, w, s, p, last, m, (dq, dk, dv), need, dw, ctx.needs_input_grad[0])
+        dn = backward(a, w, s, p, last, m, (dq, dk, dv), need, dw, ctx.needs_input_grad[0], sums)
         dx = None
         if dn is not None:  # the lowest trained layer feeds no one
             if last is not None:
@@ -203,7 +211,7 @@ class BlockFunction(torch.autograd.Function):
 def _qkv_backward(
     a: dict[str, Tensor], w: dict[str, Any], s: Shape, p: Pack, last: None, m: Products,
     grads: tuple[Tensor, Tensor, Tensor], need: dict[str, bool], dw: dict[str, Tensor | None],
-    need_x: bool,
+    need_x: bool, sums: Sums | None,
 ) -> Tensor | None:  # fmt: skip
     """Gradients of q, k and v -> that of the norm's output [T, H] where wanted; fills `dw`."""
     dqkv, dw["q_norm"], dw["k_norm"] = ops.qk_norm_rope_backward(
@@ -211,7 +219,9 @@ def _qkv_backward(
         eps=s.eps, need_dw=need["q_norm"] or need["k_norm"],
     )  # fmt: skip
     if need["qkv"]:
-        dw["qkv"] = dqkv.T @ ops.rms_norm(a["x"], w["input_norm"], eps=s.eps)
+        n = ops.rms_norm(a["x"], w["input_norm"], eps=s.eps)
+        dw["qkv"] = matrix_gradient(w["qkv"], sums, (dqkv, n))
+        del n
     if need["qkv_bias"]:
         dw["qkv_bias"] = dqkv.sum(0)
     return m.dx(dqkv, w["qkv"]) if need_x or need["input_norm"] else None
@@ -220,7 +230,7 @@ def _qkv_backward(
 def _last_qkv_backward(
     a: dict[str, Tensor], w: dict[str, Any], s: Shape, p: Pack, last: LastRows, m: Products,
     grads: tuple[Tensor, Tensor, Tensor], need: dict[str, bool], dw: dict[str, Tensor | None],
-    need_x: bool,
+    need_x: bool, sums: Sums | None,
 ) -> Tensor | None:  # fmt: skip
     """`_qkv_backward` of the last layer, where q has rows of its own."""
     dq, dk, dv = grads
@@ -235,10 +245,8 @@ def _last_qkv_backward(
         eps=s.eps, need_dw=need["k_norm"],
     )  # fmt: skip
     if need["qkv"]:
-        n, rows = ops.rms_norm(a["x"], w["input_norm"], eps=s.eps), dq.shape[1]
-        dw["qkv"] = whole = torch.empty_like(w["qkv"])
-        torch.mm(dq.T, n[at], out=whole[:rows])
-        torch.mm(dkv.T, n, out=whole[rows:])
+        n = ops.rms_norm(a["x"], w["input_norm"], eps=s.eps)
+        dw["qkv"] = matrix_gradient(w["qkv"], sums, (dq, n[at]), (dkv, n))
         del n
     if need["qkv_bias"]:
         dw["qkv_bias"] = torch.cat((dq.sum(0), dkv.sum(0)))

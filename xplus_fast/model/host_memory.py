@@ -38,6 +38,10 @@ def zeros_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
         pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)  # tens of GB of small pages are slow to pin
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # a forked process shares pages until one of both writes: this one would get others
+            # then, and the GPU go on with the old ones
+            pages.madvise(mmap.MADV_DONTFORK)
         flat = torch.frombuffer(pages, dtype=dtype, count=n)
         portable = 1  # pinned for every device
         error = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), size, portable))

@@ -25,6 +25,7 @@ from xplus_fast.model.linear import Products
 from xplus_fast.model.offload import Offload
 from xplus_fast.model.packing import LastRows, Pack
 from xplus_fast.model.stock import check_parts
+from xplus_fast.model.sums import Sums
 
 # What else Hugging Face hands down to a layer and its attention function; all is in the mask, the
 # positions and the cache already.
@@ -107,6 +108,7 @@ class Block(nn.Module):
         self.frozen: Store | None = None
         self.scratch: Tensor | None = None
         self.offload: Offload | None = None
+        self.sums: Sums | None = None
         # what Hugging Face's attention functions ask of a module
         self.num_key_value_groups = shape.heads // shape.kv_heads
         self.scaling = shape.head_dim**-0.5
@@ -180,7 +182,9 @@ class Block(nn.Module):
 
     def _spec(self) -> BlockSpec:
         offload = self.offload if torch.is_grad_enabled() else None  # else nobody takes it back
-        return BlockSpec(self.shape, self.activations, self.frozen, self.scratch, offload)
+        return BlockSpec(
+            self.shape, self.activations, self.frozen, self.scratch, offload, self.sums
+        )
 
     def forward(
         self,

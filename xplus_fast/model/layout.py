@@ -46,3 +46,4 @@ class UpdateLayout:
     states: Placement = "device"  # of master, exp_avg and exp_avg_sq
     bits: Literal[32, 8] = 32  # of exp_avg and exp_avg_sq: fp32, or codes by blocks of 256
     master: bool = True  # fp32 copy of a bf16 weight; without it, stochastic rounding
+    sums: Literal[16, 32] = 16  # of gradients, over micro-batches: in the weight's dtype, or fp32

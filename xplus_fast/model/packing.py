@@ -17,6 +17,7 @@ Legend: T rows computed, S sequences in the sense above, G prefixes, R rows that
 Q rows from the first of these to the end of their sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -271,14 +272,22 @@ def _shared(layout: PackLayout, counts: np.ndarray, device: torch.device) -> ops
             chunks.append((begin[g], end[g], a, b, rows))
             rows += length
         of.append(len(chunks))
-    parts = [sees, np.array(chunks), np.array(of)]
-    flat = torch.from_numpy(np.concatenate([x.ravel() for x in parts]).astype(np.int32))
-    tables = send(flat, device).split([x.size for x in parts])
-    to_see, to_add, places = (t.view(x.shape) for t, x in zip(tables, parts, strict=True))
+    to_see, to_add, places = _send_together([sees, np.array(chunks), np.array(of)], device)
     return ops.Prefixes(
         to_see, to_add, places, longest=int(layout.lengths[:groups].max()),
         keys=layout.prefix_tokens, rows=int(rows),
     )  # fmt: skip
+
+
+def _send_together(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """int32 tables in one transfer. Each begins at a multiple of 16 bytes, whatever the lengths of
+    those before it: Triton compiles a kernel anew for a pointer that does not."""
+    starts = np.cumsum([0, *(-(-x.size // 4) * 4 for x in parts)]).tolist()
+    flat = np.zeros(starts[-1], np.int32)
+    for at, x in zip(starts, parts, strict=False):
+        flat[at : at + x.size] = x.ravel()
+    there = send(torch.from_numpy(flat), device)
+    return [there[a : a + x.size].view(x.shape) for a, x in zip(starts, parts, strict=False)]
 
 
 def last_rows(pack: Pack, rows: Tensor, layout: PackLayout | None) -> LastRows | None:

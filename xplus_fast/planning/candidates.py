@@ -136,7 +136,7 @@ def candidates(
                     layout = Layout(tuple(layers), r.also, embedding, form, r.at_once)
                     for gradient in gradients:
                         for state in states:
-                            update = UpdateLayout(gradient, state, m.bits, m.master)
+                            update = UpdateLayout(gradient, state, m.bits, m.master, m.sums)
                             for tokens in micro_batches(r, auto, most_tokens):
                                 yield layout, update, tokens
 

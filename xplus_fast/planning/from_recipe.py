@@ -16,7 +16,8 @@ from xplus_fast.options import parse_bytes
 from xplus_fast.planning.cards import Card, check_trains, find_card, local_card, smallest_card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Rows, on_host, plan_hidden
-from xplus_fast.planning.plan import Plan, plan_stage
+from xplus_fast.planning.plan import plan_stage
+from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import Rotation, resolve_layers
 
 USABLE = 0.97  # of a card's memory: the driver and the screen have the rest

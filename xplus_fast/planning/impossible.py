@@ -8,8 +8,8 @@ from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import Layout, UpdateLayout
 from xplus_fast.planning.candidates import Request, candidates, with_policies
 from xplus_fast.planning.memory import account, standing
-from xplus_fast.planning.plan import LADDER, Plan, fit, search
 from xplus_fast.planning.replay import Batch
+from xplus_fast.planning.search import LADDER, Plan, fit, search
 from xplus_fast.planning.selection import describe_layers
 
 PINS = ("activations", "micro_batch_tokens", "frozen", "placement", "states", "gradients", "head",

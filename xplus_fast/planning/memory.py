@@ -69,6 +69,11 @@ def state_bytes(update: UpdateLayout, element: int) -> float:
     return moments + (4 if update.master and element == 2 else 0)
 
 
+def gradient_bytes(update: UpdateLayout, element: int) -> int:
+    """Bytes of a trained parameter's gradient."""
+    return max(element, update.sums // 8)
+
+
 @dataclass(frozen=True)
 class Moment:
     """The moment of most bytes, of those that come and go."""
@@ -91,8 +96,9 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     x = b.tokens * shape.hidden * b.element
     # cos and sin in fp32; ids, labels and positions in int64
     pack = b.tokens * (4 * shape.head_dim + 24)
-    one = b.element * layer_parameters(shape)
-    beside = b.element * beside_parameters(shape, also)
+    width = gradient_bytes(update, b.element)
+    one = width * layer_parameters(shape)
+    beside = width * beside_parameters(shape, also)
     at_once = len(trained) if layout.at_once is None else layout.at_once
     whole = one * at_once + beside
     on_host = update.gradients == "host"
@@ -104,9 +110,12 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     forwards = {k: forward_peak(shape, b, _in_fp8(i, b), k[1]) for k, i in known.items()}
     kept = {k: kept_bytes(shape, b, i.activations, k[1]) for k, i in known.items()}
     backwards = {
-        k: backward_peak(shape, b, i.activations, _in_fp8(i, b), i.trains, k[1])
+        k: backward_peak(
+            shape, b, i.activations, _in_fp8(i, b), i.trains, k[1],
+            "made" if b.steps == 1 else "brought" if on_host else "there", width,
+        )
         for k, i in known.items()
-    }
+    }  # fmt: skip
 
     def at(workspace: int, updating: bool = False) -> None:
         nonlocal best
@@ -126,14 +135,15 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
         return best
     forward, backward = head_peaks(shape, b, layout.head == "fp8", "head" in also)
     at(pack + away + forward)
-    at(pack + away + backward)
+    wider = width * shape.vocabulary * shape.hidden if width > b.element and "head" in also else 0
+    at(pack + away + backward + wider)
     # the head's and the norm's gradients are there while the layers' are made
-    made = beside_gradients(shape, also, b)
+    made = beside_gradients(shape, also, width)
     arriving = made if on_host else 0
     if not on_host and b.steps == 1:
         gradients += made
     # of one tensor, the head's waits for the embedding's to be added
-    table = b.element * shape.vocabulary * shape.hidden if shape.tied and "embedding" in also else 0
+    table = width * shape.vocabulary * shape.hidden if shape.tied and "embedding" in also else 0
     held = 0 if b.steps == 1 and not on_host else table
     for i, layer in reversed(list(enumerate(layers))[lowest:]):
         away = max(moving[:i], default=0) if moving[i] else 0
@@ -147,23 +157,24 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
             gradients += one
             at_once -= 1
     if "embedding" in also:
-        at(pack + 2 * x + b.element * shape.vocabulary * shape.hidden + held + table)
+        each = b.element + (width if width > b.element else 0)
+        at(pack + 2 * x + each * shape.vocabulary * shape.hidden + held + table)
     saved, gradients = 0, 0 if on_host else whole
     at(update_buffers(shape, also, update, b.element), updating=True)
     return best
 
 
-def beside_gradients(shape: Shape, also: tuple[str, ...], b: Batch) -> int:
+def beside_gradients(shape: Shape, also: tuple[str, ...], width: int) -> int:
     """Gradients that the loss's own backward makes: the head's and the final norm's."""
     table = shape.vocabulary * shape.hidden if "head" in also else 0
-    return b.element * (table + (shape.hidden if "final_norm" in also else 0))
+    return width * (table + (shape.hidden if "final_norm" in also else 0))
 
 
 def update_buffers(shape: Shape, also: tuple[str, ...], update: UpdateLayout, element: int) -> int:
     """On the device while it updates: two pieces of a parameter's state that the host holds."""
     n = min(UPDATE_CHUNK, largest_parameter(shape, also))
     each = state_bytes(update, element) if update.states == "host" else 0.0
-    each += element if update.gradients == "host" else 0
+    each += gradient_bytes(update, element) if update.gradients == "host" else 0
     return int(2 * n * each)
 
 
@@ -223,7 +234,7 @@ def standing(
     host = {
         "frozen layers": sum(streamed),
         "embedding": e * table if layout.embedding == "host" else 0,
-        "gradients": e * parameters if update.gradients == "host" else 0,
+        "gradients": gradient_bytes(update, e) * parameters if update.gradients == "host" else 0,
         "optimizer": resting + (states if update.states == "host" else 0),
         "activations": x * sum(i.activations == "offload" for i in layout.layers),
     }

@@ -15,7 +15,7 @@ from xplus_fast.planning.flops import (
 from xplus_fast.planning.from_recipe import Where
 from xplus_fast.planning.hidden import describe_hidden
 from xplus_fast.planning.memory import CONTEXT, MARGIN
-from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import describe_layers
 
 BAR = 32  # characters of the longest
@@ -91,11 +91,12 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
             _row("embedding", f"on the {layout.embedding}, {plain}; head on the device, {head}")
         )
     moments = "fp32 states" if update.bits == 32 else "8-bit states"
-    master = ""
+    master = wide = ""
     if r.element == 2:
+        wide = " summed in fp32" if update.sums == 32 else ""
         master = ", fp32 master weights" if update.master else ", stochastic rounding"
     lines.append(
-        _row("update", f"gradients on the {update.gradients}; {moments}{master} on the"
+        _row("update", f"gradients{wide} on the {update.gradients}; {moments}{master} on the"
              f" {update.states}")
     )  # fmt: skip
     limit = "" if r.budget is None else f" of {_gb(r.budget).strip()}"

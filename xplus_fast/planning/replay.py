@@ -7,6 +7,7 @@ peaks off. Legend as in `memory.py`.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import Policy
@@ -19,6 +20,11 @@ SAVED: dict[Policy, tuple[str, ...]] = {
     "recompute": ("x",),
     "offload": (),
 }
+
+
+# In a trained layer's backward gradients are made, or added to what is there, or to what comes over
+# from the host when it begins.
+SumsAre = Literal["made", "there", "brought"]
 
 
 @dataclass(frozen=True)
@@ -136,14 +142,20 @@ def forward_peak(s: Shape, b: Batch, fp8: bool, last: bool = False) -> int:
 
 @lru_cache(maxsize=4096)
 def backward_peak(
-    s: Shape, b: Batch, policy: Policy, fp8: bool, trains: bool, last: bool = False
-) -> int:
+    s: Shape, b: Batch, policy: Policy, fp8: bool, trains: bool, last: bool = False,
+    sums: SumsAre = "made", width: int | None = None,
+) -> int:  # fmt: skip
     """Most bytes alive in a block's backward beside what it kept and the gradient dy given to it.
 
-    Of a trained layer, that includes its weights' new gradients; see `block.py` for the order.
+    Of a trained layer, that includes its weights' new gradients, of `width` bytes each; see
+    `block.py` for the order.
     """
     live, size, w = _Live(), tensor_bytes(s, b, last), s.packed_shapes()
-    dw = {name: b.element * math.prod(shape) for name, shape in w.items()}
+    each = b.element if width is None else width
+    of = {name: each * math.prod(shape) for name, shape in w.items()}
+    dw = of if sums == "made" else dict.fromkeys(w, 0)
+    if trains and sums == "brought":
+        live.add(brought=sum(of.values()))
     live.add(**{name: size[name] for name in ("x", *SAVED[policy])})
     _attention_half(live, s, b, fp8, last)
     _mlp_half(live, s, b, fp8, last)
@@ -237,7 +249,7 @@ def head_peaks(s: Shape, b: Batch, fp8: bool, trains: bool) -> tuple[int, int]:
     live.add(logits=chunk * s.vocabulary * e)
     if fp8:
         tile = math.ceil(s.vocabulary / HEAD_TILES)
-        live.add(tile=tile * s.hidden * e, product=chunk * max(tile * e, s.hidden * (4 + e)))
+        live.add(tile=tile * s.hidden * e, product=chunk * s.hidden * 8)
         live.free("tile", "product")
     if trains:
         live.add(product=table * e)

@@ -2,7 +2,8 @@
 
 Every matrix product at a share of the card's rate, everything else at a share of its bandwidth,
 copies over PCIe beside the computation they overlap. The shares below were assumed before a card
-was asked; with all on the device, an H200 then gave what they foretell to 2.1 % (test_speed.py).
+was asked; with all on the device, an H200 then gave what they foretell to 2.1 %, an H100 to 4.4 %
+(test_speed.py).
 """
 
 import math
@@ -14,6 +15,7 @@ from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, layer_gemms, recompute_flops
 from xplus_fast.planning.memory import (
     beside_parameters,
+    gradient_bytes,
     layer_bytes,
     layer_parameters,
     matrices,
@@ -96,13 +98,14 @@ def step_seconds(
     if layout.embedding == "host":
         micro += b.tokens * shape.hidden * b.element / card.pcie
     parameters = len(trained) * layer_parameters(shape) + beside_parameters(shape, layout.also)
-    moved = parameters * b.element / card.pcie
+    gradients = parameters * gradient_bytes(update, b.element)
+    moved = gradients / card.pcie
     if update.gradients == "host":
         # beside the backward, about two thirds of the time, of the trained layers
         micro += max(0.0, moved - micro * 0.6 * len(trained) / max(1, len(layers)))
     state = parameters * (state_bytes(update, b.element) + 0.0)
     # a state is read and written, a weight too, a gradient read
-    on_device = (2 * state + 3 * b.element * parameters) / (card.bandwidth * BANDWIDTH)
+    on_device = (2 * state + 2 * b.element * parameters + gradients) / (card.bandwidth * BANDWIDTH)
     over = state / card.pcie if update.states == "host" else 0.0  # both ways at once
     over += moved if update.gradients == "host" else 0.0
     return micro * of_step / b.tokens + max(on_device, over)

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xplus_fast.errors import UserError
-from xplus_fast.files import NewFile, new_folder, remove, sweep, write_file
+from xplus_fast.files import NewFile, new_folder, remove, write_file
+from xplus_fast.locks import sweep
 from xplus_fast.manifest import check_files, is_whole, read_manifest, write_manifest
 from xplus_fast.model.checkpoint_files import CHUNK, DTYPE_CODES, read_entry, read_header, read_json
 

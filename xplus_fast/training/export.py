@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from xplus_fast.errors import UserError
-from xplus_fast.files import (
-    locked,
-    make_folder,
-    new_folder,
-    settle,
-    speaking,
-    sync_folder,
-    write_file,
-)
+from xplus_fast.files import make_folder, new_folder, settle, speaking, sync_folder, write_file
+from xplus_fast.locks import locked
 from xplus_fast.model.checkpoint_files import (
     INDEX,
     RECORD,

@@ -29,7 +29,8 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.data.packed import ITEMS, STARTS, TOKENS
-from xplus_fast.files import make_folder, remove, speaking, sweep, working_in, write_json
+from xplus_fast.files import make_folder, remove, speaking, write_json
+from xplus_fast.locks import sweep, working_in
 from xplus_fast.manifest import read_manifest
 from xplus_fast.model.frozen import format_of, tensors_of
 from xplus_fast.model.host_memory import zeros_on_host

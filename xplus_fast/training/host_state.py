@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layout import UpdateLayout
+from xplus_fast.model.sums import Sums, gradient_dtype
 from xplus_fast.training.shortage import twice
 
 CHUNK = 2**24  # elements; whole blocks of 256 for 8-bit states
@@ -32,7 +33,7 @@ def slot_bytes(largest_numel: int, layout: UpdateLayout, *, width: int = 2) -> i
     as wide as fp32 has no master.
     """
     n = min(largest_numel, CHUNK)
-    sizes = [width * n] if layout.gradients == "host" else []
+    sizes = [max(width, layout.sums // 8) * n] if layout.gradients == "host" else []
     if layout.states == "host":
         states = [n, n, 4 * -(-n // 256), 4 * -(-n // 256)] if layout.bits == 8 else [4 * n, 4 * n]
         sizes += states + ([4 * n] if layout.master and width < 4 else [])
@@ -130,20 +131,22 @@ class _Sum:
     """A parameter's gradient, summed over the backward passes since the last reset."""
 
     def __init__(self, p: Tensor) -> None:
-        self.host = zeros_on_host(p.shape, p.dtype, p.device)
+        self.host = zeros_on_host(p.shape, gradient_dtype(p), p.device)
         self.norm: Tensor | None = None  # [] on the device; None: nothing summed yet
 
 
-class HostGradients:
+class HostGradients(Sums):
     """Takes every gradient to the host as soon as the backward has made it; `p.grad` stays None.
 
     The sums are those that `p.grad` would hold, bit for bit: the addition is done on the device
-    and in the gradient's dtype. There, two gradients of the largest's size at most are on their
-    way, and one piece of the sum that they are added to.
+    and in the gradient's dtype. Those of matrices come over when their layer's backward begins, for
+    the GEMM to add to; of others, a piece at a time is added to the new gradient. Two gradients of
+    the largest's size at most are on their way to the host.
     """
 
     def __init__(self) -> None:
         self._sums: dict[Tensor, _Sum] = {}
+        self._coming: dict[Tensor, tuple[Tensor, Any]] = {}  # with the point when it is there
         self._hooks: list[Any] = []
         self._side: Lane | None = None
         # with the point after which it may be overwritten
@@ -178,6 +181,9 @@ class HostGradients:
 
     def reset(self) -> None:
         """Forget the sums."""
+        for total, there in self._coming.values():  # of a backward that broke off
+            Lane.current(total.device).wait(there)
+        self._coming.clear()
         for found in self._sums.values():
             found.norm = None
 
@@ -188,6 +194,33 @@ class HostGradients:
         self._leaving.clear()
 
     @torch.no_grad()
+    def bring(self, parameters: Iterable[Tensor]) -> None:
+        """The sums of these set out for the device."""
+        for p in parameters:
+            kept = self._sums.get(p)
+            hooks = len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ())
+            if kept is None or kept.norm is None or hooks > 1:  # others want to see each gradient
+                continue
+            assert self._side is not None
+            # memory of the computing stream; what it did with it comes first
+            total = torch.empty(p.shape, dtype=kept.host.dtype, device=p.device)
+            self._side.wait(Lane.current(p.device).mark())
+            with self._side.working():
+                total.copy_(kept.host, non_blocking=True)
+            self._coming[p] = total, self._side.mark()
+
+    def so_far(self, p: Tensor) -> Tensor | None:
+        if p not in self._coming:
+            return None
+        total, there = self._coming.pop(p)
+        Lane.current(p.device).wait(there)
+        return total
+
+    @torch.no_grad()
+    def put(self, p: Tensor, total: Tensor) -> None:
+        self._send(self._sums[p], total)
+
+    @torch.no_grad()
     def _take(self, p: Tensor) -> None:
         if p.grad is None:
             return
@@ -195,16 +228,20 @@ class HostGradients:
         if p not in self._sums:
             self._sums[p] = _Sum(p)
         kept = self._sums[p]
+        self._send(kept, gradient, kept.norm is not None)
+
+    def _send(self, kept: _Sum, gradient: Tensor, add: bool = False) -> None:
+        """To the host: a sum, or with `add` what is to be added to the one there."""
+        here = Lane.current(gradient.device)
         if self._side is None:
-            self._side = Lane.new(p.device)
-        here = Lane.current(p.device)
+            self._side = Lane.new(gradient.device)
         self._side.wait(here.mark())
         with self._side.working():
             flat, host = gradient.view(-1), kept.host.view(-1)
-            if kept.norm is not None:
+            if add:
                 # into the new gradient, as `p.grad` would be added to: nobody else holds it
                 for piece, before in zip(flat.split(CHUNK), host.split(CHUNK), strict=True):
-                    piece.add_(before.to(p.device, non_blocking=True))
+                    piece.add_(before.to(piece.device, non_blocking=True))
             (kept.norm,) = norms_of([gradient])
             host.copy_(flat, non_blocking=True)
         self._largest = max(self._largest, gradient.nbytes)

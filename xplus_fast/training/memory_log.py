@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from xplus_fast.model.frozen import Streamed, tensors_of
-from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.search import Plan
 
 
 class PeakWatch(TrainerCallback):

@@ -7,7 +7,7 @@ rounded up or down at random, such that the mean is right.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch.optim.adamw import adamw
 
 from xplus_fast.errors import UserError
 from xplus_fast.model.layout import Placement
+from xplus_fast.model.sums import Sums
 from xplus_fast.training import host_state
 from xplus_fast.training.host_state import HostGradients, Job, Lane, Shuttle, norms_of
 from xplus_fast.training.shortage import twice
-from xplus_kernels.adamw import QUANTUM, adamw_update
+from xplus_kernels.adamw import adamw_update
+from xplus_kernels.blockwise import QUANTUM
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -41,6 +43,8 @@ class AdamW(torch.optim.Optimizer):
             on the host, if `place` is called.
         gradients: "host" takes each gradient to host memory when the backward has made it:
             `p.grad` is None then, and `grad_norm` tells the norm.
+        sums: of gradients over several backward passes: 32 makes those of narrow parameters fp32
+            (`p.grad_dtype`), 16 leaves them in the parameter's dtype.
         seed: at least 0, under 2^64: of the stochastic rounding. It is drawn from seed, step and
             place: the same again after a resumption.
         The placements change no bit of the result.
@@ -61,6 +65,7 @@ class AdamW(torch.optim.Optimizer):
         master: bool = True,
         states: Placement = "device",
         gradients: Placement = "device",
+        sums: Literal[16, 32] = 16,
         seed: int = 0,
     ) -> None:
         for name, value in (("states", states), ("gradients", gradients)):
@@ -68,9 +73,12 @@ class AdamW(torch.optim.Optimizer):
                 raise UserError(f"{name}: {value!r} is not a placement; allowed: device, host")
         if bits not in (32, 8):
             raise UserError(f"bits: {bits!r}; allowed: 32, 8")
+        if sums not in (16, 32):
+            raise UserError(f"sums: {sums!r}; allowed: 16, 32")
         if not 0 <= seed < 2**64:
             raise UserError(f"seed: {seed!r}; allowed: 0 to 2^64 - 1")
         self._on_host = states == "host"
+        self._wide_sums = sums == 32
         self._host_gradients = HostGradients() if gradients == "host" else None
         self._shuttle: Shuttle | None = None
         # [] on the device: the next step multiplies gradients by it and forgets it; where it is
@@ -97,6 +105,10 @@ class AdamW(torch.optim.Optimizer):
                 raise UserError(f"params: one of shape {shape} is not contiguous in memory")
             if self._host_gradients is not None and not p.requires_grad:
                 raise UserError(f"params: one of shape {shape} requires no gradient to be watched")
+        for p in group["params"]:
+            dtype = torch.promote_types(p.dtype, torch.float32) if self._wide_sums else p.dtype
+            if p.grad_dtype not in (None, dtype):
+                p.grad, p.grad_dtype = None, dtype
         if self._host_gradients is not None:
             self._host_gradients.watch(group["params"])
 
@@ -111,6 +123,11 @@ class AdamW(torch.optim.Optimizer):
     def gradients(self) -> Placement:
         """Where gradients are summed."""
         return "device" if self._host_gradients is None else "host"
+
+    @property
+    def sums(self) -> Sums:
+        """What a backward adds to, see `summed`."""
+        return Sums() if self._host_gradients is None else self._host_gradients
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:

@@ -19,8 +19,9 @@ from xplus_fast.model.families import place_of
 from xplus_fast.model.load import set_activations
 from xplus_fast.model.packing import send
 from xplus_fast.planning.flops import below_flops, work_of
-from xplus_fast.planning.plan import Plan, leaner
+from xplus_fast.planning.plan import leaner
 from xplus_fast.planning.plan_text import policies
+from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import describe_layers
 from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.memory_log import PeakWatch

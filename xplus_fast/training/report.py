@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from xplus_fast.data.corpus import describe
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.files import write_picture, write_text
+from xplus_fast.progress import duration, si
 from xplus_fast.training import report_html, watch
-from xplus_fast.training.progress import duration, si
 from xplus_fast.training.report_data import (
     RETENTION,
     Measured,
@@ -21,9 +21,11 @@ from xplus_fast.training.report_data import (
     points,
     read_run,
     smooth,
+    span,
 )
 
 _SUMMARY_ROWS = 8  # directions that the terminal shows one by one
+LOSS_SPAN, CHRF_SPAN = 0.2, 10.0  # of the axes at least: a share of the highest loss; points
 _BEFORE, _AFTER = "#9a9a9a", "#0072b2"
 _STAGES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]  # told apart by colour-blind readers too
 
@@ -260,14 +262,17 @@ def _draw_loss(steps: Steps, path: Path) -> None:
 
     figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    start = 0
+    start, known = 0, list[float]()
     for i, (stage, lines) in enumerate(steps.items()):
         colour, n = _STAGES[i % len(_STAGES)], len(lines)
         x = np.arange(start + 1, start + n + 1)
         loss = np.array([line["loss"] for line in lines], dtype=float)
         size = 4 if n <= 400 else 2
         top.plot(x, loss, "o", ms=size, mew=0, color=colour, alpha=0.35 if n <= 400 else 0.15)
-        top.plot(x, smooth(loss), color=colour, lw=2, label=stage)
+        finite = np.isfinite(loss)
+        if finite.any():
+            top.plot(x[finite], smooth(loss[finite]), color=colour, lw=2, label=stage)
+            known += loss[finite].tolist()
         low.plot(x, [line["learning_rate"] for line in lines], color=colour, lw=1.2)
         if start:
             for axes in (top, low):
@@ -279,6 +284,10 @@ def _draw_loss(steps: Steps, path: Path) -> None:
     low.xaxis.get_major_locator().set_params(integer=True)
     low.set_ylim(bottom=0)
     low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if known:
+        top.set_ylim(span(known, LOSS_SPAN * max(known)))
+    top.plot([], [], "o", ms=4, mew=0, color=_BEFORE, label="dot: a step")
+    top.plot([], [], color=_BEFORE, lw=2, label="line: moving average")
     # Above the axes: inside, it would cover points
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
     for axes in (top, low):
@@ -328,7 +337,10 @@ def _draw_quality(rows: list[Row], labels: list[str], path: Path) -> None:
                 fontsize=9,
             )
         axes.set_title(title, fontsize=11)
-        axes.margins(x=0.28)
+        ends: Any = [(row[column][0], row[column][-1]) for row in rows]  # type: ignore[index]
+        if drawn := [x for pair in ends for x in pair if x is not None]:
+            least = LOSS_SPAN * max(drawn) if column == 1 else CHRF_SPAN
+            axes.set_xlim(span(drawn, least, room=0.28))
         axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
         axes.grid(axis="x", color="#e6e6e6")
         axes.set_axisbelow(True)

@@ -130,7 +130,27 @@ def points(values: list[float | None]) -> str:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average under a Hann window of a tenth of the steps; shorter at the ends."""
-    width = min(len(y), max(9, len(y) // 10 | 1))  # odd: an even window would lag
-    window = np.hanning(width + 2)[1:-1]
-    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+    """Moving average under a Hann window of a tenth of the steps, nine at least.
+
+    At the ends, where the window has one side only, the value there of the line that fits it best:
+    an average would stop short of the first and the last steps of a curve that falls.
+    """
+    n, half = len(y), max(9, len(y) // 10 | 1) // 2
+    window, offset = np.hanning(2 * half + 3)[1:-1], np.arange(-half, half + 1)
+
+    def moment(order: int, of: np.ndarray) -> np.ndarray:
+        weights = window * offset**order  # np.convolve turns them round
+        return np.convolve(of, weights[::-1])[half : half + n]
+
+    m0, m1, m2 = (moment(order, np.ones(n)) for order in range(3))
+    if n == 1:  # no line through one point
+        return y.astype(float)
+    return (m2 * moment(0, y) - m1 * moment(1, y)) / (m2 * m0 - m1**2)
+
+
+def span(values: list[float], least: float, room: float = 0.04) -> tuple[float, float]:
+    """The ends of an axis for these values. It is `least` long at least, so that no small change
+    looks large, and has `room` on both sides, as a share of the values' own range."""
+    low, high = min(values), max(values)
+    more = max(0.0, least - (high - low)) / 2 + (high - low) * room
+    return low - more, high + more

@@ -18,17 +18,17 @@ import xplus_kernels as ops
 from xplus_fast import __version__
 from xplus_fast.config import Recipe, resolved, stage_name
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.heldout import measure
 from xplus_fast.files import write_json
+from xplus_fast.measuring.heldout import measure
 from xplus_fast.model.checkpoint_files import read_header
 from xplus_fast.model.families import stage_shapes
 from xplus_fast.model.load import Weights, arrange, load_model
 from xplus_fast.model.prepare import forget_changes, load_tensors
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.from_recipe import plan_recipe
-from xplus_fast.planning.plan import Plan
 from xplus_fast.planning.plan import to_dict as plan_dict
 from xplus_fast.planning.plan_text import describe as describe_plans
+from xplus_fast.planning.search import Plan
 from xplus_fast.training.checkpoints import FINAL, FINAL_TENSORS, Final
 from xplus_fast.training.hidden_cache import HiddenCaches, read_rows
 from xplus_fast.training.job import Job, check, read_job, take_folder

@@ -9,16 +9,8 @@ from typing import Any
 from xplus_fast.config import Recipe, load_recipe, stage_name
 from xplus_fast.data.corpus import Corpus
 from xplus_fast.errors import UserError
-from xplus_fast.files import (
-    is_free,
-    remove,
-    settle,
-    speaking,
-    whole_lines,
-    working_in,
-    write_json,
-    write_text,
-)
+from xplus_fast.files import remove, settle, speaking, whole_lines, write_json, write_text
+from xplus_fast.locks import is_free, working_in
 from xplus_fast.manifest import MANIFEST
 from xplus_fast.model.checkpoint_files import CheckpointFiles
 from xplus_fast.options import dump_options, first_difference, to_dict
@@ -29,7 +21,7 @@ FREE = ("report_to", "save_steps", "save_total_limit")
 PLACES = ("cache", "cache_hidden")  # of `data`
 # Of `evaluation`, where it decides nothing; the rest of it makes figures that are compared
 SHOWN = ("every", "few", "batch_size")
-COMPUTED = ("frozen", "head", "bits", "master")  # of `memory`; the rest of it is placement
+COMPUTED = ("frozen", "head", "bits", "master", "sums")  # of `memory`; the rest of it is placement
 STEPS, FORMATS = "steps an epoch", "frozen format"
 CARD = "card"  # and the memory on it that the plans count with
 MARK = ".xplus-run"  # says that a folder is a run's, and what the run is made of

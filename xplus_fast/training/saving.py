@@ -116,10 +116,9 @@ class SavingTrainer(Trainer):
 
     def _settled(self) -> torch.optim.Optimizer:
         """The optimizer, when its states in host memory are what the last step made them."""
-        optimizer = bare_optimizer(self.optimizer)
-        if isinstance(optimizer, AdamW):
-            optimizer.synchronize()
-        return optimizer
+        if (ours := our_adamw(self.optimizer)) is not None:
+            ours.synchronize()
+        return bare_optimizer(self.optimizer)
 
     def _optimizer_state(self) -> dict[str, Any]:
         """Its states by parameter name, and its groups with their parameters' names."""
@@ -252,6 +251,11 @@ class SavingTrainer(Trainer):
 
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def our_adamw(optimizer: Any) -> AdamW | None:
+    bare = bare_optimizer(optimizer)
+    return bare if isinstance(bare, AdamW) else None
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -11,8 +11,9 @@ from transformers.trainer_callback import PrinterCallback
 from xplus_fast.config import stage_name
 from xplus_fast.data.corpus import PackCollator
 from xplus_fast.files import append_lines, make_folder, speaking
-from xplus_fast.planning.plan import Plan
+from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import Rotation
+from xplus_fast.progress import LiveLine
 from xplus_fast.signals import finish_first
 from xplus_fast.training.checkpoints import (
     FINAL,
@@ -24,7 +25,6 @@ from xplus_fast.training.hidden_cache import HiddenCache
 from xplus_fast.training.job import Job
 from xplus_fast.training.place import barrier
 from xplus_fast.training.planned import PlannedTrainer
-from xplus_fast.training.progress import LiveLine
 from xplus_fast.training.rotation import Rotate, turn_seed
 from xplus_fast.training.run_folder import cut_metrics
 from xplus_fast.training.stage_data import StageData

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xplus_fast.data.chat import Encoded, preview
-from xplus_fast.data.corpus import Corpus, describe, load_corpus, read_validation
+from xplus_fast.data.corpus import Corpus, load_corpus, read_validation
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.data.packed import look_at_work
 from xplus_fast.data.readers import Example, read_text
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.heldout import is_direction
+from xplus_fast.measuring.heldout import is_direction
 from xplus_fast.model.pretrained import load_tokenizer
 from xplus_fast.planning.flops import Work
 from xplus_fast.training.job import Job

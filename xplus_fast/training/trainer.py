@@ -10,8 +10,7 @@ right stops the run with its reason.
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from xplus_fast.data.collate import PackCollator
+from xplus_fast.data.collate import PackCollator, whole_sequences
 from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
-from xplus_fast.model.prepare import (
-    is_prepared,
-    layer_ids,
-    note_changes,
-    prepare_model,
-)
+from xplus_fast.model.prepare import is_prepared, layer_ids, note_changes, prepare_model
+from xplus_fast.model.sums import Sums, summed
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
 from xplus_fast.training.arguments import OUR_ADAMW, asks_for_checkpointing, check_arguments
-from xplus_fast.training.checkpoints import (
-    latest_checkpoint,
-)
+from xplus_fast.training.checkpoints import latest_checkpoint
 from xplus_fast.training.optimizer import AdamW
-from xplus_fast.training.saving import SavingTrainer, bare_optimizer
+from xplus_fast.training.saving import SavingTrainer, bare_optimizer, our_adamw
 from xplus_fast.training.shortage import twice
 from xplus_fast.training.throughput import Meter
 from xplus_fast.training.unpacked import ELEMENTWISE, Unpacked, check_given
@@ -243,7 +236,12 @@ class XPlusTrainer(SavingTrainer):
         return loss
 
     def _forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().training_step(*args, **kwargs)
+        stock: Any = self.accelerator.unwrap_model(self.model)
+        optimizer, sums = our_adamw(self.optimizer), None
+        if self.args.world_size == 1:  # else others wait for each gradient that autograd adds
+            sums = Sums() if optimizer is None else optimizer.sums
+        with summed(stock.model.layers, sums):
+            return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The norm before clipping, which our AdamW does in its one pass over the gradients."""
@@ -335,23 +333,11 @@ class XPlusTrainer(SavingTrainer):
     ) -> Any:  # fmt: skip
         loss_only = prediction_loss_only
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
-        with self.meter.paused(), nullcontext() if loss_only else self._whole_sequences():
+        collator = None if loss_only else self.data_collator  # logits are of whole sequences
+        with self.meter.paused(), whole_sequences(collator):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *args, **kwargs
             )
-
-    @contextmanager
-    def _whole_sequences(self) -> Iterator[None]:
-        """Who wants logits wants them of the sequences as they are, in their order."""
-        collator = self.data_collator
-        if not isinstance(collator, PackCollator):
-            yield
-            return
-        before, collator.shared_prefixes = collator.shared_prefixes, False
-        try:
-            yield
-        finally:
-            collator.shared_prefixes = before
 
 
 def describe_selection(model: Any) -> str:
@@ -376,11 +362,6 @@ def describe_selection(model: Any) -> str:
 def _supervises(batch: dict[str, Any]) -> bool:
     """Whether a batch is known, without asking the device, to have a token that counts."""
     return batch.get("layout") is not None and bool(batch["layout"].predicts.any())
-
-
-def our_adamw(optimizer: Any) -> AdamW | None:
-    bare = bare_optimizer(optimizer)
-    return bare if isinstance(bare, AdamW) else None
 
 
 def _is_elementwise(made: Any) -> bool:

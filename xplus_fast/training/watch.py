@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from xplus_fast.config import Recipe
 from xplus_fast.data.readers import Example
-from xplus_fast.evaluation.heldout import measure
 from xplus_fast.files import write_json
+from xplus_fast.measuring.heldout import measure
 from xplus_fast.training.place import Place, share
 from xplus_fast.training.shortage import ran_out
 
@@ -140,7 +140,8 @@ def section(run: Path, stages: Sequence[str]) -> str:
     heads += ["retention loss"] if kept else []
     lines = [
         "## While it trained", "",
-        "A few held-out sentences of each direction: a trend, too few for a verdict.", "",
+        "A few held-out sentences of each direction: a trend, too few for a verdict. Loss: lower is"
+        " better; chrF++: higher is better.", "",
         "| stage, step | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(heads),
     ]  # fmt: skip

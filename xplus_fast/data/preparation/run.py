@@ -56,17 +56,16 @@ from xplus_fast.errors import UserError
 from xplus_fast.files import (
     BUFFER,
     NewFile,
-    is_free,
     make_folder,
     move,
     program,
     remove,
     resolve,
     speaking,
-    working_in,
     write_json,
     write_text,
 )
+from xplus_fast.locks import is_free, working_in
 from xplus_fast.options import to_dict
 
 MANIFEST, QUARANTINE, WORK = "manifest.json", "quarantine.jsonl", ".work"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from xplus_fast.data.corpus import describe
+from xplus_fast.data.corpus_text import describe
 from xplus_fast.files import write_text
-from xplus_fast.training.progress import duration, si
+from xplus_fast.progress import duration, si
 from xplus_fast.training.report_data import (
     RETENTION,
     Finished,

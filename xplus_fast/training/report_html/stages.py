@@ -4,7 +4,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from xplus_fast.training.progress import si
+from xplus_fast.progress import si
 from xplus_fast.training.report_data import Finished
 from xplus_fast.training.report_html.elements import Cell, known, storage, table
 

@@ -17,10 +17,9 @@ from xplus_fast.data.chat import prompt_text
 from xplus_fast.data.corpus import PackCollator, pack_examples, pack_texts
 from xplus_fast.data.readers import Example
 from xplus_fast.errors import UserError
-from xplus_fast.evaluation.generate import answers, greedy
-from xplus_fast.evaluation.outputs import without_thought
+from xplus_fast.measuring.answers import answers, greedy, without_thought
 from xplus_fast.model.prepare import is_prepared
-from xplus_fast.training.progress import WorkLine
+from xplus_fast.progress import WorkLine
 
 # "en-fr", "eng_Latn-zho_Hans", "pt-BR-en": a tag that names two languages
 _DIRECTION = re.compile(r"[a-z]{2,3}([-_][A-Z]\w+)?-[a-z]{2,3}([-_][A-Z]\w+)?")
