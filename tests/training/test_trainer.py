@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from tests.tiny import VOCABULARY, difference, select, tiny_model
 import xplus_kernels as ops
+from tests.tiny import VOCABULARY, difference, select, tiny_model
 from xplus_fast import XPlusTrainer
 from xplus_fast.data.collate import PackCollator
 from xplus_fast.errors import UserError
