@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.training.workplace import PAIRS, losses, make_workplace, xplus
 from xplus_fast.data.packed import PackedDataset
-from xplus_fast.training import checkpoints
+from xplus_fast.training import checkpoints, job, place
 from xplus_fast.training.optimizer import AdamW
 
 ROOT = Path(__file__).parents[2]
@@ -218,6 +219,16 @@ def test_torchrun_gives_the_losses_of_one_process(workplace):
         shutil.rmtree(two / "high" / name)
     assert torchrun().returncode == 0
     assert losses(two) == logged
+
+
+def test_several_processes_sum_in_the_dtype_of_the_weights(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(place, "PartialState", lambda **_: None)
+    monkeypatch.setattr(job, "watched", lambda _: nullcontext())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = workplace / "recipe.yaml"
+    assert xplus("train", recipe, "dtype=bfloat16", "memory.sums=32") == 2
+    assert "memory.sums: 32 is for one process" in capsys.readouterr().err
+    assert not (workplace / "run").exists()
 
 
 def test_a_run_goes_on_with_the_same_steps_under_another_plan(workplace, capsys, monkeypatch):

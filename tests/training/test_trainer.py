@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+import xplus_kernels as ops
 from tests.tiny import VOCABULARY, difference, select, tiny_model
 from xplus_fast import XPlusTrainer
 from xplus_fast.data.collate import PackCollator
 from xplus_fast.errors import UserError
+from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.training.optimizer import AdamW
 
 
@@ -374,6 +376,33 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
         XPlusTrainer(tiny_model().requires_grad_(False), arguments(tmp_path))
     with pytest.raises(UserError, match="out of range"):
         XPlusTrainer(tiny_model(), arguments(tmp_path), layers="0-9")
+
+
+def test_its_micro_batches_are_summed_by_the_gemm(tmp_path, monkeypatch):
+    added, real = [], ops.weight_gradient
+
+    def seen(dy, x, out, *, add):
+        added.append(add)
+        return real(dy, x, out, add=add)
+
+    monkeypatch.setattr(ops, "weight_gradient", seen)
+    made = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=3)
+    options = {"train_dataset": sentences(n=16), "data_collator": pad}
+    XPlusTrainer(tiny_model(), made, layers="1-2", **options).train()
+    assert added == [False] * 8 + [True] * 16  # four matrices of two layers, three times
+
+
+def test_sums_in_fp32_are_for_one_process(tmp_path, monkeypatch):
+    """DistributedDataParallel wants gradients in the weights' dtype: it would end with a trace."""
+    model = tiny_model().to(torch.bfloat16)
+    options = {"layers": "1", "update": UpdateLayout(sums=32), "train_dataset": sentences(n=8)}
+    trainer = XPlusTrainer(model, arguments(tmp_path), data_collator=pad, **options)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(UserError, match="sums: 32 is for one process"):
+        trainer.create_optimizer()
+    trainer.model.float()  # whose sums are fp32 whatever is asked for
+    trainer.optimizer = None
+    assert trainer.create_optimizer() is not None
 
 
 SCRIPT = """

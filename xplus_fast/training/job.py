@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xplus_fast.config import Recipe, Stage
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
@@ -64,6 +66,11 @@ def read_job(recipe: Recipe, restart: bool, held: ExitStack) -> Job:
     turning = any(isinstance(stage.layers, Rotation) for stage in recipe.stages)
     if turning and place.processes > 1:
         raise UserError("layers.rotate: on one process; gradients of several are summed for all")
+    if recipe.memory.sums == 32 and place.processes > 1 and place.dtype != torch.float32:
+        raise UserError(
+            "memory.sums: 32 is for one process; several exchange gradients in the weights' own"
+            " dtype: 16 is wanted"
+        )
     check_against(files, shape.tensor_shapes())
     run, free = resolve(recipe.output), card_here(place)
     card = free if restart else card_of(run, free)

@@ -44,7 +44,8 @@ class AdamW(torch.optim.Optimizer):
         gradients: "host" takes each gradient to host memory when the backward has made it:
             `p.grad` is None then, and `grad_norm` tells the norm.
         sums: of gradients over several backward passes: 32 makes those of narrow parameters fp32
-            (`p.grad_dtype`), 16 leaves them in the parameter's dtype.
+            (`p.grad_dtype`), which DistributedDataParallel cannot add up; 16 leaves them in the
+            parameter's dtype.
         seed: at least 0, under 2^64: of the stochastic rounding. It is drawn from seed, step and
             place: the same again after a resumption.
         The placements change no bit of the result.

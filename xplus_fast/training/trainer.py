@@ -170,6 +170,10 @@ class XPlusTrainer(SavingTrainer):
                 raise UserError("gradients: on the host they are not summed over processes")
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         narrow = {p.dtype for p in trained} & {torch.bfloat16, torch.float16}
+        if narrow and self._update.sums == 32 and self.args.world_size > 1:
+            raise UserError(
+                "sums: 32 is for one process; several exchange gradients in the weights' own dtype"
+            )
         bare = bare_optimizer(optimizer)
         if narrow and not isinstance(bare, AdamW) and self.is_world_process_zero():
             print(

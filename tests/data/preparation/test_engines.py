@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.preparation.runs import recipe, results, rows
 from xplus_fast import cli
-from xplus_fast.data.preparation.engines import run_calls
+from xplus_fast.data.preparation.engines import RETRIES, run_calls
 from xplus_fast.errors import UserError
 
 pytest.importorskip("py3langid", reason="identifies languages")
@@ -178,6 +178,23 @@ def test_workers_that_die_again_and_again_are_told_in_a_line(engine, request):
         request.getfixturevalue("cluster")
     with pytest.raises(UserError, match="killed again and again, perhaps for want of memory"):
         list(run_calls(engine, die, [(1,), (2,)], 2))
+
+
+def die_at_zero(i):
+    time.sleep(0.1)
+    if i == 0:
+        time.sleep(0.5)  # others end meanwhile
+        die(i)
+    return i
+
+
+def test_a_call_that_kills_its_worker_is_told_though_others_end():
+    found = []
+    with pytest.raises(UserError, match="killed again and again"):
+        for made in run_calls("local", die_at_zero, ((i,) for i in range(1000)), 2):
+            found.append(made)
+            assert len(found) < 100  # not with the last of them
+    assert len(found) > RETRIES and len(set(found)) == len(found)
 
 
 def test_a_node_that_joins_late_is_given_work(cluster):

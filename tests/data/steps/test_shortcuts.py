@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.steps.noise import LANGUAGES, everyday_pairs
-from xplus_fast.data.steps import bayes, clean, format, identify, mojibake, plain
+from xplus_fast.data.steps import bayes, clean, format, identify, markup, mojibake, plain
 from xplus_fast.data.steps.batch import make_batch
 from xplus_fast.data.steps.characters import census
 from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
@@ -136,6 +136,33 @@ def test_texts_that_are_spared_searches_would_pass_them(monkeypatch, markup):
     assert reasons >= {"mojibake", "empty", "broken characters", "lost characters"}
     texts = found.kept["source"].to_pylist() + found.kept["target"].to_pylist()
     assert texts == [format._SPACE.sub(" ", format._INVISIBLE.sub("", t)).strip() for t in texts]
+
+
+MARKUP = [
+    *"abz019_ @#<>/=-[]{}()|\\&;:.!?'\"\n", "@@", "##", "##a", " ##b", "\u2581", "\u0120a",
+    "\uffed", "</", "<br", "<script", "<h1", "<!--", "-->", "[[", "]]", "{{", "}}", "||",
+    "\\u00e9", "\\n", "&lt;", "&#1;", "&#xa;", "[url=", "[/b]", "style=", "href='", 'class="',
+    "function", "document.", "window.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SUBWORDS", "DEBRIS", "DOUBTFUL"])
+def test_any_markup_has_what_is_looked_for_first(name):
+    pattern = getattr(markup, f"_{name}")
+    first = getattr(markup, f"_{name}_HAVE" if name == "SUBWORDS" else f"_{name}_HAS")
+    generator, needed = random.Random(6), set()
+    for _ in range(40_000):
+        text = "".join(generator.choices(MARKUP, k=generator.randrange(1, 9)))
+        if pattern.search(text):
+            having = [part for part in first if part in text]
+            assert having, text
+            needed |= {*having} if len(having) == 1 else set()
+    assert needed == {*first}  # there is none too many
+
+
+def test_a_list_of_lists_on_one_side_alone_is_doubtful():
+    assert markup.doubtful_markup("The matrix [[1, 2], [3, 4]] has two rows.") == "[["
+    assert markup.doubtful_markup("See ]] there.") == "]]"
 
 
 def test_every_character_that_goes_is_told_by_isprintable():

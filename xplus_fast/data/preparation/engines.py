@@ -18,7 +18,7 @@ from xplus_fast.errors import UserError
 
 AHEAD = 2  # calls that wait for each worker
 LOOK = 5.0  # seconds between two looks at what a cluster has
-RETRIES = 3  # times that workers may die and no call ends in between
+RETRIES = 3  # times that workers may die while the same call is under way
 KILLED = (
     "worker processes were killed again and again, perhaps for want of memory; fewer `workers` or"
     " smaller `part_pairs` need less; start again to go on"
@@ -43,28 +43,28 @@ def _cores() -> int:
 
 
 def _local(function: Callable[..., Any], calls: Iterable[Call], workers: int) -> Iterator[Any]:
-    stream, todo, deaths = iter(calls), deque[Call](), 0
+    stream = iter(calls)
+    todo: deque[tuple[Call, int]] = deque()  # with the times that workers died meanwhile
     while True:
-        running: dict[Future, Call] = {}
+        running: dict[Future, tuple[Call, int]] = {}
         with _pool(workers) as pool:
             try:
                 while True:
-                    todo.extend(islice(stream, workers * AHEAD - len(running) - len(todo)))
+                    room = workers * AHEAD - len(running) - len(todo)
+                    todo.extend((call, 0) for call in islice(stream, room))
                     while todo:
-                        running[pool.submit(function, *todo[0])] = todo[0]
+                        running[pool.submit(function, *todo[0][0])] = todo[0]
                         todo.popleft()
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         made = future.result()
                         del running[future]
-                        deaths = 0
                         yield made
             except BrokenProcessPool:  # one was killed, and with it all that were at work
-                deaths += 1
-                if deaths > RETRIES:
+                todo.extendleft((call, deaths + 1) for call, deaths in running.values())
+                if any(deaths > RETRIES for _, deaths in todo):
                     raise UserError(KILLED) from None
-                todo.extendleft(running.values())
             finally:
                 for future in running:
                     future.cancel()
