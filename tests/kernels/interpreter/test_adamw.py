@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xplus_kernels import adamw as A
+from xplus_kernels import blockwise as B
 from xplus_kernels.backend import INTERPRET
 
 pytestmark = [
@@ -92,7 +93,7 @@ def test_codes_are_exact_over_all_decades(monkeypatch):
     n = 256 * 48
     generator = torch.Generator().manual_seed(2)
     grad = randn(n, seed=1) * 10 ** -(12 * torch.rand(n, generator=generator))
-    starts = A._tables(torch.device("cpu"))[2:, 1:].reshape(-1)
+    starts = B.code_tables(torch.device("cpu"))[2:, 1:].reshape(-1)
     for i, toward in enumerate((-9.0, 9.0, None)):
         near = starts if toward is None else torch.nextafter(starts, torch.tensor(toward))
         for j, part in enumerate(near.split(255)):
@@ -100,21 +101,21 @@ def test_codes_are_exact_over_all_decades(monkeypatch):
             grad[at : at + 255], grad[at + 255] = part, 1.0
     monkeypatch.setitem(OPTIONS, "beta1", 0.0)
     kernel, _ = on_both(n, torch.float32, [grad], monkeypatch, eight_bit=True, master=False)
-    codes, absmax = A.quantize_blockwise(grad, signed=True)
+    codes, absmax = B.quantize_blockwise(grad, signed=True)
     assert torch.equal(kernel["exp_avg"], codes)
     assert torch.equal(kernel["exp_avg_absmax"], absmax)
     monkeypatch.setitem(OPTIONS, "beta2", 0.0)  # v = g^2 over 24 decades
     kernel, _ = on_both(n, torch.float32, [grad], monkeypatch, eight_bit=True, master=False)
-    codes, absmax = A.quantize_blockwise(grad * grad, signed=False)
+    codes, absmax = B.quantize_blockwise(grad * grad, signed=False)
     assert torch.equal(kernel["exp_avg_sq"], codes)
     assert torch.equal(kernel["exp_avg_sq_absmax"], absmax)
 
 
 def test_unsigned_codes_are_exact_where_they_start(monkeypatch):
-    starts = A._tables(torch.device("cpu"))[3, 1:]
+    starts = B.code_tables(torch.device("cpu"))[3, 1:]
     x = torch.cat([starts, torch.nextafter(starts, torch.tensor(0.0)), torch.ones(2)])
     blocks = torch.cat([x[:255], torch.ones(1), x[255:510], torch.ones(1)])
-    codes, absmax = A.quantize_blockwise(blocks, signed=False)
+    codes, absmax = B.quantize_blockwise(blocks, signed=False)
     # v = beta2 v + ..: with g = 0 and beta2 = 1 - tiny v stays what it was, so that codes that
     # the kernel reads and writes back must be the same
     state = tensors(512, torch.float32, eight_bit=True, master=False)
