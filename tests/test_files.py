@@ -467,6 +467,9 @@ def test_a_folder_knows_its_files(tmp_path):
         (folder / "manifest.json").write_text(json.dumps(whole | {"files": files}))
         with pytest.raises(UserError, match="manifest.json: damaged"):
             read_manifest(folder)
+    del whole["sha256"]  # as before they had one
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    assert read_manifest(folder).keys() == {"a", "b"}
     for text in ("", "{", "[]", "{}", '{"files": [1]}', '{"files": {"a": 1}}', "9" * 5000):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="manifest.json: damaged"):

@@ -478,3 +478,24 @@ def _Tokenizer():
     tokens = {f"t{i}": i for i in range(VOCABULARY)}
     inner = Tokenizer(models.WordLevel(tokens, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t1", pad_token="t0")
+
+
+def test_a_loss_may_ask_for_gradients_itself(tmp_path):
+    """A gradient penalty: in every micro-batch, and what is trained is what autograd would add."""
+
+    class Penalized(XPlusTrainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            loss = super().compute_loss(model, inputs, *args, **options)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            asked = torch.autograd.grad(loss, trained, retain_graph=True)
+            assert all(g is not None and g.any() for g in asked)
+            return loss
+
+    runs = [
+        train(kind, tiny_model(), tmp_path / kind.__name__, layers="1-2", max_steps=3,
+              gradient_accumulation_steps=3)
+        for kind in (XPlusTrainer, Penalized)
+    ]  # fmt: skip
+    assert losses(runs[0]) == losses(runs[1])
+    for name, value in runs[0].model.state_dict().items():
+        assert torch.equal(runs[1].model.state_dict()[name], value), name

@@ -150,7 +150,7 @@ class BlockFunction(torch.autograd.Function):
         need = dict(zip(WEIGHTS, ctx.needs_input_grad[4:], strict=True))
         dw: dict[str, Tensor | None] = dict.fromkeys(WEIGHTS)
         sums = ctx.spec.sums
-        if sums is not None:
+        if sums is not None and sums.open:
             sums.bring(w[name] for name in MATRICES if need[name])
         _attention_half(a, w, s, p, last, m)
         _mlp_half(a, w, s, m)

@@ -13,6 +13,8 @@ import xplus_kernels as ops
 class Sums:
     """Where the sums are: in `p.grad`, which is added to in place."""
 
+    open = True  # False: nothing is added, whoever asks for gradients gets them
+
     def bring(self, parameters: Iterable[Tensor]) -> None:
         """The backward of what these belong to begins."""
 
@@ -38,7 +40,7 @@ def matrix_gradient(w: Tensor, sums: Sums | None, *parts: tuple[Tensor, Tensor])
 
     parts: dy [T, rows], x [T, K]. None where it has been added to what `sums` has already.
     """
-    total = None if sums is None else sums.so_far(w)
+    total = sums.so_far(w) if sums is not None and sums.open else None
     made = torch.empty_like(w, dtype=gradient_dtype(w)) if total is None else total
     at = 0
     for dy, x in parts:
@@ -62,3 +64,23 @@ def summed(layers: Sequence[Any], sums: Sums | None) -> Iterator[None]:
     finally:
         for block in layers:
             block.sums = None
+
+
+@contextmanager
+def only_in_backward(accelerator: Any, sums: Sums) -> Iterator[None]:
+    """Within it, the accelerator's own `backward` adds to `sums`, and nothing else does: a loss
+    that is itself made of gradients (`torch.autograd.grad`) asks for them in a step, too."""
+    backward = accelerator.backward
+
+    def adding(*args: Any, **options: Any) -> None:
+        sums.open = True
+        try:
+            backward(*args, **options)
+        finally:
+            sums.open = False
+
+    sums.open, accelerator.backward = False, adding
+    try:
+        yield
+    finally:
+        sums.open, accelerator.backward = True, backward

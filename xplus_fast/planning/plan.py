@@ -121,8 +121,11 @@ def _notes(plan: Plan) -> Iterator[str]:
     if b.steps > 1 and r.element == 2 and update != plan.update and r.budget is not None:
         needs, _ = account(r.shape, plan.layout, update, b, context=r.context)
         if sum(needs.values()) <= r.budget:
-            more = (sum(needs.values()) - plan.device_total) / 1e9
-            yield f"memory.sums=32 would sum gradients in fp32; its {more:.1f} GB more fit"
+            more = max(0.1, (sum(needs.values()) - plan.device_total) / 1e9)
+            yield (
+                f"memory.sums=32 would sum gradients in fp32 (in one process); its {more:.1f} GB"
+                " more fit"
+            )
 
 
 def _faster_notes(plan: Plan) -> Iterator[str]:

@@ -24,7 +24,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.families import BESIDE, shape_of
 from xplus_fast.model.layout import UpdateLayout
 from xplus_fast.model.prepare import is_prepared, layer_ids, note_changes, prepare_model
-from xplus_fast.model.sums import Sums, summed
+from xplus_fast.model.sums import Sums, only_in_backward, summed
 from xplus_fast.planning.flops import total_parameters, trained_parameters
 from xplus_fast.planning.selection import describe_layers, resolve_layers
 from xplus_fast.training.arguments import OUR_ADAMW, asks_for_checkpointing, check_arguments
@@ -241,10 +241,11 @@ class XPlusTrainer(SavingTrainer):
 
     def _forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
         stock: Any = self.accelerator.unwrap_model(self.model)
-        optimizer, sums = our_adamw(self.optimizer), None
-        if self.args.world_size == 1:  # else others wait for each gradient that autograd adds
-            sums = Sums() if optimizer is None else optimizer.sums
-        with summed(stock.model.layers, sums):
+        optimizer = our_adamw(self.optimizer)
+        if self.args.world_size > 1:  # others wait for each gradient that autograd adds
+            return super().training_step(*args, **kwargs)
+        sums = Sums() if optimizer is None else optimizer.sums
+        with summed(stock.model.layers, sums), only_in_backward(self.accelerator, sums):
             return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
