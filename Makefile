@@ -23,10 +23,10 @@ demo: $(VENV)/demo.stamp  ## train, export and verify a small model: both stages
 	$(BIN)/xplus-fast export runs/demo build/demo/exported
 	$(BIN)/xplus-fast verify build/demo/model build/demo/exported
 
-# One thread: the tests' tensors are too small to share; two files at a time. Triton decides at
-# import whether it interprets, so those tests are a run of their own; those for a GPU are rehearsed
-# on the CPU.
-TWO := -n 2 --dist loadfile
+# One thread: the tests' tensors are too small to share; two files at a time, in their order, so that
+# files of few and long tests do not come last, beside an idle core. Triton decides at import whether
+# it interprets, so those tests are a run of their own; those for a GPU are rehearsed on the CPU.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/dev.stamp  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest $(TWO) tests/kernels/interpreter
