@@ -257,3 +257,28 @@ def test_without_the_demo_model_one_line(tmp_path, capsys, monkeypatch) -> None:
     assert experiment.main(["--work", str(tmp_path / "w"), "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "make demo" in said and said.count("\n") == 1
+
+
+def test_what_docs_conclude_is_what_the_table_says():
+    """The paragraph below the table is written by hand: it goes with one seed of each way."""
+    text = (report.ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [c for c in lines if len(c) == 10 and c[1] == "0.0005"]
+    kept, high = {}, {}
+    for trained, _, replay, seeds, *_, half, more in rows:
+        assert seeds == "1"
+        name = trained.removeprefix("| ") + (" replay" if "%" in replay else "")
+        kept[name] = float(half.split(" ")[0])
+        high[name] = float(half.rstrip(" |)").rpartition(" ")[2])
+        three_quarters = more.rstrip(" |")
+        assert (three_quarters == "not reached") == ("two stages" in name or name == "bottom")
+        kept[f"{name}, more"] = -1e9
+        if three_quarters != "not reached":
+            kept[f"{name}, more"] = float(three_quarters.split(" ")[0])
+    best, *others = sorted((n for n in kept if ", more" not in n), key=lambda n: -kept[n])
+    assert best == "two stages" and high[best] > 0
+    assert all(-11 < kept[n] < -3.5 and high[n] < 0 for n in others)
+    assert set(others[-2:]) == {"full", "LoRA"}
+    assert max((n for n in kept if ", more" in n), key=lambda n: kept[n]) == "full replay, more"
+    for name in ("two stages", "top"):
+        assert kept[f"{name} replay"] < kept[name] + 0.5
