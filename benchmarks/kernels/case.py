@@ -79,6 +79,7 @@ class Case:
     # outputs, rows -> what stands against the truth
     view: Callable[[Outputs, Tensor], Outputs] = field(default=lambda o, rows: pick(o, rows))
     sample: tuple[int, int] | None = None  # rows to compare, where they must be neighbours
+    element: float = 8  # of one element: so many bounds, see `error`
 
 
 class Maker:
@@ -110,11 +111,11 @@ def sampled_rows(case: Case, device: torch.device) -> Tensor:
     return torch.linspace(0, case.rows - 1, min(case.rows, SAMPLED), device=device).long()
 
 
-def error(outputs: Outputs, truth: Outputs, bound: float) -> tuple[float, str]:
+def error(outputs: Outputs, truth: Outputs, bound: float, element: float = 8) -> tuple[float, str]:
     """Relative error in the 2-norm, the worst output's; and what is wrong, empty where nothing.
 
-    Wrong is an output whose error passes `bound`, or an element that is off by more than 8 bounds
-    of (its own size + the root mean square, the output's or its row's, which is larger).
+    Wrong is an output whose error passes `bound`, or an element that is off by more than `element`
+    bounds of (its own size + the root mean square, the output's or its row's, which is larger).
     """
     if len(outputs) != len(truth):
         return math.inf, f"{len(outputs)} outputs, not {len(truth)}"
@@ -127,7 +128,7 @@ def error(outputs: Outputs, truth: Outputs, bound: float) -> tuple[float, str]:
         if t.dim() > 1:  # dk of a token that many attend to errs by its own size
             rms = t.square().mean(-1, keepdim=True).sqrt().maximum(rms)
         relative = float(off.norm() / t.norm().clamp(min=1e-30))
-        elements = bool((off <= 8 * bound * (t.abs() + rms)).all())
+        elements = bool((off <= element * bound * (t.abs() + rms)).all())
         if not (relative <= bound and elements) and not wrong:  # so written that NaN is wrong
             what = "elements off" if relative <= bound else f"error {relative:.2g}"
             wrong = f"output {i}: {what}, bound {bound:.2g}"

@@ -195,7 +195,7 @@ def _gate(
     outputs = call()
     found: dict[str, Any] = {"status": "ok"}
     if provider.gated:
-        off, wrong = error(case.view(outputs, picked), truth, case.bound)
+        off, wrong = error(case.view(outputs, picked), truth, case.bound, case.element)
         found["error"] = off if math.isfinite(off) else None
         if wrong:
             return {**found, "status": f"wrong: {wrong}"}
