@@ -86,7 +86,7 @@ LONG = "This sentence is long enough for what it says to be measured by its leng
         ("Short.", LONG + " And so is it too.", "target too long for its source"),
         (LONG, "Cette phrase est assez longue pour que", "target breaks off"),
         ("In 1995 he left.", "En 1959 il est parti.", "numbers disagree"),
-        ("In 1995 he left.", "Il est parti.", None),
+        ("In 1995 he left.", "Il partit en juin.", None),
         ("It cost 1,234.50 dollars.", "Cela a co\u00fbt\u00e9 1 234,50 dollars.", None),
         ("x", "\u041f\u0440\u0438\u0432\u0435\u0442", "target: wrong script"),
         ("?!", "!?", "source: too short"),
@@ -123,6 +123,39 @@ def test_lengths_are_those_of_the_languages():
         reason(clean_pairs, "He is 24.", bengali, CleanOptions(), ("en", "bn"))
         == "numbers disagree"
     )
+
+
+def test_lengths_and_marks_that_disagree() -> None:
+    """Of lengths, question marks and digits one may differ, two may not."""
+    said = "lengths and marks disagree"
+    asked = "Will the council close the old mill in spring?"
+    told = "Le conseil fermera le vieux moulin au printemps, le maire l'a dit aux habitants hier."
+    dated = "Le vieux moulin, qui date de 1834, sera bient\u00f4t ferm\u00e9."
+    cases = [
+        (asked, "Le conseil fermera le vieux moulin au printemps.", "en", "fr", None),
+        (asked[:-1] + ".", told, "en", "fr", None),
+        (asked, told, "en", "fr", said),
+        (asked[:-1] + ".", dated, "en", "fr", None),  # a year alone
+        (asked, dated, "en", "fr", said),
+        (told, asked, "fr", "en", said),
+        # no marks that would tell: of Thai, of Greek, a Japanese particle
+        (asked, told, "en", "th", None),
+        (asked, told, "en", "el", None),
+        ("How old is he, and when was the house built?",
+         "\u5f7c\u306f\u3044\u304f\u3064\u3067\u3001\u5bb6\u306f\u3044\u3064\u5efa\u3066"
+         "\u3089\u308c\u307e\u3057\u305f\u304b\u3002", "en", "ja", None),
+        # numbers written out
+        ("It was on December 30, 2019.", "\u90a3\u662f\u4e8c\u3007\u4e00\u4e5d\u5e74"
+         "\u5341\u4e8c\u6708\u4e09\u5341\u65e5\u7684\u4e8b\u60c5\u4e86\u3002",
+         "en", "zh", None),
+    ]  # fmt: skip
+    for source, target, a, b, wanted in cases:
+        row = {"source": source, "target": target, "source_language": a, "target_language": b}
+        # Latin letters stand for those of other scripts here
+        options = CleanOptions(min_script=0, truncated=False)
+        assert clean_pairs(make_batch([row]), options).reason.to_pylist() == [wanted], row
+        off = CleanOptions(min_script=0, truncated=False, max_apart=99)
+        assert clean_pairs(make_batch([row]), off).reason.to_pylist() == [None], row
 
 
 def test_languages_and_scripts():
