@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xplus_fast.data.steps.batch import SCHEMA, make_batch
+from xplus_fast.data.steps.batch import SCHEMA, Reject, make_batch
 from xplus_fast.data.steps.clean import RELATIVE_LENGTH, CleanOptions, clean_pairs
 from xplus_fast.data.steps.decontaminate import (
     DecontaminateOptions,
@@ -57,6 +57,49 @@ def reason(step, source, target, options, languages=("en", "fr")):
 )  # fmt: skip
 def test_texts_are_brought_into_form(text, expected):
     assert tidy(text, FormatOptions()) == expected
+
+
+RUSSIAN = (
+    "\u0421\u0442\u0430\u0440\u0430\u044f "
+    "\u043c\u0435\u043b\u044c\u043d\u0438\u0446\u0430 "
+    "\u043d\u0430 "
+    "\u0440\u0435\u043a\u0435."
+)
+SERBIAN = (
+    "\u0421\u0442\u0430\u0440\u0438 "
+    "\u043c\u043b\u0438\u043d "
+    "\u0458\u0435 "
+    "\u043d\u0430 \u0440\u0435\u0446\u0438."
+)
+UKRAINIAN = (
+    "\u0421\u0442\u0430\u0440\u0438\u0439 "
+    "\u043c\u043b\u0438\u043d "
+    "\u0456 \u0457\u0445 "
+    "\u0440\u0456\u0447\u043a\u0430."
+)
+CAPITALS = (  # of few frequent letters
+    "\u042f!",
+    "\u0427\u041c\u041e.",
+    "\u0428\u0410\u0425.",
+    "\u041c\u042b \u0423\u0416\u0415 \u0423\u0415\u0414\u0415\u041c?",
+)
+
+
+def test_one_cyrillic_code_page_for_another() -> None:
+    """Mended where all its letters can be told; what its page could not write is gone for good."""
+    for language, text, written, shown in [
+        ("ru", RUSSIAN, "koi8-r", "cp1251"), ("ru", RUSSIAN, "cp1251", "koi8-r"),
+        ("ru", RUSSIAN, "iso8859-5", "cp1251"), ("sr", SERBIAN, "cp1251", "iso8859-5"),
+        ("uk", UKRAINIAN, "koi8-u", "cp1251"),
+    ]:  # fmt: skip
+        garbled = text.encode(written).decode(shown)
+        assert garbled != text and tidy(garbled, FormatOptions(), language) == text
+    lost = SERBIAN.encode("koi8-r", "ignore").decode("cp1251")
+    with pytest.raises(Reject, match="mojibake"):
+        tidy(lost, FormatOptions(), "sr")
+    for language in ("ru", "sr", "uk", "bg"):
+        for text in CAPITALS:
+            assert tidy(text, FormatOptions(), language) == text
 
 
 def test_what_cannot_be_brought_into_form_goes():
