@@ -201,6 +201,13 @@ def test_lengths_and_marks_that_disagree() -> None:
         assert clean_pairs(make_batch([row]), off).reason.to_pylist() == [None], row
 
 
+def test_a_thai_syllable_that_is_not_whole_breaks_off():
+    text = "\u0e42\u0e23\u0e07\u0e2a\u0e35\u0e40\u0e01\u0e48\u0e32\u0e41"
+    options, pair = CleanOptions(), ("en", "th")
+    assert reason(clean_pairs, "The old mill.", text[:-1], options, pair) is None
+    assert reason(clean_pairs, "The old mill.", text, options, pair) == "target breaks off"
+
+
 def test_languages_and_scripts():
     pytest.importorskip("py3langid", reason="identifies languages")
     german = "Das ist ein deutscher Satz, kein franz\u00f6sischer."

@@ -48,7 +48,6 @@ RELATIVE_LENGTH = {
     "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
 }  # fmt: skip
 NO_QUESTIONS = NO_MARKS | {"el"}  # written without marks for questions, or with a semicolon
-NO_STOP = NO_MARKS | {"te"}  # written without a full stop, or often so
 # Full stops, and what ends a sentence else: of Armenian, Ethiopic, Khmer, Tibetan and Burmese, too
 _STOPS = re.compile(
     "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
@@ -60,7 +59,9 @@ LOOP = 15  # characters of a text that repeats itself
 # A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
 # over the square root of the length. Headlines have no full stop either, and are shorter than their
 # translations.
-SHORTER = {"target": (0.05, 1.0), "unmarked": (0.15, 2.6), "source": (0.1, 4.5)}
+SHORTER = {"target": (0.05, 1.0), "te": (0.1, 1.8), "unmarked": (0.12, 2.6), "source": (0.1, 4.5)}
+# Vowels of Thai and Lao that are written before the consonant of their syllable
+_UNFINISHED = re.compile("[\u0e40-\u0e44\u0ec0-\u0ec4]\\W*$")
 # Lengths, question marks and digits each differ in some translations, but seldom two at once. The
 # evidence is these times the logs of the ratios (of lengths: in standard deviations), none alone
 # enough.
@@ -227,12 +228,18 @@ def _lengths(source: str, target: str, languages: tuple[str, str], options: Clea
     stops = bool(_STOPS.search(source[-END:])), bool(_STOPS.search(target[-END:]))
     if stops[0] == stops[1]:
         return off
-    unmarked = not NO_STOP.isdisjoint(code.partition("_")[0] for code in languages)
-    side = "source" if stops[1] else "target"
+    bases = [code.partition("_")[0] for code in languages]
+    side = how = "source" if stops[1] else "target"
     size, sign = (len(target) / relative[1], 1) if stops[1] else (len(source) / relative[0], -1)
-    least, more = SHORTER["unmarked" if unmarked and not stops[1] else side]
-    if size >= MEASURED and off * sign > least + more / math.sqrt(size):
-        raise Reject(f"{side} breaks off", (source if stops[1] else target)[-20:])
+    if side == "target" and not NO_MARKS.isdisjoint(bases):
+        how = "unmarked"
+    elif side == "target" and "te" in bases:  # often without, in all but news
+        how = "te"
+    least, more = SHORTER[how]
+    broken = source if stops[1] else target
+    short = size >= MEASURED and off * sign > least + more / math.sqrt(size)
+    if short or _UNFINISHED.search(broken):
+        raise Reject(f"{side} breaks off", broken[-20:])
     return off
 
 
