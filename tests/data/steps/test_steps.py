@@ -228,6 +228,16 @@ def test_languages_and_scripts():
         assert found == ("target: wrong Chinese script" if wrong else None)
 
 
+def test_letters_that_a_language_has_not() -> None:
+    options, serbian = IdentifyOptions(), "\u0408\u0435\u0434\u0430\u043d, \u0434\u0432\u0430."
+    said = "target: wrong language"
+    for language, wanted in (("ru", said), ("bg", said), ("sr", None)):
+        assert reason(identify_pairs, "One, two.", serbian, options, ("en", language)) == wanted
+    # a name in a text that is surely Russian
+    text = RUSSIAN + " \u0411\u0430\u0458\u0438\u043d\u0430 \u0411\u0430\u0448\u0442\u0430."
+    assert reason(identify_pairs, "One, two.", text, options, ("en", "ru")) is None
+
+
 def hashes(*pairs):
     made = fingerprints(batch(*pairs), DedupOptions())
     assert made.schema.names == list(COLUMNS)
