@@ -244,8 +244,11 @@ def _order(cells: Sequence[str]) -> tuple[int, ...]:
 def _units(corpus: Corpus, chosen: str) -> Iterator[Pair | Rejected]:
     path = resolve(str(corpus.path))
     wanted = [canonical(code) for code in corpus.languages]
-    read = read_tmx if chosen == "tmx" else read_xliff
-    for where, texts in read(path, WHOLE_LIMIT):
+    if chosen == "tmx":
+        units = read_tmx(path, WHOLE_LIMIT)
+    else:
+        units = read_xliff(path, WHOLE_LIMIT, wanted)
+    for where, texts in units:
         if isinstance(texts, Rejected):
             yield texts
             continue
