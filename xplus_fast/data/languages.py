@@ -81,7 +81,7 @@ def code_of(name: str) -> str | None:
         return name
     try:
         found = Language.find(name)
-    except LookupError:
+    except (LookupError, UnicodeDecodeError):  # the second for some names with control characters
         return None
     return found.to_tag() if found.display_name().lower() == name.lower() else None
 
