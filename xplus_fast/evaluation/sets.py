@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xplus_fast.data.files import Rejected, kind, read_lines, read_records
-from xplus_fast.data.languages import canonical, is_language
+from xplus_fast.data.languages import canonical, codes_of, is_language
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.recipe import TestSet
 from xplus_fast.files import resolve
@@ -45,7 +45,7 @@ def read_sets(sets: Sequence[TestSet]) -> list[Lines]:
     texts: dict[tuple[Path, bool], list[str]] = {}  # a language's file is of many directions
     for test in sets:
         for direction in test.directions:
-            a, b = direction.split("-")
+            a, b = codes_of(direction)
             at = f"translation.sets: {test.name} {direction}"
             places = [resolve(test.files.format(lang=test.languages.get(c, c))) for c in (a, b)]
             left_out = 0
@@ -134,7 +134,7 @@ def _wmt24pp_row(row: dict[str, Any], where: str) -> tuple[tuple[str, str], tupl
                 f"translation.sets: {where}: {key!r} is missing or no text: rows of WMT24++ are"
                 " wanted in .jsonl"
             )
-    codes = row["lp"].split("-")
+    codes = codes_of(row["lp"])
     if len(codes) != 2 or not all(map(is_language, codes)):
         raise UserError(f"translation.sets: {where}: lp is not two languages: {row['lp']!r:.40}")
     return (canonical(codes[0]), canonical(codes[1])), (row["source"], row["target"])

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from xplus_fast.data.files import Rejected
-from xplus_fast.data.languages import canonical, languages_of_name
+from xplus_fast.data.languages import canonical, code_of, codes_of, languages_of_name
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
 from xplus_fast.data.preparation.recipe import Corpus
 from xplus_fast.data.steps.format import FormatOptions, tidy
@@ -50,6 +50,23 @@ def test_all_spellings_of_a_language_are_one(codes, expected):
 )  # fmt: skip
 def test_what_a_name_says_of_languages(name, expected):
     assert " ".join(languages_of_name(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"),
+    [
+        ("en-sw", "en sw"), ("en-zh-Hant", "en zh-Hant"), ("sr-Latn-en", "sr-Latn en"),
+        ("zh-Hant-sr-Latn", "zh-Hant sr-Latn"), ("en-fr-CA", "en fr-CA"), ("en-zh_TW", "en zh_TW"),
+        ("pt-BR-en", "pt-BR en"), ("en", "en"), ("en-sw-fr", "en sw fr"), ("en-", "en "),
+    ],
+)  # fmt: skip
+def test_the_codes_of_a_direction(direction, expected):
+    assert " ".join(codes_of(direction)) == expected
+
+
+@pytest.mark.parametrize("name", ["h\0i\0", "\0e\0n", "\x01", "\ud800"])
+def test_names_that_are_no_languages(name):
+    assert code_of(name) is None
 
 
 def test_unknown_languages_are_refused():
