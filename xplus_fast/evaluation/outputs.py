@@ -37,8 +37,8 @@ _ASSISTANT = re.compile(
 # A line of its own behind the translation
 _NOTE = re.compile(
     r"\n[\s*_(\[]*(?:notes?|n\.?b\.?|p\.?s\.?|explanations?|please note|alternatively|let me know"
-    r"|i hope|i have|i(?:'|\u2019)ve|this translation|the translation|remarques?|anmerkung|hinweis|nota"
-    r"|\u6ce8|\u8bf4\u660e)\b",
+    r"|i hope|i have|i(?:'|\u2019)ve|this translation|the translation|remarques?|anmerkung|hinweis"
+    r"|nota|\u6ce8|\u8bf4\u660e)\b",
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"[\[<(]([^\[\]<>()/:]{2,40})[\]>)]")  # [French], <fr>
