@@ -48,6 +48,11 @@ def test_a_zip_with_much_beside_the_texts(tmp_path: Path) -> None:
     assert {(r["source_language"], r["target_language"]) for r in found} == {("en", "sw")}
 
 
+def test_a_zip_of_texts_that_end_in_txt(tmp_path: Path) -> None:
+    members = {f"{name}.txt": data for name, data in GNOME.items()}
+    assert texts(archive(tmp_path / "x.zip", BESIDE | members)) == PAIRS
+
+
 def test_a_zip_with_two_corpora(tmp_path: Path) -> None:
     other = {"KDE4.en-fr.en": lines("Yes."), "KDE4.en-fr.fr": lines("Oui.")}
     path = archive(tmp_path / "x.zip", GNOME | other)

@@ -94,6 +94,11 @@ def test_one_cyrillic_code_page_for_another() -> None:
     ]:  # fmt: skip
         garbled = text.encode(written).decode(shown)
         assert garbled != text and tidy(garbled, FormatOptions(), language) == text
+    hebrew = "\u05d4\u05d0\u05d5\u05d5\u05d9\u05e8 \u05d9\u05e4\u05d4"  # "the weather is nice"
+    lost = hebrew.encode().decode("cp1252", "ignore")  # without the bytes that cp1252 has not
+    with pytest.raises(Reject, match="mojibake"):
+        tidy(lost, FormatOptions(), "he")
+    assert tidy(hebrew + " 3\u00d75", FormatOptions(), "he") == hebrew + " 3\u00d75"
     lost = SERBIAN.encode("koi8-r", "ignore").decode("cp1251")
     with pytest.raises(Reject, match="mojibake"):
         tidy(lost, FormatOptions(), "sr")

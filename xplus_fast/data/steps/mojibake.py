@@ -42,8 +42,8 @@ _LOST = re.compile(
 )
 _HALF = re.compile("[\u00c2-\u00c6](?![a-z])|[\u00e1\u00c2][\u00bb\u00ba]")
 _REST = "\u0080-\u00ba\u00bc-\u00bf\u0152-\u0192\u02c6\u02dc\u2020-\u2122"
-_LEFT = re.compile(
-    f"[\u00c2-\u00df][{_REST}]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
+_LEFT = re.compile(  # of scripts that are not Latin
+    f"[\u00c2-\u00df][{_REST}]|[\u00cc-\u00df][\u2013-\u201f\u0370-\u06ff]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
 )
 # The letters that a language has beside a to z, and the code pages that its texts were written in
 _CENTRAL = ("cp1250", "iso8859-2")
