@@ -78,6 +78,18 @@ def test_the_clean_ones_stay_in_every_language(corpus, clean) -> None:
     assert whole >= least and min(shares.values()) >= least_of_one, shares
 
 
+def test_news_without_english_stays() -> None:
+    shares = {}
+    for pair in ("ko-bn", "es-ja", "zh-ru", "te-de", "fr-sr", "sw-vi"):
+        a, b = pair.split("-")
+        sides = zip(news(a), news(b), strict=True)
+        rows = [
+            {"source": s, "target": t, "source_language": a, "target_language": b} for s, t in sides
+        ][::4]
+        shares[pair] = len(kept(rows)) / len(rows)
+    assert min(shares.values()) >= 0.96 and sum(shares.values()) / len(shares) >= 0.98, shares
+
+
 def test_short_sentences_of_the_expected_language_stay() -> None:
     short = {
         "sw": ["Asante.", "Habari gani?", "Nenda!"], "hu": ["Szia.", "Menj!"],

@@ -69,6 +69,7 @@ APART = {"length": 1.5, "question marks": 2.25, "digits": 1.2}
 ALONE = 3.0  # the most of each
 UNMEASURED = 0.3  # spared where a language is not in `RELATIVE_LENGTH`
 VARIED = {"zh": 1.4, "ja": 1.4}  # languages whose lengths vary more
+BOTH = 1.4  # so do those of texts that were translated from English both
 # Japanese asks with a particle as well, and East Asia writes numbers out
 _ASKED = re.compile("\u304b(?:\u306a|\u306d|\u3044)?(?:[\u3002\u300d\u300f]|$)")
 _NUMERALS = re.compile(
@@ -255,7 +256,7 @@ def _apart(
     )
     spare = UNMEASURED if any(base not in RELATIVE_LENGTH for base in bases) else 0.0
     usual = 0.05 + 1.6 / math.sqrt(size / 2)
-    usual *= max(VARIED.get(base, 1.0) for base in bases)
+    usual *= max(VARIED.get(base, 1.0) for base in bases) * (1.0 if "en" in bases else BOTH)
     differ = {"length": max(abs(off) - spare, 0.0) / usual}
     asks = NO_QUESTIONS.isdisjoint(bases) and not _otherwise(_ASKED, source, target, bases)
     if asks and ours[5] != theirs[5]:
