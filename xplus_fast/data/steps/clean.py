@@ -38,7 +38,7 @@ class CleanOptions:
     max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
     numbers: bool = True  # reject numbers of two digits and more that contradict each other
     truncated: bool = True  # reject targets that end without the source's full stop
-    max_apart: Annotated[float, Positive] = 3.3  # evidence that texts do not go together, see APART
+    max_apart: Annotated[float, Positive] = 3.1  # evidence that texts do not go together, see APART
 
 
 # Characters of a text relative to its English: means over FLORES-200 devtest (1012 sentences).
@@ -62,11 +62,11 @@ LOOP = 15  # characters of a text that repeats itself
 SHORTER = {"target": (0.05, 1.0), "te": (0.1, 1.8), "unmarked": (0.12, 2.6), "source": (0.1, 4.5)}
 # Vowels of Thai and Lao that are written before the consonant of their syllable
 _UNFINISHED = re.compile("[\u0e40-\u0e44\u0ec0-\u0ec4]\\W*$")
-# Lengths, question marks and digits each differ in some translations, but seldom two at once. The
-# evidence is these times the logs of the ratios (of lengths: in standard deviations), none alone
-# enough.
+# Lengths, question marks and digits (some or none) each differ in some translations, but seldom
+# two at once. The evidence is these times the logs of the ratios (of lengths: in standard
+# deviations), none alone enough.
 APART = {"length": 1.5, "question marks": 2.25, "digits": 1.2}
-ALONE = 3.0  # the most of each
+ALONE = 2.5  # the most of each
 UNMEASURED = 0.3  # spared where a language is not in `RELATIVE_LENGTH`
 VARIED = {"zh": 1.4, "ja": 1.4}  # languages whose lengths vary more
 BOTH = 1.4  # so do those of texts that were translated from English both
@@ -261,8 +261,12 @@ def _apart(
     asks = NO_QUESTIONS.isdisjoint(bases) and not _otherwise(_ASKED, source, target, bases)
     if asks and ours[5] != theirs[5]:
         differ["question marks"] = abs(math.log((ours[5] + 0.7) / (theirs[5] + 0.7)))
-    if options.numbers and not _otherwise(_NUMERALS, source, target, bases):
-        differ["digits"] = abs(math.log((ours[2] + 0.7) / (theirs[2] + 0.7)))
+    digits = max(ours[2], theirs[2])  # one alone may count a list
+    if options.numbers and digits > 1 and not (ours[2] and theirs[2]):
+        if not _otherwise(_NUMERALS, source, target, bases):
+            differ["digits"] = math.log((digits + 0.7) / 0.7)
+    if len(differ) == 1:
+        return
     evidence = {name: min(APART[name] * value, ALONE) for name, value in differ.items()}
     if sum(evidence.values()) > options.max_apart:
         said = (f"{name} {value:.1f}" for name, value in evidence.items() if value >= 0.1)
