@@ -9,6 +9,7 @@ import pytest
 from xplus_fast.data.files import Rejected
 from xplus_fast.data.languages import canonical, code_of, codes_of, languages_of_name
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
+from xplus_fast.data.preparation.parts import evaluation_lines
 from xplus_fast.data.preparation.recipe import Corpus
 from xplus_fast.data.steps.format import FormatOptions, tidy
 from xplus_fast.errors import UserError
@@ -67,6 +68,25 @@ def test_the_codes_of_a_direction(direction, expected):
 @pytest.mark.parametrize("name", ["h\0i\0", "\0e\0n", "\x01", "\ud800"])
 def test_names_that_are_no_languages(name):
     assert code_of(name) is None
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.tsv", "x.jsonl.gz", "x.txt"])
+def test_evaluation_sets_in_every_form(tmp_path, name):
+    """Escapes, quotes and columns are none of their texts; names of domains are no lines."""
+    said = ['The caf\u00e9 is "old".', "Mkahawa ni wa zamani."]
+    if "json" in name:
+        record = {"lp": "en-sw", "domain": "news", "all": {"source": said[0], "target": [said[1]]}}
+        data = json.dumps([record] if name == "x.json" else record)
+    elif name == "x.csv":
+        data = f'"{said[0].replace(chr(34), chr(34) * 2)}",{said[1]},news\n'
+    else:
+        data = "\n".join(said) if name == "x.txt" else "\t".join([*said, "news"]) + "\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    assert list(evaluation_lines(path)) == said
+    path.write_bytes(b"\xff" + path.read_bytes())
+    with pytest.raises(UserError, match="x"):
+        list(evaluation_lines(path))
 
 
 def test_unknown_languages_are_refused():
