@@ -6,12 +6,12 @@ from torch import Tensor
 
 from xplus_kernels import backend
 from xplus_kernels.int8 import (
-    BLOCK,
     Int8Weight,
     dequantize_int8,
     dequantize_int8_ref,
     quantize_int8,
 )
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRET, reason="tests the references: run without TRITON_INTERPRET=1"

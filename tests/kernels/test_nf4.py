@@ -10,13 +10,13 @@ from torch import Tensor
 
 from xplus_kernels import backend
 from xplus_kernels.nf4 import (
-    BLOCK,
     NF4,
     Nf4Weight,
     dequantize_nf4,
     dequantize_nf4_ref,
     quantize_nf4,
 )
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRET, reason="tests the references: run without TRITON_INTERPRET=1"

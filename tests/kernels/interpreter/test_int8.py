@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.kernels.interpreter.common import INTERPRETED, poison
-from xplus_kernels.int8 import BLOCK, Int8Weight, dequantize_int8, dequantize_int8_ref
+from xplus_kernels.int8 import Int8Weight, dequantize_int8, dequantize_int8_ref
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = INTERPRETED
 

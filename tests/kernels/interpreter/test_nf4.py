@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.kernels.interpreter.common import INTERPRETED, poison
-from xplus_kernels.nf4 import BLOCK, Nf4Weight, dequantize_nf4, dequantize_nf4_ref
+from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4, dequantize_nf4_ref
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = INTERPRETED
 
