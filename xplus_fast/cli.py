@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "which", nargs="?", choices=RECIPES, default="8b", help="for which model (default: 8b)"
     )
 
-    prepare = command(
-        "prepare", _prepare, "make a clean, balanced training set from raw parallel corpora"
-    )
+    prepare = command("prepare", _prepare, "make a clean training set from raw parallel corpora")
     takes_recipe(prepare, "recipes/prepare-small.yaml", "engine=ray")
     prepare.add_argument("--restart", action="store_true", help="delete an earlier result first")
     prepare.add_argument(
@@ -175,9 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = command(
-        "compare", _compare, "compare runs that were evaluated at several scales, in one table"
-    )
+    compare = command("compare", _compare, "compare runs that were evaluated at several scales")
     compare.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of its evaluation"
     )
@@ -188,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print JSON")
 
     bench = command(
-        "bench", _bench, "time kernels and training steps (needs a checkout of the source)"
+        "bench", _bench, "time kernels and training steps (in a checkout of the source)"
     )
     bench.add_argument("what", choices=BENCHMARKS, help="what to time")
     bench.add_argument(
