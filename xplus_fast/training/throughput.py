@@ -4,6 +4,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ class Meter:
         self.start()
 
     def measure_peak(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Once, and before the first step, when there is room for it."""
+        """Before the first step, when there is room for it."""
         if self.peak is None:
-            self.peak = gemm_rate(device, dtype)
+            self.peak = _rate(device, dtype)
 
     def start(self) -> None:
         """Begin to count and to time."""
@@ -120,6 +121,11 @@ def count_work(inputs: dict[str, Any]) -> Tensor:
     tokens = valid.sum()
     counts = (tokens, tokens, predicts.sum(), asks.sum(), keys.sum(), (keys * asks).sum())
     return torch.stack(counts)
+
+
+@cache  # stages of one run are held against the same rate
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    return gemm_rate(device, dtype)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
