@@ -217,8 +217,13 @@ def _tiles(heads: int, kv_heads: int, d: int, rows: int) -> dict[str, int]:
 
 # With 4 warps a half of a head is read 128 bits a thread: two loads each in the forward, so that it
 # has four in flight. The backward has more to hold: measured on an H100 (8B, 12,864 tokens), 8 rows
-# of frozen norms take 0.154 ms, 16 take 0.175, 32 0.171; its bytes alone 0.149.
+# of frozen norms take 0.154 ms, 16 take 0.175, 32 0.171; its bytes alone 0.149. Without norms it
+# holds no more than the forward (and was not timed): of few heads 8 rows are 64 bits a thread.
 FORWARD_ROWS, FROZEN_ROWS, TRAINED_ROWS = 32, 8, 16
+
+
+def _backward_rows(normed: bool, need_dw: bool) -> int:
+    return TRAINED_ROWS if need_dw else FROZEN_ROWS if normed else FORWARD_ROWS
 
 
 def qk_norm_rope(
@@ -289,7 +294,7 @@ def qk_norm_rope_backward(
     x, cos, sin, dq, dk, dv = (_inner(tensor) for tensor in (qkv, cos, sin, dq, dk, dv))
     normed = _normed(q_norm, k_norm)
     need_dw = need_dw and normed
-    tiles = _tiles(heads, kv_heads, d, TRAINED_ROWS if need_dw else FROZEN_ROWS)
+    tiles = _tiles(heads, kv_heads, d, _backward_rows(normed, need_dw))
     group = tiles["GROUP"]
     groups, blocks = (heads + 2 * kv_heads) // group, triton.cdiv(len(x), tiles["TOKENS"])
     if need_dw:  # as many as reside at once by their registers, 120 a thread at most
@@ -360,18 +365,20 @@ def _check(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous; 8B's apart as well."""
+    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous; 8B's apart as well, and
+    those of Qwen2.5 7B, which are not normed."""
     from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     sizes = [("0.6B", 16, 8), ("8B", 32, 8), ("14B", 40, 8)]
-    sizes += [("8B queries", 32, 0), ("8B keys and values", 0, 8)]
+    sizes += [("8B queries", 32, 0), ("8B keys and values", 0, 8), ("7B, not normed", 28, 4)]
     tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     for size, n, k in sizes:
-        fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": True}
-        for way in ("forward", "backward frozen", "backward trained"):
+        normed = "not normed" not in size
+        fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": normed}
+        for way in ("forward", "backward frozen", *["backward trained"] * normed):
             forward, need_dw = way == "forward", way == "backward trained"
-            rows = FORWARD_ROWS if forward else TRAINED_ROWS if need_dw else FROZEN_ROWS
+            rows = FORWARD_ROWS if forward else _backward_rows(normed, need_dw)
             tiles = _tiles(n, k, 128, rows)
             names = "qkv qw kw q k" if forward else "dq dk dv qkv qw kw dx dw"
             pointers = {f"{name}_ptr": "*bf16" for name in names.split()} | tables
