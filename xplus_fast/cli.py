@@ -390,8 +390,11 @@ def _bench(options: argparse.Namespace) -> int:
 def _quiet() -> None:
     """Keep the libraries' own progress bars and advice off our terminal output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
+    getLogger("bitsandbytes.backends.cpu").setLevel(ERROR)  # it misses a kernel nobody asks for
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -28,10 +28,11 @@ def swiglu_ref(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward_ref(dy: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = widen(gate_up).chunk(2, -1)
-    dy, sig = widen(dy), gate.sigmoid()
-    silu = gate * sig
-    # silu'(g) = sig * (1 + g * (1 - sig)) = sig + silu - silu * sig
-    d = torch.cat((dy * up * (sig + silu - silu * sig), dy * silu), -1)
+    dy = widen(dy)
+    d = torch.empty(gate_up.shape, dtype=gate.dtype, device=gate.device)
+    dgate, dup = d.chunk(2, -1)
+    torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
+    torch.mul(dy, torch.nn.functional.silu(gate), out=dup)
     return d.to(gate_up.dtype)
 
 
