@@ -112,7 +112,7 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     backwards = {
         k: backward_peak(
             shape, b, i.activations, _in_fp8(i, b), i.trains, k[1],
-            "made" if b.steps == 1 else "brought" if on_host else "there", width,
+            "made" if not b.adds else "brought" if on_host else "there", width,
         )
         for k, i in known.items()
     }  # fmt: skip
@@ -230,6 +230,8 @@ def standing(
         "embedding and head": tables + e * shape.hidden,
         "scratch": scratch_bytes(shape, layout, b),
         "optimizer": states if update.states == "device" else 0,
+        # DistributedDataParallel has a place of its own for each, beside `p.grad`
+        "gradient buckets": gradient_bytes(update, e) * parameters if b.exchanged else 0,
     }
     host = {
         "frozen layers": sum(streamed),
