@@ -24,7 +24,7 @@ from xplus_fast.model.layout import (
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Hidden
-from xplus_fast.planning.memory import CONTEXT, matrices
+from xplus_fast.planning.memory import context_bytes, matrices
 from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import Rotation, resolve_layers
 
@@ -98,7 +98,7 @@ class Request:
 
     @property
     def context(self) -> int:
-        return CONTEXT if self.card else 0
+        return context_bytes(self.card.capability) if self.card else 0
 
 
 def candidates(

@@ -16,7 +16,7 @@ from xplus_fast.planning.flops import (
 )
 from xplus_fast.planning.from_recipe import Where, plan_recipe
 from xplus_fast.planning.hidden import describe_hidden
-from xplus_fast.planning.memory import CONTEXT, MARGIN
+from xplus_fast.planning.memory import MARGIN, context_bytes
 from xplus_fast.planning.plan import to_dict
 from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import describe_layers
@@ -178,7 +178,7 @@ def _footnote(where: Where, known: bool) -> str:
     if where.card is not None:
         lines = [
             "GB = 10^9 bytes. All predicted from data sheets, not measured. Assumed:"
-            f" {CONTEXT / 1e9:.1f} GB for CUDA itself,",
+            f" {context_bytes(where.card.capability) / 1e9:.1f} GB for CUDA itself,",
             f"{MARGIN:.0%} lost between allocations.",
         ]
     if not known:
