@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xplus_fast import __version__
@@ -77,74 +77,75 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xplus-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    start = commands.add_parser("init", help="a commented recipe to begin with, in this folder")
+    def command(name: str, run: Callable[..., int], says: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    def takes_recipe(made: argparse.ArgumentParser, shown: str, override: str) -> None:
+        made.add_argument("recipe", type=Path, help=f"YAML file, see {shown}")
+        made.add_argument(
+            "overrides", nargs="*", metavar="key=value",
+            help=f"change an option of the recipe, e.g. {override}",
+        )  # fmt: skip
+
+    start = command("init", _init, "write a commented recipe into this folder")
     start.add_argument(
-        "which", nargs="?", choices=RECIPES, default="8b", help="of which model (default: 8b)"
+        "which", nargs="?", choices=RECIPES, default="8b", help="for which model (default: 8b)"
     )
-    start.set_defaults(run=_init)
 
-    prepare = commands.add_parser(
-        "prepare", help="raw parallel corpora -> a clean, balanced set of conversations"
-    )
-    prepare.add_argument("recipe", type=Path, help="YAML file, see recipes/prepare-small.yaml")
-    prepare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine=ray")
-    prepare.add_argument("--restart", action="store_true", help="throw an earlier result away")
+    prepare = command("prepare", _prepare, "make a clean training set from raw parallel corpora")
+    takes_recipe(prepare, "recipes/prepare-small.yaml", "engine=ray")
+    prepare.add_argument("--restart", action="store_true", help="delete an earlier result first")
     prepare.add_argument(
-        "--explain", nargs=2, metavar=("SOURCE", "TARGET"), help="what each step thinks of a pair"
-    )
-    prepare.add_argument(
-        "--languages", metavar="A-B", help="of that pair, e.g. en-sw; default: as they look"
-    )
-    prepare.set_defaults(run=_prepare)
+        "--explain", nargs=2, metavar=("SOURCE", "TARGET"),
+        help="show what each step does with this pair, then stop",
+    )  # fmt: skip
+    prepare.add_argument("--languages", metavar="A-B", help="of that pair (default: detected)")
 
-    plan = commands.add_parser("plan", help="what fits where, how fast: before anything is loaded")
-    plan.add_argument("recipe", type=Path, help="YAML file, see recipes/")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. memory.frozen=bf16")
-    plan.add_argument("--budget", default="", help="of GPU memory: 24GB (10^9 bytes), 24GiB")
+    plan = command("plan", _plan, "say what fits where, and how fast, before anything is loaded")
+    takes_recipe(plan, "recipes/", "memory.frozen=bf16")
+    plan.add_argument("--budget", default="", help="GPU memory to use: 24GB (10^9 bytes), 24GiB")
     plan.add_argument(
         "--card",
         default="",
         help="the GPU to plan for, e.g. rtx4090, l4, or as nvidia-smi names it",
     )
-    plan.add_argument("--host-memory", default="", help="to be pinned at most, e.g. 64GB")
-    plan.add_argument("--processes", type=int, default=1, help="that train together, a GPU each")
-    plan.add_argument("--json", action="store_true", help="for programs")
-    plan.set_defaults(run=_plan)
-
-    train = commands.add_parser("train", help="carry out a recipe, or go on with its run")
-    train.add_argument("recipe", type=Path, help="YAML file, see recipes/")
-    train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. stages.0.learning_rate=2e-5"
+    plan.add_argument("--host-memory", default="", help="host memory that may be pinned, e.g. 64GB")
+    plan.add_argument(
+        "--processes", type=int, default=1, help="how many train together, each on its own GPU"
     )
-    train.add_argument("--restart", action="store_true", help="throw an earlier run away")
-    train.add_argument(
-        "--dry-run", action="store_true", help="show selection, data and first example, then stop"
-    )
-    train.set_defaults(run=_train)
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
-    export = commands.add_parser("export", help="a finished run -> a Hugging Face folder")
+    train = command("train", _train, "train as a recipe says, or go on with its run")
+    takes_recipe(train, "recipes/", "stages.0.learning_rate=2e-5")
+    train.add_argument("--restart", action="store_true", help="delete an earlier run first")
+    train.add_argument(
+        "--dry-run", action="store_true", help="show layers, data and first example, then stop"
+    )
+
+    export = command("export", _export, "write a finished run as a Hugging Face model folder")
     export.add_argument("run_folder", type=Path, metavar="RUN", help="the run's output folder")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     export.add_argument(
         "--scale", default="", metavar="S",
-        help="as much of the change: 0.7, or stage-1=1,stage-2=0.5, or 21-28=0.5",
+        help="take a part of the change: 0.7, or stage-1=1,stage-2=0.5, or 21-28=0.5 (layers)",
     )  # fmt: skip
-    export.set_defaults(run=_export)
 
-    verify = commands.add_parser(
-        "verify", help="prove which tensors changed and that every other is bit-identical"
+    verify = command(
+        "verify", _verify, "prove which tensors changed and that every other is bit-identical"
     )
     verify.add_argument("base", metavar="BASE", help="the base model: a folder or hub id")
     verify.add_argument("result", type=Path, metavar="OUT", help="the exported folder")
-    verify.add_argument("--layers", help="what may have changed, if the folder does not say")
+    verify.add_argument("--layers", help="layers that may have changed, if the folder names none")
     verify.add_argument(
         "--also", default="", help="with --layers: embedding,final_norm,head may have changed, too"
     )
-    verify.set_defaults(run=_verify)
 
-    sensitivity = commands.add_parser(
-        "sensitivity", help="which layers your data pull at, and selections for a budget"
-    )
+    sensitivity = command(
+        "sensitivity", _sensitivity,
+        "measure which layers your data pull at, and propose selections for a budget",
+    )  # fmt: skip
     sensitivity.add_argument("model", metavar="MODEL", help="a folder or hub id")
     sensitivity.add_argument(
         "data", nargs="+", metavar="DATA",
@@ -154,49 +155,44 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--batches", type=int, default=200, help="packed rows (default: 200)")
     sensitivity.add_argument(
         "--out", type=Path, default=Path("sensitivity"), metavar="DIR",
-        help="for sensitivity.json and .png (default: sensitivity)",
+        help="folder for sensitivity.json and .png (default: sensitivity)",
     )  # fmt: skip
-    sensitivity.add_argument("--json", action="store_true", help="for programs")
-    sensitivity.set_defaults(run=_sensitivity, overrides=[])
+    sensitivity.add_argument("--json", action="store_true", help="print JSON")
+    sensitivity.set_defaults(overrides=[])
 
-    evaluate = commands.add_parser(
-        "evaluate", help="translation gained, reasoning kept: a model against its base"
+    evaluate = command(
+        "evaluate", _evaluate, "compare a model with its base: translation gained, reasoning kept"
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a finished run, or a model folder")
-    evaluate.add_argument("recipe", type=Path, help="YAML file, see recipes/evaluate-xplus.yaml")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch_size=32")
+    takes_recipe(evaluate, "recipes/evaluate-xplus.yaml", "batch_size=32")
     evaluate.add_argument("--base", default="", help="to compare with: a folder or hub id")
     evaluate.add_argument(
         "--scales", action="append", default=[], metavar="S,S,...",
-        help="the run at these parts of its change: 0,0.5,1; again for stages: stage-2=0,1",
+        help="evaluate these parts of the change: 0,0.5,1; repeat it for stages: stage-2=0,1",
     )  # fmt: skip
     evaluate.add_argument(
-        "--fail-if", default="", metavar="CONDITION", help="exit code 1 if, e.g. 'reasoning < -2'"
-    )
-    evaluate.add_argument("--json", action="store_true", help="for programs")
-    evaluate.set_defaults(run=_evaluate)
+        "--fail-if", default="", metavar="CONDITION",
+        help="exit code 1 if this holds, e.g. 'reasoning < -2'",
+    )  # fmt: skip
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = commands.add_parser(
-        "compare", help="runs that were evaluated at several scales, in one table and picture"
-    )
+    compare = command("compare", _compare, "compare runs that were evaluated at several scales")
     compare.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its evaluation's"
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of its evaluation"
     )
     compare.add_argument(
         "--out", type=Path, default=Path("comparison"), metavar="DIR",
-        help="for comparison.md, .json, .csv and .png (default: comparison)",
+        help="folder for comparison.md, .json, .csv and .png (default: comparison)",
     )  # fmt: skip
-    compare.add_argument("--json", action="store_true", help="for programs")
-    compare.set_defaults(run=_compare)
+    compare.add_argument("--json", action="store_true", help="print JSON")
 
-    bench = commands.add_parser(
-        "bench", help="time kernels and training steps (in a checkout of the source)"
+    bench = command(
+        "bench", _bench, "time kernels and training steps (in a checkout of the source)"
     )
     bench.add_argument("what", choices=BENCHMARKS, help="what to time")
     bench.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="see: xplus-fast bench train --help"
     )
-    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -306,7 +302,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         said = verdict.describe(recipe.output, result)
     print(json.dumps(result, indent=2) if options.json else said)
     if options.scales and options.fail_if and "@" not in options.fail_if and not result["chosen"]:
-        print("xplus-fast: --fail-if: no point to choose, so none that passes", file=sys.stderr)
+        print(
+            "xplus-fast: --fail-if: no point keeps the base's reasoning, so none passes",
+            file=sys.stderr,
+        )
         return 1
     return int(bool(options.fail_if) and verdict.failed(options.fail_if, result["changes"]))
 

@@ -57,9 +57,9 @@ class Source:
     """
 
     path: Path_ | list[Path_]
-    split: str | None = None  # of a folder or a data set of the hub; None: that of training
-    subset: str | None = None  # of those: the configuration, such as en-fr; None: the only one
-    # which of the records' keys or a table's columns is what: {src: source, tgt: target},
+    split: str | None = None  # of a folder or a data set of the hub; None: the training split
+    subset: str | None = None  # its configuration, such as en-fr; None: the only one
+    # names of the records' keys or a table's columns: {src: source, tgt: target},
     # {user: question, assistant: answer}; numbers, from 1, where a table has no header
     columns: dict[str, str | int] = field(default_factory=dict)
     format: Format = "auto"
@@ -68,8 +68,8 @@ class Source:
     directions: Literal["both", "forward", "backward"] = "both"
     limit: Count | None = None  # first examples only (pairs, for parallel text)
     ignore: list[str] = field(default_factory=list)  # keys of records to leave unread, e.g. tools
-    # of the supervised tokens in every stretch of steps, drawn again where it is too small; None:
-    # once an epoch, and all such sources together have what the others leave
+    # of the supervised tokens over any stretch of steps; a source that is too small is repeated.
+    # None: read once an epoch; all such sources together get the share that the others leave
     share: Annotated[float, Range(0, 1)] | None = None
 
 
@@ -77,16 +77,16 @@ class Source:
 class DataConfig:
     sources: list[Source] = field(default_factory=list)
     heldout: Amount = 0  # pairs per language pair kept out of training for before/after figures
-    validation: list[Source] = field(default_factory=list)  # what is held out, instead: all of it
-    retention: list[Source] = field(default_factory=list)  # plain text whose loss should not move
+    validation: list[Source] = field(default_factory=list)  # held out instead, all of it
+    retention: list[Source] = field(default_factory=list)  # plain text whose loss should not change
     prompt: str = PROMPT  # how a translation pair becomes an instruction
     system: str | None = None  # system message put before every pair
     think: Literal["masked", "loss", "absent"] = "masked"  # Qwen3's empty think block
-    pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # of the longest sequence; of one row
-    shared_prompts: bool = True  # compute the tokens that sequences begin with in common once
+    pack_tokens: Annotated[int, Range(2, 1 << 24)] = 4096  # of one row, and of the longest sequence
+    shared_prompts: bool = True  # compute common prompts only once
     on_error: Literal["stop", "skip"] = "stop"
-    # what leaves the frozen layers below the lowest trained one, kept for later epochs and stages:
-    # off, host (in memory), or a folder
+    # where hidden states are kept for later epochs and stages, those that leave the frozen layers
+    # below the lowest trained one: off, host (in memory), or a folder
     cache_hidden: Path_ = "off"
     cache: Path_ = "~/.cache/xplus-fast"
 
@@ -98,21 +98,21 @@ class Stage:
     layers: str | int | list[int] | Rotation  # Rotation: {rotate: 2 of 0-35, every: 20}
     name: Annotated[str, FOLDER_NAME] = ""  # default: stage-1, stage-2, ...
     also: list[Literal["embedding", "final_norm", "head"]] = field(default_factory=list)
-    # one, or by layers and what trains beside them: {"21-28": 1e-5, "29-35": 2e-5}
+    # one for all, or by layers (and embedding, ...): {"21-28": 1e-5, "29-35": 2e-5}
     learning_rate: Annotated[float, Positive] | dict[str, Annotated[float, Positive]] = 1e-5
-    # of a layer that trains, what the next one above it that does has, times this
+    # each trained layer's rate is this times that of the next trained layer above it
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
-    # floor of the cosine for the highest rate; lower ones have theirs in proportion
+    # where the cosine of the highest rate ends; lower rates end in proportion
     min_learning_rate: Annotated[float, AtLeast0] = 2e-6
     warmup: Annotated[float, Range(0, 1, below=True)] = 0.03  # share of the steps
     epochs: Annotated[float, Positive] | None = None  # epochs or steps, not both; neither: 1 epoch
     steps: Count | None = None
-    sources: list[Source] | None = None  # instead of data.sources
+    sources: list[Source] | None = None  # used instead of data.sources
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    tokens_per_step: Count = 65536  # of the data, in one optimizer step
+    tokens_per_step: Count = 65536  # of one optimizer step, before common prompts are shared
     weight_decay: Annotated[float, AtLeast0] = 0.01
     max_grad_norm: Annotated[float, AtLeast0] = 1.0
     adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
@@ -130,8 +130,8 @@ class MemoryConfig:
     Without a GPU, "auto" is: unquantized, on the device, everything kept.
     """
 
-    budget: str = "auto"  # of the device, such as 24GB (10^9 bytes) or 24GiB; auto: the card's
-    host: str = "auto"  # pinned host memory at most; auto: 80 % of what this machine has free
+    budget: str = "auto"  # device memory, such as 24GB (10^9 bytes) or 24GiB; auto: the card's
+    host: str = "auto"  # limit of pinned host memory; auto: 80 % of what is free here
     card: str = ""  # to plan for: rtx4090, or as nvidia-smi names it; empty: the one here
     # frozen layers' matrices: auto, bf16 (as they are), int8, fp8, nf4; or by layers: {"0-20": nf4}
     frozen: str | dict[str, str] = "auto"
@@ -142,9 +142,11 @@ class MemoryConfig:
     states: Literal["auto", "device", "host"] = "auto"  # of the optimizer, the master too
     bits: Literal[32, 8] = 32  # of exp_avg and exp_avg_sq
     master: bool = True  # fp32 copy of bf16 weights; without it, stochastic rounding
-    sums: Literal[16, 32] = 16  # bits of bf16 weights' gradients, summed over micro-batches
+    sums: Literal[16, 32] = (
+        16  # bits in which gradients of bf16 weights are summed over micro-batches
+    )
     activations: Literal["auto", "keep", "recompute_mlp", "recompute", "offload"] = "auto"
-    micro_batch_tokens: str | int = "auto"  # of one forward: n * data.pack_tokens
+    micro_batch_tokens: str | int = "auto"  # of one forward: a multiple of data.pack_tokens
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,11 @@ class EvaluationConfig:
     translate: Amount = 32  # held-out sentences translated per direction for chrF++; 0: none
     max_new_tokens: Count = 128
     batch_size: Count = 16
-    every: Amount = 0  # steps between two evaluations while a stage trains; 0: none
-    few: Count = 8  # held-out examples of each direction that they look at
-    # a stage ends when so many of them in a row found nothing better
+    every: Amount = 0  # steps between evaluations while a stage trains; 0: none
+    few: Count = 8  # held-out examples of each direction in such an evaluation
+    # a stage ends when this many evaluations in a row found nothing better
     patience: Count | None = None
-    keep: Literal["last", "best"] = "last"  # the step that a stage ends with
+    keep: Literal["last", "best"] = "last"  # the step whose weights a stage ends with
     by: Literal["loss", "chrf", "retention"] = "loss"  # what is better: held-out loss or chrF++
     # (the mean of directions), or the loss of data.retention
 
@@ -301,7 +303,8 @@ def _check_evaluation(recipe: Recipe) -> None:
 def _check_shares(sources: Sequence[Source], at: str) -> None:
     shares = [s.share for s in sources if s.share is not None]
     if 0 in shares:
-        raise UserError(f"{at}.{[s.share for s in sources].index(0)}.share: 0; leave it out, then")
+        i = [s.share for s in sources].index(0)
+        raise UserError(f"{at}.{i}.share: 0 would train on none of it; leave the source out")
     whole, rest = sum(shares), len(shares) < len(sources)
     if shares and (whole > 1 + 1e-9 or (whole > 1 - 1e-9) == rest):
         wanted = (

@@ -96,7 +96,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
             if depth < len(parents) and node.get(part) is None:
                 node[part] = {}
         else:
-            raise UserError(f"'{override:.80}': {at}: the option above it holds no options")
+            raise UserError(
+                f"'{override:.80}': {at}: the name before the last dot is no group of options"
+            )
         if depth == len(parents):
             node[index] = value
         else:
@@ -305,10 +307,10 @@ def check_fields(text: str, at: str, names: Sequence[str], needed: str) -> None:
     try:
         found = [(name, how) for _, name, *how in Formatter().parse(text) if name is not None]
     except ValueError as e:
-        raise UserError(f"{at}: only {wanted} stand for something ({e})") from None
+        raise UserError(f"{at}: only {wanted} may stand in braces ({e})") from None
     for name, how in found:
         if name not in names or any(how):  # {text.x}, {text!r} and {text:>9999999} are no fields
-            raise UserError(f"{at}: only {wanted} stand for something ({name!r:.60})")
+            raise UserError(f"{at}: only {wanted} may stand in braces ({name!r:.60})")
     if needed not in [name for name, _ in found]:
         what = {"text": "where the sentence goes", "lang": "where the language goes"}[needed]
         raise UserError(f"{at}: {{{needed}}} is wanted, {what}")

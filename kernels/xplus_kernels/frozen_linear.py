@@ -36,8 +36,9 @@ from xplus_kernels.fp8 import (
     transpose_fp8,
 )
 from xplus_kernels.int8 import Int8Weight, dequantize_int8
-from xplus_kernels.nf4 import BLOCK, DTYPES, Nf4Weight, dequantize_nf4
+from xplus_kernels.nf4 import Nf4Weight, dequantize_nf4
 from xplus_kernels.rms_norm import check_rows
+from xplus_kernels.weight_blocks import BLOCK, DTYPES
 
 # `torch._scaled_mm`: "must be divisible by 16", for both sizes of a weight; T is free
 # (aten/src/ATen/native/cuda/ScaledBlas.cpp).

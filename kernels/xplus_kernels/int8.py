@@ -19,8 +19,15 @@ import torch
 from torch import Tensor
 
 from xplus_kernels.backend import jit, tl, triton
-from xplus_kernels.nf4 import BLOCK, DTYPES, check_blocks, check_out
 from xplus_kernels.rms_norm import on_triton
+from xplus_kernels.weight_blocks import (
+    BLOCK,
+    check_blocks,
+    check_out,
+    check_parts,
+    check_weight,
+    dequantize_cases,
+)
 
 LARGEST = 127  # codes are symmetric: -127 to 127
 FLOOR = 1e-12  # of a block's absmax: a block of zeros divides by no zero
@@ -40,21 +47,11 @@ class Int8Weight:
 
     def __post_init__(self) -> None:
         check_blocks("codes", self.codes.shape)
-        for name, t, dtype, shape in (
-            ("codes", self.codes, torch.int8, self.codes.shape),
-            ("scale", self.scale, torch.float32, (self.codes.numel() // BLOCK,)),
-        ):
-            if t.dtype != dtype:
-                raise TypeError(f"{name}: dtype {t.dtype}; allowed: {dtype}")
-            if t.shape != shape or not t.is_contiguous():
-                raise ValueError(
-                    f"{name}: shape {list(t.shape)}, strides {list(t.stride())}; a weight of "
-                    f"{list(self.codes.shape)} has {list(shape)}, contiguous"
-                )
-        if self.codes.storage_offset() % 16:  # the kernel reads 128 bits at once
-            raise ValueError(f"codes: at byte {self.codes.storage_offset()}; allowed: 16 * n")
-        if self.codes.device != self.scale.device:
-            raise ValueError(f"scale: on {self.scale.device}; codes is on {self.codes.device}")
+        check_parts(
+            self.shape,
+            codes=(self.codes, torch.int8, self.shape),
+            scale=(self.scale, torch.float32, (self.codes.numel() // BLOCK,)),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,9 +63,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
 
     Raises TypeError or ValueError on another weight.
     """
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: dtype {weight.dtype}; allowed: bfloat16, float16, float32")
-    check_blocks("weight", weight.shape)
+    check_weight(weight)
     blocks = weight.detach().contiguous().view(-1, BLOCK).float()
     absmax = blocks.abs().amax(1).clamp_(min=FLOOR)
     # by a tensor: PyTorch divides by a number on the CPU, and multiplies by 1 / number on CUDA
@@ -115,17 +110,9 @@ def dequantize_int8(weight: Int8Weight, *, out: Tensor) -> Tensor:
 
 
 def aot_cases() -> list[Any]:
-    """Into bf16, fp16 and fp32: the launch is the same for all shapes."""
-    from xplus_kernels.aot import AotCase
-
-    return [
-        AotCase(
-            _dequantize_int8_kernel,
-            f"dequantize_int8 {out}",
-            {"codes_ptr": "*i8", "scale_ptr": "*fp32", "out_ptr": f"*{out}", "blocks": "i32"},
-            {"BLOCKS": TILE["BLOCKS"], "BLOCK": BLOCK},
-            num_warps=TILE["num_warps"],
-            aligned=("codes_ptr", "scale_ptr", "out_ptr", "blocks"),
-        )
-        for out in ("bf16", "fp16", "fp32")
-    ]
+    """The launches."""
+    types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "blocks": "i32"}
+    constants = {"BLOCKS": TILE["BLOCKS"], "BLOCK": BLOCK}
+    return dequantize_cases(
+        _dequantize_int8_kernel, "dequantize_int8", types, constants, TILE["num_warps"]
+    )

@@ -19,9 +19,15 @@ from torch import Tensor
 
 from xplus_kernels.backend import jit, tl, triton
 from xplus_kernels.rms_norm import on_triton
+from xplus_kernels.weight_blocks import (
+    BLOCK,
+    check_blocks,
+    check_out,
+    check_parts,
+    check_weight,
+    dequantize_cases,
+)
 
-BLOCK = 64  # weights that share an absmax
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, appendix E), as fp32
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -46,23 +52,13 @@ class Nf4Weight:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        n, k = self.shape
         check_blocks("shape", self.shape)
-        for name, t, dtype, size in (
-            ("codes", self.codes, torch.uint8, n * k // 2),
-            ("absmax", self.absmax, torch.float32, n * k // BLOCK),
-        ):
-            if t.dtype != dtype:
-                raise TypeError(f"{name}: dtype {t.dtype}; allowed: {dtype}")
-            if t.shape != (size,) or not t.is_contiguous():
-                raise ValueError(
-                    f"{name}: shape {list(t.shape)}, strides {list(t.stride())}; a weight of "
-                    f"[{n}, {k}] has [{size}], contiguous"
-                )
-        if self.codes.storage_offset() % 16:  # the kernel reads words, 128 bits at once
-            raise ValueError(f"codes: at byte {self.codes.storage_offset()}; allowed: 16 * n")
-        if self.codes.device != self.absmax.device:
-            raise ValueError(f"absmax: on {self.absmax.device}; codes is on {self.codes.device}")
+        n, k = self.shape
+        check_parts(
+            self.shape,
+            codes=(self.codes, torch.uint8, (n * k // 2,)),
+            absmax=(self.absmax, torch.float32, (n * k // BLOCK,)),
+        )
 
     @staticmethod
     def from_bitsandbytes(codes: Tensor, quant_state: Any) -> Nf4Weight:
@@ -87,9 +83,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
 
     Raises ImportError where bitsandbytes is missing, TypeError or ValueError on another weight.
     """
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: dtype {weight.dtype}; allowed: bfloat16, float16, float32")
-    check_blocks("weight", weight.shape)
+    check_weight(weight)
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError as e:
@@ -152,38 +146,10 @@ def dequantize_nf4(weight: Nf4Weight, *, out: Tensor) -> Tensor:
     return out
 
 
-def check_out(out: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    """See that a weight of that shape, there, can be written into out."""
-    if out.dtype not in DTYPES:
-        raise TypeError(f"out: dtype {out.dtype}; allowed: bfloat16, float16, float32")
-    if out.shape != shape or not out.is_contiguous():
-        raise ValueError(
-            f"out: shape {list(out.shape)}, strides {list(out.stride())}; the weight needs "
-            f"{list(shape)}, contiguous"
-        )
-    if out.device != device:
-        raise ValueError(f"out: on {out.device}; the weight is on {device}")
-
-
-def check_blocks(name: str, shape: Any) -> None:
-    if len(shape) != 2 or shape[0] * shape[1] % BLOCK or not shape[0] * shape[1]:
-        raise ValueError(
-            f"{name}: {list(shape)}; allowed: [N, K] with N * K > 0 a multiple of {BLOCK}"
-        )
-
-
 def aot_cases() -> list[Any]:
-    """Into bf16, fp16 and fp32: the launch is the same for all shapes."""
-    from xplus_kernels.aot import AotCase
-
-    return [
-        AotCase(
-            _dequantize_nf4_kernel,
-            f"dequantize_nf4 {out}",
-            {"codes_ptr": "*i32", "absmax_ptr": "*fp32", "out_ptr": f"*{out}", "words": "i32"},
-            {"WORDS": TILE["WORDS"], "NF4": NF4},
-            num_warps=TILE["num_warps"],
-            aligned=("codes_ptr", "absmax_ptr", "out_ptr", "words"),
-        )
-        for out in ("bf16", "fp16", "fp32")
-    ]
+    """The launches."""
+    types = {"codes_ptr": "*i32", "absmax_ptr": "*fp32", "words": "i32"}
+    constants = {"WORDS": TILE["WORDS"], "NF4": NF4}
+    return dequantize_cases(
+        _dequantize_nf4_kernel, "dequantize_nf4", types, constants, TILE["num_warps"]
+    )

@@ -41,6 +41,7 @@ from xplus_kernels.rms_norm import (
     as_rows,
     check_like,
     check_rows,
+    normed,
     on_triton,
     rms_norm_ref,
 )
@@ -90,13 +91,12 @@ def _rms_norm_fp8_kernel(
     if REST:
         squares += tl.sum(x_b * x_b, 1, keep_dims=True)
     rstd = tl.rsqrt(squares / H + EPS)
-    # Rounded as the norm alone rounds: x * rstd, then the product with w
-    y_a = ((x_a * rstd).to(dtype).to(tl.float32) * w_a).to(dtype).to(tl.float32)
+    y_a = normed(x_a, rstd, w_a, dtype).to(tl.float32)
     bits = amax_bits(y_a)
     if REST:
         # The weight of the rest is loaded late: held over the sum it would spill on sm_120
         w_b = tl.load(w_ptr + b, b < H, 0.0).to(tl.float32)
-        y_b = ((x_b * rstd).to(dtype).to(tl.float32) * w_b).to(dtype).to(tl.float32)
+        y_b = normed(x_b, rstd, w_b, dtype).to(tl.float32)
         bits = tl.maximum(bits, amax_bits(y_b))
     scale = scale_of(bits)
     tl.store(scale_ptr + rows, scale, m)

@@ -32,6 +32,7 @@ from xplus_kernels.rms_norm import (
     check_like,
     check_rows,
     multiprocessors,
+    normed,
     on_triton,
     rms_norm_backward_ref,
     rms_norm_ref,
@@ -100,6 +101,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # power of two.
 
 
+@jit
+def _load_halves(ptr, m, D: tl.constexpr):
+    """Both halves of heads, or of a norm's weights, fp32."""
+    a = tl.load(ptr, m, 0.0).to(tl.float32)
+    b = tl.load(ptr + D // 2, m, 0.0).to(tl.float32)
+    return a, b
+
+
 @jit(do_not_specialize=("T",))
 def _qk_norm_rope_fwd_kernel(
     qkv_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, T, qkv_row, cos_row, sin_row,
@@ -118,18 +127,16 @@ def _qk_norm_rope_fwd_kernel(
     is_q = group < N // GROUP
 
     x_ptr = qkv_ptr + t * qkv_row + (group * GROUP + head) * D + d
-    a = tl.load(x_ptr, m, 0.0).to(tl.float32)
-    b = tl.load(x_ptr + D // 2, m, 0.0).to(tl.float32)
+    a, b = _load_halves(x_ptr, m, D)
     cos = tl.load(cos_ptr + t * cos_row + d, m, 0.0)  # [TOKENS, 1, HALF]
     sin = tl.load(sin_ptr + t * sin_row + d, m, 0.0)
     if NORMED:
         w_ptr = tl.where(is_q, qw_ptr, kw_ptr) + d
-        w_a = tl.load(w_ptr, d < D // 2, 0.0).to(tl.float32)  # [1, 1, HALF]
-        w_b = tl.load(w_ptr + D // 2, d < D // 2, 0.0).to(tl.float32)
+        w_a, w_b = _load_halves(w_ptr, d < D // 2, D)  # [1, 1, HALF]
         squares = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
         rstd = tl.rsqrt(squares / D + EPS)  # [TOKENS, GROUP, 1]
-        a = ((a * rstd).to(dtype).to(tl.float32) * w_a).to(dtype).to(tl.float32)
-        b = ((b * rstd).to(dtype).to(tl.float32) * w_b).to(dtype).to(tl.float32)
+        a = normed(a, rstd, w_a, dtype).to(tl.float32)
+        b = normed(b, rstd, w_b, dtype).to(tl.float32)
     y_ptr = tl.where(is_q, q_ptr, k_ptr) + t * tl.where(is_q, N * D, K * D)
     y_ptr += (tl.where(is_q, group, group - N // GROUP) * GROUP + head) * D + d
     tl.store(y_ptr, (a * cos - b * sin).to(dtype), m)
@@ -169,8 +176,7 @@ def _qk_norm_rope_bwd_kernel(
         t = block * TOKENS + tl.arange(0, TOKENS)[:, None, None]
         m = (t < T) & m_d  # [TOKENS, 1, HALF]
         d_ptr = dy_ptr + t * dy_t + (head - first) * dy_head + d
-        d_a = tl.load(d_ptr, m, 0.0).to(tl.float32)
-        d_b = tl.load(d_ptr + D // 2, m, 0.0).to(tl.float32)
+        d_a, d_b = _load_halves(d_ptr, m, D)
         if is_k:  # q or k
             cos = tl.load(cos_ptr + t * cos_row + d, m, 0.0)  # [TOKENS, 1, HALF]
             sin = tl.load(sin_ptr + t * sin_row + d, m, 0.0)
@@ -180,8 +186,7 @@ def _qk_norm_rope_bwd_kernel(
             d_b = y_b
             if NORMED:
                 x_ptr = qkv_ptr + t * qkv_row + head * D + d
-                a = tl.load(x_ptr, m, 0.0).to(tl.float32)
-                b = tl.load(x_ptr + D // 2, m, 0.0).to(tl.float32)
+                a, b = _load_halves(x_ptr, m, D)
                 w_ptr = tl.where(is_q, qw_ptr, kw_ptr) + d
                 g_a = y_a * tl.load(w_ptr, m_d, 0.0).to(tl.float32)
                 g_b = y_b * tl.load(w_ptr + D // 2, m_d, 0.0).to(tl.float32)
@@ -219,11 +224,8 @@ def _tiles(heads: int, kv_heads: int, d: int, rows: int) -> dict[str, int]:
 # has four in flight. The backward has more to hold: measured on an H100 (8B, 12,864 tokens), 8 rows
 # of frozen norms take 0.154 ms, 16 take 0.175, 32 0.171; its bytes alone 0.149. Without norms it
 # holds no more than the forward (and was not timed): of few heads 8 rows are 64 bits a thread.
-FORWARD_ROWS, FROZEN_ROWS, TRAINED_ROWS = 32, 8, 16
-
-
-def _backward_rows(normed: bool, need_dw: bool) -> int:
-    return TRAINED_ROWS if need_dw else FROZEN_ROWS if normed else FORWARD_ROWS
+FORWARD_ROWS = 32
+BACKWARD_ROWS = {(True, False): 8, (True, True): 16, (False, False): 32}  # normed, trained norms
 
 
 def qk_norm_rope(
@@ -294,7 +296,7 @@ def qk_norm_rope_backward(
     x, cos, sin, dq, dk, dv = (_inner(tensor) for tensor in (qkv, cos, sin, dq, dk, dv))
     normed = _normed(q_norm, k_norm)
     need_dw = need_dw and normed
-    tiles = _tiles(heads, kv_heads, d, _backward_rows(normed, need_dw))
+    tiles = _tiles(heads, kv_heads, d, BACKWARD_ROWS[normed, need_dw])
     group = tiles["GROUP"]
     groups, blocks = (heads + 2 * kv_heads) // group, triton.cdiv(len(x), tiles["TOKENS"])
     if need_dw:  # as many as reside at once by their registers, 120 a thread at most
@@ -365,8 +367,7 @@ def _check(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous; 8B's apart as well, and
-    those of Qwen2.5 7B, which are not normed."""
+    """The launches at the heads of Qwen3 0.6B, 8B and 14B (8B's apart, too), and Qwen2.5 7B."""
     from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
@@ -378,8 +379,7 @@ def aot_cases() -> list[Any]:
         fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": normed}
         for way in ("forward", "backward frozen", *["backward trained"] * normed):
             forward, need_dw = way == "forward", way == "backward trained"
-            rows = FORWARD_ROWS if forward else _backward_rows(normed, need_dw)
-            tiles = _tiles(n, k, 128, rows)
+            tiles = _tiles(n, k, 128, FORWARD_ROWS if forward else BACKWARD_ROWS[normed, need_dw])
             names = "qkv qw kw q k" if forward else "dq dk dv qkv qw kw dx dw"
             pointers = {f"{name}_ptr": "*bf16" for name in names.split()} | tables
             strides: tuple[str, ...] = ("qkv_row", "cos_row", "sin_row")

@@ -82,6 +82,12 @@ def _wide_backward(
 # H is constexpr (one or two values a model), so that a mask vanishes where its tile is exact.
 
 
+@jit
+def normed(x, rstd, w, dtype: tl.constexpr):
+    """x * rstd * w, rounded as Hugging Face rounds: before the product with w, and after it."""
+    return ((x * rstd).to(dtype).to(tl.float32) * w).to(dtype)
+
+
 @jit(do_not_specialize=("T",))
 def _rms_norm_fwd_kernel(
     x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, T, x_row, x_col, r_row, r_col,
@@ -112,11 +118,11 @@ def _rms_norm_fwd_kernel(
     if REST:
         squares += tl.sum(x_b * x_b, 1, keep_dims=True)
     rstd = tl.rsqrt(squares / H + EPS)
-    y_a = (x_a * rstd).to(dtype).to(tl.float32) * w_a
-    tl.store(y_ptr + rows * H + a, y_a.to(dtype), m)
+    y_a = normed(x_a, rstd, w_a, dtype)
+    tl.store(y_ptr + rows * H + a, y_a, m)
     if REST:
-        y_b = (x_b * rstd).to(dtype).to(tl.float32) * w_b
-        tl.store(y_ptr + rows * H + b, y_b.to(dtype), m_b)
+        y_b = normed(x_b, rstd, w_b, dtype)
+        tl.store(y_ptr + rows * H + b, y_b, m_b)
 
 
 @jit(do_not_specialize=("T",))

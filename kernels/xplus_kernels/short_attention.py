@@ -60,21 +60,33 @@ def takes_short(q: Tensor) -> bool:
 
 
 @jit
+def score_keys(
+    q, begin, end, j, stop, k_ptr, v_ptr, k_row, v_row, scale, D: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """Keys j to j + KEYS, before `stop`: k, v [KEYS, D], scores [ROWS, KEYS], and which a row sees.
+
+    A row sees keys begin to end.
+    """
+    d = tl.arange(0, D)[None, :]
+    key = j + tl.arange(0, KEYS)
+    m = (key < stop)[:, None]
+    k = tl.load(k_ptr + key.to(tl.int64)[:, None] * k_row + d, m, 0.0)
+    v = tl.load(v_ptr + key.to(tl.int64)[:, None] * v_row + d, m, 0.0)
+    s = tl.dot(q, tl.trans(k)) * scale
+    return k, v, s, (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+
+
+@jit
 def _weigh_keys(
     q, begin, end, k_ptr, v_ptr, k_row, v_row, scale, acc, total, top,
     D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A softmax goes on over keys begin to end of each row: acc [ROWS, D], total and top [ROWS]."""
-    c = tl.arange(0, KEYS)
-    d = tl.arange(0, D)[None, :]
     stop = tl.max(end)
     for j in range(tl.min(begin), stop, KEYS):
-        key = j + c
-        m = (key < stop)[:, None]
-        k = tl.load(k_ptr + key.to(tl.int64)[:, None] * k_row + d, m, 0.0)
-        v = tl.load(v_ptr + key.to(tl.int64)[:, None] * v_row + d, m, 0.0)
-        s = tl.dot(q, tl.trans(k)) * scale
-        seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+        _, v, s, seen = score_keys(
+            q, begin, end, j, stop, k_ptr, v_ptr, k_row, v_row, scale, D, KEYS
+        )
         s = tl.where(seen, s, float("-inf"))
         best = tl.maximum(top, tl.max(s, 1))
         at = tl.where(best == float("-inf"), 0.0, best)  # a row that sees no key yet
@@ -87,10 +99,12 @@ def _weigh_keys(
 
 
 @jit
-def rows_of(first, stop, G: tl.constexpr, ROWS: tl.constexpr):
-    """Query rows from `first` on, a row for each of G heads: token, head in the group, is there."""
+def rows_of(first, stop, kv, G: tl.constexpr, ROWS: tl.constexpr):
+    """Query rows from `first` on, a row for each of the G heads of a key/value head: token, and
+    as int64 token and head, and whether they are there."""
     r = first + tl.arange(0, ROWS)
-    return r // G, r % G, r < stop
+    i = r // G
+    return i, i.to(tl.int64), (kv * G + r % G).to(tl.int64), r < stop
 
 
 @jit(do_not_specialize=SIZES)
@@ -103,9 +117,7 @@ def _short_attention_fwd_kernel(
     """out [T, N, D] and lse [N, T]; a program for ROWS rows of a key/value head's queries."""
     G: tl.constexpr = N // K
     kv = tl.program_id(1)
-    i, g, m = rows_of(tl.program_id(0) * ROWS, T * G, G, ROWS)
-    row = i.to(tl.int64)
-    head = (kv * G + g).to(tl.int64)
+    _, row, head, m = rows_of(tl.program_id(0) * ROWS, T * G, kv, G, ROWS)
     d = tl.arange(0, D)[None, :]
     q = tl.load(q_ptr + (row * q_row + head * q_head)[:, None] + d, m[:, None], 0.0)
     acc = tl.zeros([ROWS, D], tl.float32)

@@ -25,6 +25,7 @@ from xplus_kernels.short_attention import (
     check_attention,
     intervals_of,
     rows_of,
+    score_keys,
     strides_of,
     takes_short,
 )
@@ -36,16 +37,11 @@ def _dq_of_keys(
     D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq [ROWS, D], not yet times the scale, goes on over keys begin to end of each row."""
-    c = tl.arange(0, KEYS)
-    d = tl.arange(0, D)[None, :]
     stop = tl.max(end)
     for j in range(tl.min(begin), stop, KEYS):
-        key = j + c
-        m = (key < stop)[:, None]
-        k = tl.load(k_ptr + key.to(tl.int64)[:, None] * k_row + d, m, 0.0)
-        v = tl.load(v_ptr + key.to(tl.int64)[:, None] * v_row + d, m, 0.0)
-        s = tl.dot(q, tl.trans(k)) * scale
-        seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+        k, v, s, seen = score_keys(
+            q, begin, end, j, stop, k_ptr, v_ptr, k_row, v_row, scale, D, KEYS
+        )
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         ds = p * (tl.dot(dout, tl.trans(v)) - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k)
@@ -62,9 +58,7 @@ def _short_attention_dq_kernel(
     """dq [T, N, D], and delta [N, T], the sum of dout * out, for the kernels after it."""
     G: tl.constexpr = N // K
     kv = tl.program_id(1)
-    i, g, m = rows_of(tl.program_id(0) * ROWS, T * G, G, ROWS)
-    row = i.to(tl.int64)
-    head = (kv * G + g).to(tl.int64)
+    _, row, head, m = rows_of(tl.program_id(0) * ROWS, T * G, kv, G, ROWS)
     d = tl.arange(0, D)[None, :]
     at = ((row * N + head) * D)[:, None] + d
     dout = tl.load(dout_ptr + at, m[:, None], 0.0)
@@ -107,9 +101,7 @@ def _of_queries(
     d = tl.arange(0, D)[None, :]
     first = tl.minimum(first, stop)  # of keys that nobody asks it is NOBODY, too large for * G
     for r in range(first * G, stop * G, ROWS):
-        i, g, m = rows_of(r, stop * G, G, ROWS)
-        row = i.to(tl.int64)
-        head = (kv * G + g).to(tl.int64)
+        i, row, head, m = rows_of(r, stop * G, kv, G, ROWS)
         q = tl.load(q_ptr + (row * q_row + head * q_head)[:, None] + d, m[:, None], 0.0)
         dout = tl.load(dout_ptr + ((row * N + head) * D)[:, None] + d, m[:, None], 0.0)
         lse = tl.load(lse_ptr + head * T + row, m, 0.0) * 1.4426950408889634

@@ -37,20 +37,44 @@ def swiglu_backward_ref(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 
 @jit
+def load_gate_up(x_ptr, cols, x_col, m, F: tl.constexpr):
+    """gate and up of some columns of a row that begins at x_ptr, fp32."""
+    gate = tl.load(x_ptr + cols * x_col, m, 0.0).to(tl.float32)
+    up = tl.load(x_ptr + (F + cols) * x_col, m, 0.0).to(tl.float32)
+    return gate, up
+
+
+@jit
+def silu_mul(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up, rounded to dtype after silu and at the end."""
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (silu * up).to(dtype)
+
+
+@jit
+def swiglu_gradients(dy, gate, up):
+    """d(gate) and d(up), fp32."""
+    sig = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sig
+    return dy * up * (sig + silu - silu * sig), dy * silu
+
+
+@jit
+def _columns(F: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program works on: its row, columns, and which of these are there."""
+    pid = tl.program_id(0).to(tl.int64)
+    cols = (pid % tl.cdiv(F, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    return pid // tl.cdiv(F, BLOCK), cols, cols < F
+
+
+@jit
 def _swiglu_fwd_kernel(
     x_ptr, y_ptr, x_row, x_col, F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """x [T, 2F] -> y [T, F]; a program for each BLOCK columns of a row."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // tl.cdiv(F, BLOCK)
-    cols = (pid % tl.cdiv(F, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    m = cols < F
-    gate_ptr = x_ptr + row * x_row + cols * x_col
-    gate = tl.load(gate_ptr, m, 0.0).to(tl.float32)
-    up = tl.load(gate_ptr + F * x_col, m, 0.0).to(tl.float32)
-    dtype = y_ptr.dtype.element_ty
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * F + cols, (silu * up).to(dtype), m)
+    row, cols, m = _columns(F, BLOCK)
+    gate, up = load_gate_up(x_ptr + row * x_row, cols, x_col, m, F)
+    tl.store(y_ptr + row * F + cols, silu_mul(gate, up, y_ptr.dtype.element_ty), m)
 
 
 @jit
@@ -58,20 +82,14 @@ def _swiglu_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, dy_row, dy_col, x_row, x_col, F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """dy [T, F], x [T, 2F] -> dx [T, 2F]; a program for each BLOCK columns of a row of dy."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // tl.cdiv(F, BLOCK)
-    cols = (pid % tl.cdiv(F, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    m = cols < F
-    gate_ptr = x_ptr + row * x_row + cols * x_col
-    gate = tl.load(gate_ptr, m, 0.0).to(tl.float32)
-    up = tl.load(gate_ptr + F * x_col, m, 0.0).to(tl.float32)
+    row, cols, m = _columns(F, BLOCK)
+    gate, up = load_gate_up(x_ptr + row * x_row, cols, x_col, m, F)
     dy = tl.load(dy_ptr + row * dy_row + cols * dy_col, m, 0.0).to(tl.float32)
-    sig = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sig
+    dgate, dup = swiglu_gradients(dy, gate, up)
     dtype = dx_ptr.dtype.element_ty
     dgate_ptr = dx_ptr + row * (2 * F) + cols
-    tl.store(dgate_ptr, (dy * up * (sig + silu - silu * sig)).to(dtype), m)
-    tl.store(dgate_ptr + F, (dy * silu).to(dtype), m)
+    tl.store(dgate_ptr, dgate.to(dtype), m)
+    tl.store(dgate_ptr + F, dup.to(dtype), m)
 
 
 def _tile(f: int) -> dict[str, int]:

@@ -39,7 +39,14 @@ from xplus_kernels.fp8 import (
 )
 from xplus_kernels.numerics import widen
 from xplus_kernels.rms_norm import as_rows, check_like, on_triton
-from xplus_kernels.swiglu import _half, swiglu_backward_ref, swiglu_ref
+from xplus_kernels.swiglu import (
+    _half,
+    load_gate_up,
+    silu_mul,
+    swiglu_backward_ref,
+    swiglu_gradients,
+    swiglu_ref,
+)
 
 
 def swiglu_fp8_ref(gate_up: Tensor) -> Fp8Rows:
@@ -53,11 +60,8 @@ def swiglu_backward_fp8_ref(dy: Tensor, gate_up: Tensor, *, column_scale: Tensor
 @jit
 def _silu_mul(x_ptr, cols, x_col, m, F: tl.constexpr):
     """y of swiglu.py's forward, fp32 holding what x's dtype can."""
-    dtype = x_ptr.dtype.element_ty
-    gate = tl.load(x_ptr + cols * x_col, m, 0.0).to(tl.float32)
-    up = tl.load(x_ptr + (F + cols) * x_col, m, 0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return (silu * up).to(dtype).to(tl.float32)
+    gate, up = load_gate_up(x_ptr, cols, x_col, m, F)
+    return silu_mul(gate, up, x_ptr.dtype.element_ty).to(tl.float32)
 
 
 @jit
@@ -86,13 +90,11 @@ def _swiglu_fp8_kernel(
 @jit
 def _scaled_gradients(dy_ptr, x_ptr, c_ptr, cols, dy_col, x_col, c_col, m, F: tl.constexpr):
     """d(gate) and d(up) of swiglu.py's backward, times their columns' scales, fp32."""
-    gate = tl.load(x_ptr + cols * x_col, m, 0.0).to(tl.float32)
-    up = tl.load(x_ptr + (F + cols) * x_col, m, 0.0).to(tl.float32)
+    gate, up = load_gate_up(x_ptr, cols, x_col, m, F)
     dy = tl.load(dy_ptr + cols * dy_col, m, 0.0).to(tl.float32)
-    sig = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sig
-    dgate = dy * up * (sig + silu - silu * sig) * tl.load(c_ptr + cols * c_col, m, 0.0)
-    return dgate, dy * silu * tl.load(c_ptr + (F + cols) * c_col, m, 0.0)
+    dgate, dup = swiglu_gradients(dy, gate, up)
+    dgate *= tl.load(c_ptr + cols * c_col, m, 0.0)
+    return dgate, dup * tl.load(c_ptr + (F + cols) * c_col, m, 0.0)
 
 
 @jit

@@ -68,7 +68,7 @@ def test_the_card_of_a_snapshot_says_what_is_where(tmp_path: Path) -> None:
     (root / "README.md").write_text(CARD.replace("en-sw\n", "en-sw\n  default: true\n"))
     assert answers(root) == ["sw/a.jsonl", "sw/b.jsonl"]
     (root / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: gone/*\n---\n")
-    with pytest.raises(UserError, match="none of the files is there that its card names for 'x'"):
+    with pytest.raises(UserError, match="its card names files for 'x', and none of them is there"):
         answers(root)
     files = "    train: sw/a.jsonl\n    dev: sw/b.jsonl\n"
     (root / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files:\n{files}---\n")

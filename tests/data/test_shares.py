@@ -127,7 +127,7 @@ def test_without_shares_the_order_is_the_mixed_one() -> None:
         ((None, 1.0), "data.sources: the shares add up to 1; less than 1, for the sources"),
         ((0.7, 0.7), "the shares add up to 1.4; 1, as every source has one, is wanted"),
         ((0.3, 0.3), "the shares add up to 0.6; 1, as every source has one, is wanted"),
-        ((None, 0.0), "data.sources.1.share: 0; leave it out, then"),
+        ((None, 0.0), "data.sources.1.share: 0 would train on none of it; leave the source out"),
         ((None, 1.2), "data.sources.1.share"),
         ((None, -0.1), "data.sources.1.share"),
         ((None, "much"), "data.sources.1.share"),

@@ -195,7 +195,7 @@ def test_a_condition_without_a_scale_needs_a_point_to_choose(place, tmp_path, ca
     recipe = asked(place, tmp_path / "o", tasks=False)
     command = ("evaluate", place / "run", recipe, "--scales", "0,1")
     assert xplus(*command, "--fail-if", "translation < 100") == 2
-    assert "of one point: 'translation@1 ...'" in capsys.readouterr().err
+    assert "about one point: 'translation@1 ...'" in capsys.readouterr().err
     assert not (tmp_path / "o" / "generations").exists()
 
 

@@ -102,7 +102,7 @@ except UserError as e:
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 20)
 """
     ran = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True)
-    assert ran.stdout == "stopped: it said more than 67 MB\nTrue\n", ran.stderr
+    assert ran.stdout == "stopped: it printed more than 67 MB\nTrue\n", ran.stderr
     code, said = limited("print('a' * 100_000 + 'end')", level)
     assert code == 0 and said.endswith("aend\n") and len(said) == sandbox.TAIL
 

@@ -376,7 +376,10 @@ def test_plain_files_are_data_too(tiny_model_dir, data, tmp_path, capsys):
         (["MODEL", "DATA", "--budget", "1K"], "1,000 parameters are fewer than one layer has"),
         (["MODEL", "DATA", "--budget", "lots"], "3B or 250M are wanted"),
         (["MODEL", "DATA", "--batches", "0"], "--batches: at least 1 is wanted, found 0"),
-        (["MODEL", "DATA", "seed=1"], "'seed=1': key=value changes a recipe, and DATA is none"),
+        (
+            ["MODEL", "DATA", "seed=1"],
+            "'seed=1': key=value changes a recipe (.yaml), and DATA is not one",
+        ),
         (["MODEL", "DATA", "DATA", "DATA"], "two line-aligned files are wanted, found 3"),
         (["MODEL", "DATA", "--out", "DATA"], "cannot be written (File exists)"),
     ],

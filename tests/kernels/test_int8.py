@@ -6,12 +6,12 @@ from torch import Tensor
 
 from xplus_kernels import backend
 from xplus_kernels.int8 import (
-    BLOCK,
     Int8Weight,
     dequantize_int8,
     dequantize_int8_ref,
     quantize_int8,
 )
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRET, reason="tests the references: run without TRITON_INTERPRET=1"
@@ -70,36 +70,9 @@ def test_what_it_was_given_stays_as_it_was() -> None:
     assert torch.equal(w, before)
 
 
-@pytest.mark.parametrize("shape", [(3, 65), (5, 32), (64,), (2, 2, 64), (0, 64)])
-def test_shapes_without_whole_blocks_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="^weight: .* a multiple of 64"):
-        quantize_int8(torch.zeros(shape))
-
-
-def test_bad_input_is_named() -> None:
-    weight = quantize_int8(randn(2, 64))
-    codes, scale = weight.codes, weight.scale
-    with pytest.raises(TypeError, match="^codes: dtype torch.int32"):
-        Int8Weight(codes.int(), scale)
-    with pytest.raises(TypeError, match="^scale: dtype torch.bfloat16"):
-        Int8Weight(codes, scale.bfloat16())
-    with pytest.raises(ValueError, match=r"^scale: shape \[1\].*has \[2\], contiguous"):
-        Int8Weight(codes, scale[:1])
+def test_bad_shapes_are_named() -> None:
+    codes, scale = torch.zeros(2, 64, dtype=torch.int8), torch.ones(2)
     with pytest.raises(ValueError, match="^codes: shape .* contiguous"):
         Int8Weight(codes[:, :32].expand(2, 32).repeat(1, 4)[:, ::2], scale)
-    with pytest.raises(ValueError, match=r"^codes: at byte 3; allowed: 16 \* n"):
-        Int8Weight(torch.zeros(131, dtype=torch.int8)[3:].view(2, 64), scale)
     with pytest.raises(ValueError, match=r"^codes: \[3, 65\]; allowed: .* a multiple of 64"):
         Int8Weight(torch.zeros(3, 65, dtype=torch.int8), scale)
-    with pytest.raises(ValueError, match="^scale: on cpu; codes is on meta"):
-        Int8Weight(codes.to("meta"), scale)
-    with pytest.raises(TypeError, match="^weight: dtype torch.float64"):
-        quantize_int8(torch.zeros(2, 64, dtype=torch.float64))
-    with pytest.raises(TypeError, match="^out: dtype torch.float64"):
-        dequantize_int8(weight, out=torch.empty(2, 64, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"^out: shape \[64, 2\].*needs \[2, 64\]"):
-        dequantize_int8(weight, out=torch.empty(64, 2))
-    with pytest.raises(ValueError, match=r"^out: .*strides \[1, 2\].*contiguous"):
-        dequantize_int8(weight, out=torch.empty(64, 2).T)
-    with pytest.raises(ValueError, match="^out: on meta; the weight is on cpu"):
-        dequantize_int8(weight, out=torch.empty(2, 64, device="meta"))

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from xplus_kernels import backend
 from xplus_kernels.nf4 import (
-    BLOCK,
     NF4,
     Nf4Weight,
     dequantize_nf4,
     dequantize_nf4_ref,
     quantize_nf4,
 )
+from xplus_kernels.weight_blocks import BLOCK
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRET, reason="tests the references: run without TRITON_INTERPRET=1"
@@ -61,11 +61,6 @@ def test_product_in_fp32_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(read(weight, dtype), product.view(96, 320).to(dtype))
     table_first = torch.tensor(NF4).to(torch.bfloat16)[codes] * weight.absmax[:, None]
     assert not torch.equal(read(weight, dtype), table_first.view(96, 320).to(dtype))
-
-
-def test_out_is_written_whole_and_returned() -> None:
-    weight, out = nearest(randn(3, 64)), torch.full((3, 64), torch.nan)
-    assert dequantize_nf4(weight, out=out) is out and not out.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,39 +135,12 @@ def test_without_bitsandbytes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_nf4(randn(1, 64))
 
 
-@pytest.mark.parametrize("shape", [(3, 65), (5, 32), (64,), (2, 2, 64), (0, 64)])
-def test_shapes_without_whole_blocks_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="^weight: .* a multiple of 64"):
-        quantize_nf4(torch.zeros(shape))
-
-
-def test_bad_input_is_named() -> None:
-    weight = nearest(randn(2, 64))
-    codes, absmax = weight.codes, weight.absmax
-    with pytest.raises(TypeError, match="^codes: dtype torch.int32"):
-        Nf4Weight(codes.int(), absmax, (2, 64))
-    with pytest.raises(TypeError, match="^absmax: dtype torch.bfloat16"):
-        Nf4Weight(codes, absmax.bfloat16(), (2, 64))
+def test_bad_shapes_are_named() -> None:
+    codes, absmax = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
     with pytest.raises(ValueError, match=r"^codes: shape \[64\].*\[4, 64\] has \[128\]"):
         Nf4Weight(codes, absmax, (4, 64))
-    with pytest.raises(ValueError, match="^absmax: shape .* contiguous"):
-        Nf4Weight(codes, absmax[:1].expand(2), (2, 64))
-    with pytest.raises(ValueError, match=r"^codes: at byte 3; allowed: 16 \* n"):
-        Nf4Weight(torch.zeros(67, dtype=torch.uint8)[3:], absmax, (2, 64))
     with pytest.raises(ValueError, match=r"^shape: \[3, 65\]; allowed: .* a multiple of 64"):
         Nf4Weight(codes, absmax, (3, 65))
-    with pytest.raises(ValueError, match="^absmax: on cpu; codes is on meta"):
-        Nf4Weight(codes.to("meta"), absmax, (2, 64))
-    with pytest.raises(TypeError, match="^weight: dtype torch.float64"):
-        quantize_nf4(torch.zeros(2, 64, dtype=torch.float64))
-    with pytest.raises(TypeError, match="^out: dtype torch.float64"):
-        dequantize_nf4(weight, out=torch.empty(2, 64, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"^out: shape \[64, 2\].*needs \[2, 64\]"):
-        dequantize_nf4(weight, out=torch.empty(64, 2))
-    with pytest.raises(ValueError, match=r"^out: .*strides \[1, 2\].*contiguous"):
-        dequantize_nf4(weight, out=torch.empty(64, 2).T)
-    with pytest.raises(ValueError, match="^out: on meta; the weight is on cpu"):
-        dequantize_nf4(weight, out=torch.empty(2, 64, device="meta"))
 
 
 def test_reference_reads_every_byte() -> None:

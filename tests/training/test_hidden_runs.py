@@ -160,7 +160,7 @@ def test_a_stage_that_trains_below_makes_what_was_kept_useless(where, workplace,
     assert losses(run) == losses(plain) and trained(run) == trained(plain)
     assert sum(embedded) == 2 * computed
     if where != "host":
-        assert "are of other weights: made anew\n" in capsys.readouterr().out
+        assert "are of other weights: they are computed again\n" in capsys.readouterr().out
         assert kept(where)[1] == computed
 
 

@@ -79,10 +79,10 @@ def test_the_warm_up_begins_above_0_and_a_run_goes_on_with_its_groups(place, cap
 def test_what_fits_no_layer_is_refused_before_anything_is_read(place, capsys):
     folder, recipe = place
     for rate, said in (
-        ({"2-4": 1e-4, "final_norm": 1e-4}, "5 of what trains has none"),
-        ({"2-5": 1e-4, "4": 1e-5, "final_norm": 1e-4}, "4 has two"),
-        ({"1-5": 1e-4, "final_norm": 1e-4}, "1 of '1-5' does not train"),
-        ({"2-5": 1e-4}, "final_norm of what trains has none"),
+        ({"2-4": 1e-4, "final_norm": 1e-4}, "no rate is given for 5"),
+        ({"2-5": 1e-4, "4": 1e-5, "final_norm": 1e-4}, "4 is given two rates"),
+        ({"1-5": 1e-4, "final_norm": 1e-4}, "1, of '1-5', does not train"),
+        ({"2-5": 1e-4}, "no rate is given for final_norm"),
         ({"2-5": 1e-4, "head": 1e-4}, "'head'"),
         ({"2-9": 1e-4}, "9"),
         ({"2-5": "fast"}, "stages.0.learning_rate: a number or a mapping is wanted"),

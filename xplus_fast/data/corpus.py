@@ -350,8 +350,8 @@ def _check_unread(reading: Reading, tokenizer: Any) -> None:
     """See that no key of records that went unread is a variable of the chat template."""
     for key in sorted(template_variables(tokenizer) & set(reading.unread)):
         raise UserError(
-            f"{reading.unread[key]}: the chat template has a variable '{key}', and that of records"
-            f" is not given to it; `ignore: [{key}]` of the source leaves it unread"
+            f"{reading.unread[key]}: the chat template has a variable '{key}', but this key is not"
+            f" passed to it; `ignore: [{key}]` of the source leaves it unread"
         )
 
 

@@ -98,7 +98,9 @@ def read_records(
         elif kind(file) in RECORDS:
             yield from _json(file)
         else:
-            raise UserError(f"{file}: {', '.join(RECORDS)} files hold records, this is another")
+            raise UserError(
+                f"{file}: {', '.join(RECORDS)} files hold records; this is none of them"
+            )
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:

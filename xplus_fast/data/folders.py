@@ -219,7 +219,7 @@ def _by_card(
             )
         found = files(splits[at])
     if not found:
-        raise UserError(f"{root}: none of the files is there that its card names for '{name}'")
+        raise UserError(f"{root}: its card names files for '{name}', and none of them is there")
     return found
 
 

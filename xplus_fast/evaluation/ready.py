@@ -86,8 +86,8 @@ def _check_condition(
     both = lines and "chrf" in recipe.translation.metrics and recipe.reasoning.tasks
     if scales and not at and not both:
         raise UserError(
-            f"--fail-if: without a scale it asks of the point to choose, which takes chrf and tasks"
-            f" of reasoning; of one point: '{name}@{scales[-1]} ...'"
+            f"--fail-if: without a scale it asks about the point to choose, which needs chrf and"
+            f" reasoning.tasks; to ask about one point: '{name}@{scales[-1]} ...'"
         )
     config, tasks = recipe.translation, recipe.reasoning.tasks
     known = ["translation"] if lines and "chrf" in config.metrics else []

@@ -166,7 +166,7 @@ def _listen(running: "subprocess.Popen[bytes]", end: float) -> bytes:
                 return tail
             said += len(piece)
             if said > OUTPUT:
-                raise UserError(f"stopped: it said more than {OUTPUT / 1e6:.0f} MB")
+                raise UserError(f"stopped: it printed more than {OUTPUT / 1e6:.0f} MB")
             tail = (tail + piece)[-TAIL:]
 
 

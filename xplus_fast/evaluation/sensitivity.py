@@ -274,7 +274,9 @@ def _recipe(model: str, data: Sequence[str], overrides: Sequence[str]) -> Recipe
         own = [source for stage in recipe.stages for source in stage.sources or []]
         return replace(recipe, data=replace(recipe.data, sources=recipe.data.sources or own))
     if overrides:
-        raise UserError(f"'{overrides[0]}': key=value changes a recipe, and DATA is none (.yaml)")
+        raise UserError(
+            f"'{overrides[0]}': key=value changes a recipe (.yaml), and DATA is not one"
+        )
     if not 1 <= len(data) <= 2:
         raise UserError(
             "DATA: a recipe, a file or folder, or two line-aligned files are wanted, found"

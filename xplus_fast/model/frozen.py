@@ -17,7 +17,7 @@ from xplus_fast.errors import UserError
 from xplus_fast.model.host_memory import zeros_on_host
 from xplus_fast.model.layout import Format
 from xplus_kernels import Bf16Weight, Fp8Rows, Fp8Weight, FrozenWeight, Int8Weight, Nf4Weight
-from xplus_kernels.int8 import BLOCK
+from xplus_kernels.weight_blocks import BLOCK
 
 ALIGNMENT = 256  # bytes: every tensor in a buffer begins as an allocation of its own would
 PIECE = 1 << 19  # elements quantized at a time

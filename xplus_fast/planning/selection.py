@@ -92,12 +92,14 @@ def learning_rates(
         named = [what] if what in also else [str(i) for i in resolve_layers(what, layers)]
         for place in named:
             if place not in places:
-                raise UserError(f"learning_rate: {place} of {what!r} does not train")
+                raise UserError(f"learning_rate: {place}, of {what!r}, does not train")
             if place in found:
-                raise UserError(f"learning_rate: {place} has two, by {what!r} the second")
+                raise UserError(
+                    f"learning_rate: {place} is given two rates, the second by {what!r}"
+                )
             found[place] = rate
     if missing := [place for place in places if place not in found]:
-        raise UserError(f"learning_rate: {', '.join(missing)} of what trains has none")
+        raise UserError(f"learning_rate: no rate is given for {', '.join(missing)}")
     return found
 
 

@@ -204,7 +204,9 @@ class HiddenCaches:
             return
         if isinstance(there, dict):
             other = ", ".join(key for key in now if there.get(key) != now[key])
-            self.say(f"hidden states: those in {folder} are of other {other}: made anew")
+            self.say(
+                f"hidden states: those in {folder} are of other {other}: they are computed again"
+            )
         remove(folder)
         make_folder(folder)
         write_json(folder / ABOUT, now)

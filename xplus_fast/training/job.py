@@ -65,7 +65,7 @@ def read_job(recipe: Recipe, restart: bool, held: ExitStack) -> Job:
     rates = [_rates(stage, shape) for stage in recipe.stages]
     turning = any(isinstance(stage.layers, Rotation) for stage in recipe.stages)
     if turning and place.processes > 1:
-        raise UserError("layers.rotate: on one process; gradients of several are summed for all")
+        raise UserError("layers.rotate: works with one process only")
     if recipe.memory.sums == 32 and place.processes > 1 and place.dtype != torch.float32:
         raise UserError(
             "memory.sums: 32 is for one process; several exchange gradients in the weights' own"
@@ -77,7 +77,7 @@ def read_job(recipe: Recipe, restart: bool, held: ExitStack) -> Job:
     if card is not None and free is not None and card.memory > free.memory:
         say(
             f"memory: planned for the {card.memory / 1e9:.1f} GB that were free on {card.name} when"
-            f" this run began; {free.memory / 1e9:.1f} GB are now"
+            f" this run began; now {free.memory / 1e9:.1f} GB are free"
         )
     return Job(recipe, run, place, say, base, files, config, shape, card, selections, rates)
 
@@ -105,6 +105,8 @@ def _rates(stage: Stage, shape: Shape) -> dict[str, float]:
     also, asked = {tied.get(kind, kind) for kind in stage.also}, stage.learning_rate
     if isinstance(asked, dict):
         if tied and {"head", "embedding"} <= asked.keys():
-            raise UserError("learning_rate: embedding and head are tied: one of them has it")
+            raise UserError(
+                "learning_rate: embedding and head are tied: give a rate for one of them"
+            )
         asked = {tied.get(what, what): rate for what, rate in asked.items()}
     return learning_rates(asked, stage.layer_decay, ids, also, shape.layers)

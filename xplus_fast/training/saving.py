@@ -177,7 +177,8 @@ class SavingTrainer(Trainer):
         if late := sorted(self._changed_tensors().keys() - best.keys()):
             raise UserError(
                 f"{folder}: the best model cannot be put back: {late[0]} ({len(late)} tensors in"
-                " all) began to train later and is not in it; it is as it was in the base then"
+                " all) began to train later, so the checkpoint does not hold it; it had the base's"
+                " value then"
             )
         load_tensors(self.accelerator.unwrap_model(self.model), best)
 

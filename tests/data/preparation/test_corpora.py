@@ -230,7 +230,7 @@ def test_what_no_name_tells(tmp_path):
     (tmp_path / "x.dat").write_text("x")
     with pytest.raises(UserError, match="its name does not tell the format"):
         corpus_format(Corpus(str(tmp_path / "x.dat")))
-    with pytest.raises(UserError, match="a data set of the hub is format: hub"):
+    with pytest.raises(UserError, match="a data set of the hub needs format: hub"):
         corpus_format(Corpus("Helsinki-NLP/opus-100"))
     with pytest.raises(UserError, match="no such file"):
         corpus_format(Corpus(str(tmp_path / "nowhere.zip")))

@@ -115,7 +115,7 @@ def corpus_format(corpus: Corpus) -> str:
         return corpus.format
     if not path.exists():
         if corpus.path.count("/") == 1 and not path.suffix:
-            raise UserError(f"{corpus.path}: no such file; a data set of the hub is format: hub")
+            raise UserError(f"{corpus.path}: no such file; a data set of the hub needs format: hub")
         require(corpus.path)
     if path.is_dir():
         return "gettext" if any(path.glob("**/LC_MESSAGES/*.po")) else "translation"

@@ -28,8 +28,8 @@ def explain_pair(
         found = [_likeliest(text) for text in (source, target)]
         if found[0] == found[1]:
             raise UserError(
-                f"--explain: both texts look like {language_name(found[0])}; --languages en-sw"
-                " would say what they are"
+                f"--explain: both texts look like {language_name(found[0])}; say what they"
+                " are with --languages, such as en-sw"
             )
     else:
         found = list(two_languages(languages.split("-"), "--languages"))

@@ -234,7 +234,9 @@ def _write_shards(
         about = {"name": path.name, "conversations": table.num_rows}
         shards.append(about | {"sha256": shard.digest.hexdigest()})
     if not shards:
-        raise UserError("no pair is left: the report of a run with wider options would say why")
+        raise UserError(
+            "no pair is left; with less strict options, the report shows why pairs are rejected"
+        )
     for old in out.glob("data-*.parquet"):
         remove(old)
     for about in shards:
