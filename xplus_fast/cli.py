@@ -205,6 +205,8 @@ def _prepare(options: argparse.Namespace) -> int:
     from xplus_fast.data.preparation.recipe import load_prepare_recipe
 
     recipe = load_prepare_recipe(options.recipe, options.overrides)
+    if options.languages and not options.explain:
+        raise UserError("--languages: goes with --explain; `languages:` of a corpus has its own")
     if options.explain:
         from xplus_fast.data.preparation.explain import explain_pair
 

@@ -71,9 +71,17 @@ def test_what_is_scored_is_one_line(text, scored):
         "\u4ee5\u4e0b\u662f\u7ffb\u8bd1\uff1aLa maison est rouge.",
         "I'm sorry, but I cannot do that.",
         "Assistant: La maison est rouge.",
+        "fr: La maison est rouge.",
+        "[French] La maison est rouge.",
+        "<fr>La maison est rouge.</fr>",
+        "```\nLa maison est rouge.\n```",
+        "La maison est rouge.\n\nNote: I kept it literal.",
+        "La maison est rouge.\n(Note : rouge = red)",
+        "La maison est rouge.\n\n**Explanation**\n- maison: house",
+        "La maison est rouge.\n\nLet me know if you need more.",
     ],
 )
-def test_words_before_the_translation(text):
+def test_words_around_the_translation(text):
     assert "chatter" in read(text).odd
 
 
@@ -89,6 +97,10 @@ def test_words_before_the_translation(text):
         ("Voici les faits : il pleut.", "Here are the facts: it rains.", ("fr", "en")),
         ("Voici la maison.", "Here is the house.", ("fr", "en")),
         ("One:\n\nTwo", "Un :\n\nDeux", ("en", "fr")),
+        ("One.\nNote: two.", "Un.\nNote : deux.", ("en", "fr")),
+        ("Note: two.", "Note : deux.", ("en", "fr")),
+        ("[laughs] Come in.", "[rires] Entre.", ("en", "fr")),
+        ("Use ```x``` here.", "Utilisez ```x``` ici.", ("en", "fr")),
     ],
 )
 def test_a_plain_translation_is_not_odd(source, text, languages):

@@ -95,8 +95,32 @@ def test_terms_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "en\tfr\t\nhouse\tmaison\t\n", "English\tFrench\r\nhouse\tmaison\r\n",
+        "\ufeffen-US\tfr-FR\nhouse\tmaison\t \t\n\t\n",
+    ],
+)  # fmt: skip
+def test_terms_as_spreadsheets_leave_them(tmp_path, text):
+    file = tmp_path / "terms.tsv"
+    for encoding in ("utf-8", "utf-16"):
+        file.write_bytes(text.encode(encoding))
+        assert read_terms(file, ("en", "fr")) == {"house": ["maison"]}
+
+
+def test_one_file_for_both_languages(tmp_path):
+    (tmp_path / "en.txt").write_text("One.\n")
+    test = Named("d", str(tmp_path / "{lang}.txt"), ["en-fr"], languages={"fr": "en"})
+    with pytest.raises(UserError, match="d en-fr: .*en.txt: is the file of both languages"):
+        read_sets([test])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("\t\nhouse\tmaison\n", "terms.tsv:1: '' is no language"),
+        ("en\t\tfr\nhouse\tx\tmaison\n", "terms.tsv:1: '' is no language"),
+        ("en\tfr\t\nhouse\tmaison\tx\n", "terms.tsv:2: 3 cells, the first line has 2"),
         ("house\tmaison\n", "terms.tsv:1: 'house' is no language"),
         ("en\tsw\nhouse\tnyumba\n", "terms.tsv:1: no column of fr; there are en, sw"),
         ("en\tfr\nhouse\n", "terms.tsv:2: 1 cells, the first line has 2"),

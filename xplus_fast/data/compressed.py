@@ -1,6 +1,7 @@
 """Compressed files, told by their suffix: a.jsonl.gz, .xz, .bz2 and .zst are read as a.jsonl is."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -47,6 +48,34 @@ def opened(path: Path) -> Iterator[Any]:
         if e.errno is None:  # what decompressors raise has no number
             raise UserError(f"{path}: not a whole {form} file ({e})") from None
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+class _AsUtf8(io.RawIOBase):
+    """A stream of UTF-16, with its mark, as UTF-8."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._left = stream, b""
+        self._decoder = codecs.getincrementaldecoder("utf-16")("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            read = self._stream.read(1 << 16)
+            self._left = self._decoder.decode(read, not read).encode()
+            if not read:
+                break
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+def as_utf8(stream: Any) -> Any:
+    """A stream of bytes that has `peek`; if it is in UTF-16, as its first bytes tell, in UTF-8."""
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return io.BufferedReader(_AsUtf8(stream))
+    return stream
 
 
 def _stream(path: Path) -> Any:

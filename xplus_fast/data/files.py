@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xplus_fast.data.compressed import kind, opened
+from xplus_fast.data.compressed import as_utf8, kind, opened
 from xplus_fast.data.folders import RECORDS, TABLES, choose_files, saved_dataset
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
@@ -61,12 +61,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, str | Rejected]]:
 
 def decoded(stream: Any, name: str) -> Iterator[tuple[str, str | Rejected]]:
     """Yield ("name:line", text) for each line of a stream, as `read_lines` does for a file's."""
-    number = 0
+    number, stream = 0, as_utf8(stream)
     while raw := stream.readline(LINE_LIMIT + 2):
         number += 1
         where = f"{name}:{number}"
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.count(0) > len(raw) // 3:
+                raise UserError(f"{where}: no text in UTF-8, nor in UTF-16 with its mark")
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         if len(raw) > LINE_LIMIT:
             raise UserError(f"{where}: a line of more than {LINE_LIMIT >> 20} MiB")

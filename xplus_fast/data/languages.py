@@ -81,7 +81,7 @@ def code_of(name: str) -> str | None:
         return name
     try:
         found = Language.find(name)
-    except LookupError:
+    except (LookupError, UnicodeError):  # the second where names hold control characters
         return None
     return found.to_tag() if found.display_name().lower() == name.lower() else None
 
@@ -110,6 +110,24 @@ def languages_of_name(name: str) -> list[str]:
         if canonical(a) != canonical(b)
     }
     return list(found.pop()) if len(found) == 1 else []
+
+
+def codes_of(direction: str) -> list[str]:
+    """The codes of "en-sw" or "zh-Hant-en"; not two where it is not clear which these are."""
+    pieces = direction.split("-")
+    pairs = [["-".join(pieces[:i]), "-".join(pieces[i:])] for i in range(1, len(pieces))]
+
+    def is_code(text: str) -> bool:
+        # behind a language stand capitals, or a script: sw-fr is no Swahili of France
+        first, *more = text.split("-")
+        return (
+            first.islower()
+            and is_language(text)
+            and not any(piece.islower() and len(piece) < 4 for piece in more)
+        )
+
+    found = [pair for pair in pairs if all(map(is_code, pair))]
+    return found[0] if len(found) == 1 else pieces
 
 
 def two_languages(codes: Sequence[str], where: str) -> tuple[str, str]:

@@ -69,12 +69,26 @@ class Form:
         """The record by our names of its keys. Raises `Unfit` where one is not there."""
         if not self.columns:
             return record
-        there = {ours: theirs for ours, theirs in self.columns.items() if theirs in record}
+        found = {ours: _under(theirs, record) for ours, theirs in self.columns.items()}
+        there = {ours: value for ours, value in found.items() if value is not _NOWHERE}
         if missing := [v for k, v in self.columns.items() if k not in {*there, *_OPTIONAL}]:
             raise Unfit(ODD_KEYS, f"expected {' and '.join(missing)}, found {_list(record)}")
         taken = {*self.columns.values(), *self.columns}
         rest = {k: v for k, v in record.items() if k not in taken}
-        return {ours: record[theirs] for ours, theirs in there.items()} | rest
+        return there | rest
+
+
+_NOWHERE = object()
+
+
+def _under(name: str, record: Any) -> Any:
+    """What a record has under a key, or under keys in each other, "data.en"."""
+    if isinstance(record, dict) and name in record:
+        return record[name]
+    first, dot, rest = name.partition(".")
+    if dot and isinstance(record, dict) and first in record:
+        return _under(rest, record[first])
+    return _NOWHERE
 
 
 def check_columns(columns: dict[str, Any], at: str) -> None:
@@ -102,7 +116,7 @@ def detect(
     columns: as the recipe names them. pinned: a format, or "auto".
     """
     given = {_SAME.get(ours, ours): str(theirs) for ours, theirs in columns.items()}
-    if missing := [theirs for theirs in given.values() if theirs not in record]:
+    if missing := [theirs for theirs in given.values() if _under(theirs, record) is _NOWHERE]:
         raise UserError(f"{where}: columns: no {' and '.join(missing)} in {_list(record)}")
     record = Form("", given, ()).renamed(record)
     lower = {str(k).lower().replace(" ", "_"): k for k in reversed(record)}

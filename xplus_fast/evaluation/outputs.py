@@ -21,7 +21,7 @@ ODDITIES = {
     "empty": "empty",
     "truncated": "cut off at the token limit",
     "thoughts": "with a think block, which is not scored",
-    "chatter": "with words before the translation",
+    "chatter": "with words around the translation",
     "loops": "that repeat themselves",
     "echoes": "that repeat the prompt",
 }
@@ -34,6 +34,14 @@ _ASSISTANT = re.compile(
     r"|i(?:'m| am|\u2019m) sorry|i (?:can|cannot|can't|can\u2019t|will|would))\b",
     re.IGNORECASE,
 )
+# A line of its own behind the translation
+_NOTE = re.compile(
+    r"\n[\s*_(\[]*(?:notes?|n\.?b\.?|p\.?s\.?|explanations?|please note|alternatively|let me know"
+    r"|i hope|i have|i(?:'|\u2019)ve|this translation|the translation|remarques?|anmerkung|hinweis"
+    r"|nota|\u6ce8|\u8bf4\u660e)\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"[\[<(]([^\[\]<>()/:]{2,40})[\]>)]")  # [French], <fr>
 _LABELS = {"translation", "translated text", "answer", "output", "result", "response", "target",
            "assistant", "user", "human", "system"}  # fmt: skip
 HEAD = 120  # characters in which an answer may name itself
@@ -99,8 +107,16 @@ def _head(text: str) -> str | None:
 
 
 def _chatter(text: str, source: str, languages: tuple[str, str]) -> bool:
-    """Whether something speaks before the translation does."""
+    """Whether something speaks before the translation does, or after it."""
     head, asked = _head(text), _head(source)
+    if "```" in text and "```" not in source:
+        return True
+    if "\n" not in source.strip() and _NOTE.search(text):
+        return True
+    label = _LABEL.match(text)
+    if label and not _LABEL.match(source):
+        if label[1].casefold() in _LABELS | _called(languages[0]) | _called(languages[1]):
+            return True
     if head is not None and _names_itself().search(head):
         return not _names_itself().search(source)
     if asked is not None or _ASSISTANT.match(source):
@@ -128,7 +144,8 @@ def _called(code: str) -> frozenset[str]:
     """A language's name in English and in itself."""
     from langcodes import Language
 
-    return frozenset((language_name(code).casefold(), Language.get(code).autonym().casefold()))
+    names = (code, language_name(code), Language.get(code).autonym())
+    return frozenset(name.casefold() for name in names)
 
 
 def loops(text: str, source: str = "") -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from xplus_fast.config import PROMPT, Path_, Seed
-from xplus_fast.data.languages import is_language
+from xplus_fast.data.languages import canonical, codes_of, is_language
 from xplus_fast.errors import UserError
 from xplus_fast.files import program, resolve
 from xplus_fast.options import (
@@ -114,9 +114,15 @@ def load_evaluate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Eva
         if not test.directions:
             raise UserError(f"{at}.directions: at least one is wanted, such as en-sw")
         for direction in test.directions:
-            ends = direction.split("-")
-            if len(ends) != 2 or ends[0] == ends[1] or not all(map(is_language, ends)):
+            ends = codes_of(direction)
+            if (
+                len(ends) != 2
+                or not all(map(is_language, ends))
+                or canonical(ends[0]) == canonical(ends[1])
+            ):
                 raise UserError(f"{at}.directions: {direction!r} is not two languages, as en-sw is")
+            if test.directions.count(direction) > 1:
+                raise UserError(f"{at}.directions: {direction!r} is there twice")
     check_fields(recipe.translation.prompt, "translation.prompt", ("src", "tgt", "text"), "text")
     if recipe.reasoning.code_memory:
         parse_bytes(recipe.reasoning.code_memory, "reasoning.code_memory")

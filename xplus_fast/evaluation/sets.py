@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xplus_fast.data.files import Rejected, kind, read_lines, read_records
-from xplus_fast.data.languages import canonical, is_language
+from xplus_fast.data.languages import canonical, code_of, codes_of, is_language
 from xplus_fast.errors import UserError
 from xplus_fast.evaluation.recipe import TestSet
 from xplus_fast.files import resolve
@@ -45,10 +45,12 @@ def read_sets(sets: Sequence[TestSet]) -> list[Lines]:
     texts: dict[tuple[Path, bool], list[str]] = {}  # a language's file is of many directions
     for test in sets:
         for direction in test.directions:
-            a, b = direction.split("-")
+            a, b = codes_of(direction)
             at = f"translation.sets: {test.name} {direction}"
             places = [resolve(test.files.format(lang=test.languages.get(c, c))) for c in (a, b)]
             left_out = 0
+            if places[0] == places[1] and kind(places[0]) != ".jsonl":
+                raise UserError(f"{at}: {places[0]}: is the file of both languages")
             if kind(places[0]) == ".jsonl":
                 sides, left_out = _wmt24pp(places, (a, b), test.documents, at)
             else:
@@ -134,7 +136,7 @@ def _wmt24pp_row(row: dict[str, Any], where: str) -> tuple[tuple[str, str], tupl
                 f"translation.sets: {where}: {key!r} is missing or no text: rows of WMT24++ are"
                 " wanted in .jsonl"
             )
-    codes = row["lp"].split("-")
+    codes = codes_of(row["lp"])
     if len(codes) != 2 or not all(map(is_language, codes)):
         raise UserError(f"translation.sets: {where}: lp is not two languages: {row['lp']!r:.40}")
     return (canonical(codes[0]), canonical(codes[1])), (row["source"], row["target"])
@@ -150,17 +152,22 @@ def read_terms(path: Path, languages: tuple[str, str]) -> dict[str, list[str]]:
         raise UserError(f"translation.sets: terms: {path}: no such file")
     lines = [line.split("\t") for line in _read(path)]
     header = [cell.strip() for cell in lines[0]]
-    if unknown := next((cell for cell in header if not is_language(cell)), None):
+    while header and not header[-1]:  # as spreadsheets leave them
+        header.pop()
+    named = [code_of(cell) for cell in header]
+    if None in named or not header:
+        unknown = header[named.index(None)] if header else ""
         raise UserError(
             f"{path}:1: {unknown!r:.40} is no language: the first line names the columns, such as"
             " en<tab>sw"
         )
+    header = [code for code in named if code]
     columns = [_column(header, code, path) for code in languages]
     found: dict[str, list[str]] = {}
     for number, cells in enumerate(lines[1:], 2):
         if not any(cell.strip() for cell in cells):
             continue
-        if len(cells) != len(header):
+        if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
             raise UserError(
                 f"{path}:{number}: {len(cells)} cells, the first line has {len(header)}"
             )

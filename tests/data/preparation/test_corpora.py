@@ -7,8 +7,9 @@ import zipfile
 import pytest
 
 from xplus_fast.data.files import Rejected
-from xplus_fast.data.languages import canonical, languages_of_name
+from xplus_fast.data.languages import canonical, code_of, codes_of, languages_of_name
 from xplus_fast.data.preparation.corpora import corpus_format, read_corpus
+from xplus_fast.data.preparation.parts import evaluation_lines
 from xplus_fast.data.preparation.recipe import Corpus
 from xplus_fast.data.steps.format import FormatOptions, tidy
 from xplus_fast.errors import UserError
@@ -50,6 +51,42 @@ def test_all_spellings_of_a_language_are_one(codes, expected):
 )  # fmt: skip
 def test_what_a_name_says_of_languages(name, expected):
     assert " ".join(languages_of_name(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"),
+    [
+        ("en-sw", "en sw"), ("en-zh-Hant", "en zh-Hant"), ("sr-Latn-en", "sr-Latn en"),
+        ("zh-Hant-sr-Latn", "zh-Hant sr-Latn"), ("en-fr-CA", "en fr-CA"), ("en-zh_TW", "en zh_TW"),
+        ("pt-BR-en", "pt-BR en"), ("en", "en"), ("en-sw-fr", "en sw fr"), ("en-", "en "),
+    ],
+)  # fmt: skip
+def test_the_codes_of_a_direction(direction, expected):
+    assert " ".join(codes_of(direction)) == expected
+
+
+@pytest.mark.parametrize("name", ["h\0i\0", "\0e\0n", "\x01", "\ud800"])
+def test_names_that_are_no_languages(name):
+    assert code_of(name) is None
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.tsv", "x.jsonl.gz", "x.txt"])
+def test_evaluation_sets_in_every_form(tmp_path, name):
+    """Escapes, quotes and columns are none of their texts; names of domains are no lines."""
+    said = ['The caf\u00e9 is "old".', "Mkahawa ni wa zamani."]
+    if "json" in name:
+        record = {"lp": "en-sw", "domain": "news", "all": {"source": said[0], "target": [said[1]]}}
+        data = json.dumps([record] if name == "x.json" else record)
+    elif name == "x.csv":
+        data = f'"{said[0].replace(chr(34), chr(34) * 2)}",{said[1]},news\n'
+    else:
+        data = "\n".join(said) if name == "x.txt" else "\t".join([*said, "news"]) + "\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    assert list(evaluation_lines(path)) == said
+    path.write_bytes(b"\xff" + path.read_bytes())
+    with pytest.raises(UserError, match="x"):
+        list(evaluation_lines(path))
 
 
 def test_unknown_languages_are_refused():

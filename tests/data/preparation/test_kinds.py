@@ -48,6 +48,11 @@ def test_a_zip_with_much_beside_the_texts(tmp_path: Path) -> None:
     assert {(r["source_language"], r["target_language"]) for r in found} == {("en", "sw")}
 
 
+def test_a_zip_of_texts_that_end_in_txt(tmp_path: Path) -> None:
+    members = {f"{name}.txt": data for name, data in GNOME.items()}
+    assert texts(archive(tmp_path / "x.zip", BESIDE | members)) == PAIRS
+
+
 def test_a_zip_with_two_corpora(tmp_path: Path) -> None:
     other = {"KDE4.en-fr.en": lines("Yes."), "KDE4.en-fr.fr": lines("Oui.")}
     path = archive(tmp_path / "x.zip", GNOME | other)
@@ -339,3 +344,50 @@ def test_each_corpus_has_its_own_threshold_and_options(tmp_path: Path) -> None:
     # below their thresholds: 1.00 to 1.04 of LASER's, 0.40 to 0.48 of Bicleaner's
     assert gone == {"clean: source: too long": 10, "quality: low quality": 3 + 5}
     assert counts["steps"]["quality"] == {"en-sw": 7 + 5 + 10}
+
+
+# --- encodings, nested keys, numbers of sentences
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl", "x.en-sw.tsv.gz"])
+def test_texts_in_utf_16(name: str, order: str, tmp_path: Path) -> None:
+    said = [("caf\u00e9 \u2028", "\U0001f600 \u0a0d")]  # bytes of ends of lines within characters
+    if name == "x.jsonl":
+        text = "".join(json.dumps({"en": a, "sw": b}, ensure_ascii=False) + "\n" for a, b in said)
+    else:
+        separator = "," if name == "x.csv" else "\t"
+        head = "" if "en-sw" in name else f"en{separator}sw\r\n"
+        text = head + "".join(f"{a}{separator}{b}\r\n" for a, b in said * 20_000)
+        said = said * 20_000
+    path, pack = tmp_path / name, gzip.compress if name.endswith(".gz") else bytes
+    path.write_bytes(pack(("\ufeff" + text).encode(order)))
+    assert texts(path) == said
+    path.write_bytes(pack("en\tsw\nA\tB\n".encode(order)))  # without its mark
+    assert f"{path}:1: no text in UTF-8, nor in UTF-16 with its mark" in fault(path)
+
+
+def test_zips_in_utf_16(tmp_path: Path) -> None:
+    members = {name: data.decode().encode("utf-16") for name, data in GNOME.items()}
+    assert texts(archive(tmp_path / "x.zip", members)) == PAIRS
+
+
+def test_keys_in_keys(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    record = {"data": {"en": EN[0], "more": {"sw": SW[0]}}, "data.x": "left", "id": 3}
+    path.write_text(json.dumps(record) + "\n")
+    assert texts(path, columns={"en": "data.en", "sw": "data.more.sw"}) == [PAIRS[0]]
+    assert texts(path, columns={"en": "data.x", "sw": "data.more.sw"}) == [("left", SW[0])]
+    said = fault(path, columns={"en": "data.en", "sw": "data.sw"})
+    assert "columns: no data.sw in data, data.x, id" in said
+
+
+def test_what_the_first_lines_tell_of_columns(tmp_path: Path) -> None:
+    """A number may be a text: then the next line tells."""
+    path = tmp_path / "WikiMatrix.en-sw.tsv"
+    path.write_text("1.25\tIn 5\t7\n1.2\tYes\tNdiyo\n")
+    assert [(r["source"], r["target"]) for r in rows(path)] == [("In 5", "7"), ("Yes", "Ndiyo")]
+    assert [r["score"] for r in rows(path)] == [1.25, 1.2]
+    path = tmp_path / "Tatoeba.en-sw.tsv"
+    path.write_text("12\tYes.\t99\tNdiyo.\n13\tNo.\t98\tHapana.\n")
+    assert texts(path) == [("Yes.", "Ndiyo."), ("No.", "Hapana.")]

@@ -118,3 +118,38 @@ def test_files_of_translators(text: str, name: str, tmp_path: Path) -> None:
     assert "a source or target language is not told, or unknown" in fault(path)
     path.write_text(TMX)
     assert "not XLIFF: its root is <tmx>" in fault(path)
+
+
+def test_breaks_within_a_segment_part_words(tmp_path: Path) -> None:
+    """Codes that end a line are a space, others are nothing; a footnote is text, in its code."""
+    cases = [
+        ('Save<ph x="1">&lt;br/&gt;</ph>it', "Save it"), ('Save<ph type="lb"/>it', "Save it"),
+        ("Save<ph>&lt;b&gt;</ph>d", "Saved"), ("Save<it>\\par </it>it", "Save it"),
+        ("Mill<ph>\\note{<sub>an old one</sub>}</ph>", "Mill an old one "),
+    ]  # fmt: skip
+    path = tmp_path / "a.tmx"
+    for segment, wanted in cases:
+        memory(path, UNIT.format(segment, "Hifadhi"))
+        assert texts(path) == [(wanted, "Hifadhi")]
+    path = tmp_path / "a.xlf"
+    unit = '<trans-unit id="1"><source>Save{}it</source><target>Hifadhi</target></trans-unit>'
+    head = '<xliff version="1.2"><file source-language="en" target-language="sw"><body>'
+    for code, wanted in [('<x id="1" ctype="lb"/>', "Save it"), ('<x id="1"/>', "Saveit")]:
+        path.write_text(head + unit.format(code) + "</body></file></xliff>")
+        assert texts(path) == [(wanted, "Hifadhi")]
+
+
+def test_a_language_that_a_file_does_not_tell(tmp_path: Path) -> None:
+    path = tmp_path / "a.xlf"
+    unit = "<trans-unit><source>Save</source><target>Hifadhi</target></trans-unit>"
+    path.write_text(f'<xliff><file source-language="en">{unit}</file></xliff>')
+    assert "`languages: [en, sw]` tells them" in fault(path)
+    assert texts(path, languages=["en", "sw"]) == [("Save", "Hifadhi")]
+    assert texts(path, languages=["sw", "en"]) == [("Hifadhi", "Save")]
+
+
+def test_of_two_variants_of_a_language_the_first_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tmx"
+    both = '</seg></tuv><tuv xml:lang="en-GB"><seg>Colour'
+    memory(path, UNIT.format("Color" + both, "Rangi"))
+    assert texts(path) == [("Color", "Rangi")]

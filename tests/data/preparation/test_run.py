@@ -199,6 +199,11 @@ def test_a_pair_explained(corpus, tmp_path, capsys):
     assert code == 2 and "both texts look like English" in err
     code, _, err = run(capsys, path, "--languages", "en-e!", "--explain", *sides)
     assert code == 2 and "--languages: 'e!': unknown language code" in err
+    sides = ("Hello there, my friend.", "Zdravo, prijatelju moj.")
+    code, out, _ = run(capsys, path, "--languages", "en-sr-Latn", "--explain", *sides)
+    assert code == 0 and "English - Serbian (Latin)" in out and "so it stays" in out
+    code, _, err = run(capsys, path, "--languages", "en-sw")
+    assert code == 2 and "--languages: goes with --explain" in err
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_every_character_that_goes_is_told_by_isprintable():
 
 def counted(text, scripts):
     """A census, character by character."""
-    letters = wrong = digits = punctuation = solid = 0
+    letters = wrong = digits = punctuation = solid = asks = 0
     for character, n in Counter(text).items():
         if character == " ":
             continue
@@ -184,18 +184,19 @@ def counted(text, scripts):
             digits += n
         elif category[0] in "PS":
             punctuation += n
+            asks += n * (character in "?\u061f\uff1f\u055e\u1367")
         elif category[0] == "L":
             letters += n
             name = unicodedata.name(character, "OTHER").split()[0].split("-")[0]
             wrong += n * (name not in (*scripts, "FULLWIDTH", "HALFWIDTH"))
-    return [letters, wrong, digits, punctuation, solid]
+    return [letters, wrong, digits, punctuation, solid, asks]
 
 
 def test_a_census_of_many_texts_is_that_of_each():
     texts = [text for text, _ in odd_texts(2000, 3)] + ["", "".join(map(chr, range(0x3000)))]
     for scripts in (("LATIN",), ("HIRAGANA", "KATAKANA", "CJK"), ("ARABIC",)):
         assert census(texts, scripts).tolist() == [counted(text, scripts) for text in texts]
-    assert census([], ("LATIN",)).shape == (0, 5)
+    assert census([], ("LATIN",)).shape == (0, 6)
 
 
 def test_plain_texts_are_what_one_search_for_noise_leaves():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xplus_fast.data.steps.batch import SCHEMA, make_batch
+from xplus_fast.data.steps.batch import SCHEMA, Reject, make_batch
 from xplus_fast.data.steps.clean import RELATIVE_LENGTH, CleanOptions, clean_pairs
 from xplus_fast.data.steps.decontaminate import (
     DecontaminateOptions,
@@ -59,6 +59,54 @@ def test_texts_are_brought_into_form(text, expected):
     assert tidy(text, FormatOptions()) == expected
 
 
+RUSSIAN = (
+    "\u0421\u0442\u0430\u0440\u0430\u044f "
+    "\u043c\u0435\u043b\u044c\u043d\u0438\u0446\u0430 "
+    "\u043d\u0430 "
+    "\u0440\u0435\u043a\u0435."
+)
+SERBIAN = (
+    "\u0421\u0442\u0430\u0440\u0438 "
+    "\u043c\u043b\u0438\u043d "
+    "\u0458\u0435 "
+    "\u043d\u0430 \u0440\u0435\u0446\u0438."
+)
+UKRAINIAN = (
+    "\u0421\u0442\u0430\u0440\u0438\u0439 "
+    "\u043c\u043b\u0438\u043d "
+    "\u0456 \u0457\u0445 "
+    "\u0440\u0456\u0447\u043a\u0430."
+)
+CAPITALS = (  # of few frequent letters
+    "\u042f!",
+    "\u0427\u041c\u041e.",
+    "\u0428\u0410\u0425.",
+    "\u041c\u042b \u0423\u0416\u0415 \u0423\u0415\u0414\u0415\u041c?",
+)
+
+
+def test_one_cyrillic_code_page_for_another() -> None:
+    """Mended where all its letters can be told; what its page could not write is gone for good."""
+    for language, text, written, shown in [
+        ("ru", RUSSIAN, "koi8-r", "cp1251"), ("ru", RUSSIAN, "cp1251", "koi8-r"),
+        ("ru", RUSSIAN, "iso8859-5", "cp1251"), ("sr", SERBIAN, "cp1251", "iso8859-5"),
+        ("uk", UKRAINIAN, "koi8-u", "cp1251"),
+    ]:  # fmt: skip
+        garbled = text.encode(written).decode(shown)
+        assert garbled != text and tidy(garbled, FormatOptions(), language) == text
+    hebrew = "\u05d4\u05d0\u05d5\u05d5\u05d9\u05e8 \u05d9\u05e4\u05d4"  # "the weather is nice"
+    lost = hebrew.encode().decode("cp1252", "ignore")  # without the bytes that cp1252 has not
+    with pytest.raises(Reject, match="mojibake"):
+        tidy(lost, FormatOptions(), "he")
+    assert tidy(hebrew + " 3\u00d75", FormatOptions(), "he") == hebrew + " 3\u00d75"
+    lost = SERBIAN.encode("koi8-r", "ignore").decode("cp1251")
+    with pytest.raises(Reject, match="mojibake"):
+        tidy(lost, FormatOptions(), "sr")
+    for language in ("ru", "sr", "uk", "bg"):
+        for text in CAPITALS:
+            assert tidy(text, FormatOptions(), language) == text
+
+
 def test_what_cannot_be_brought_into_form_goes():
     options = FormatOptions()
     assert reason(format_pairs, "a\ufffdb", "c", options) == "source: broken characters"
@@ -86,7 +134,7 @@ LONG = "This sentence is long enough for what it says to be measured by its leng
         ("Short.", LONG + " And so is it too.", "target too long for its source"),
         (LONG, "Cette phrase est assez longue pour que", "target breaks off"),
         ("In 1995 he left.", "En 1959 il est parti.", "numbers disagree"),
-        ("In 1995 he left.", "Il est parti.", None),
+        ("In 1995 he left.", "Il partit en juin.", None),
         ("It cost 1,234.50 dollars.", "Cela a co\u00fbt\u00e9 1 234,50 dollars.", None),
         ("x", "\u041f\u0440\u0438\u0432\u0435\u0442", "target: wrong script"),
         ("?!", "!?", "source: too short"),
@@ -125,6 +173,46 @@ def test_lengths_are_those_of_the_languages():
     )
 
 
+def test_lengths_and_marks_that_disagree() -> None:
+    """Of lengths, question marks and digits one may differ, two may not."""
+    said = "lengths and marks disagree"
+    asked = "Will the council close the old mill in spring?"
+    told = "Le conseil fermera le vieux moulin au printemps, le maire l'a dit aux habitants hier."
+    dated = "Le vieux moulin, qui date de 1834, sera bient\u00f4t ferm\u00e9."
+    cases = [
+        (asked, "Le conseil fermera le vieux moulin au printemps.", "en", "fr", None),
+        (asked[:-1] + ".", told, "en", "fr", None),
+        (asked, told, "en", "fr", said),
+        (asked[:-1] + ".", dated, "en", "fr", None),  # a year alone
+        (asked, dated, "en", "fr", said),
+        (told, asked, "fr", "en", said),
+        # no marks that would tell: of Thai, of Greek, a Japanese particle
+        (asked, told, "en", "th", None),
+        (asked, told, "en", "el", None),
+        ("How old is he, and when was the house built?",
+         "\u5f7c\u306f\u3044\u304f\u3064\u3067\u3001\u5bb6\u306f\u3044\u3064\u5efa\u3066"
+         "\u3089\u308c\u307e\u3057\u305f\u304b\u3002", "en", "ja", None),
+        # numbers written out
+        ("It was on December 30, 2019.", "\u90a3\u662f\u4e8c\u3007\u4e00\u4e5d\u5e74"
+         "\u5341\u4e8c\u6708\u4e09\u5341\u65e5\u7684\u4e8b\u60c5\u4e86\u3002",
+         "en", "zh", None),
+    ]  # fmt: skip
+    for source, target, a, b, wanted in cases:
+        row = {"source": source, "target": target, "source_language": a, "target_language": b}
+        # Latin letters stand for those of other scripts here
+        options = CleanOptions(min_script=0, truncated=False)
+        assert clean_pairs(make_batch([row]), options).reason.to_pylist() == [wanted], row
+        off = CleanOptions(min_script=0, truncated=False, max_apart=99)
+        assert clean_pairs(make_batch([row]), off).reason.to_pylist() == [None], row
+
+
+def test_a_thai_syllable_that_is_not_whole_breaks_off():
+    text = "\u0e42\u0e23\u0e07\u0e2a\u0e35\u0e40\u0e01\u0e48\u0e32\u0e41"
+    options, pair = CleanOptions(), ("en", "th")
+    assert reason(clean_pairs, "The old mill.", text[:-1], options, pair) is None
+    assert reason(clean_pairs, "The old mill.", text, options, pair) == "target breaks off"
+
+
 def test_languages_and_scripts():
     pytest.importorskip("py3langid", reason="identifies languages")
     german = "Das ist ein deutscher Satz, kein franz\u00f6sischer."
@@ -143,6 +231,16 @@ def test_languages_and_scripts():
     ):  # fmt: skip
         found = reason(identify_pairs, "A sentence.", text, IdentifyOptions(), ("en", code))
         assert found == ("target: wrong Chinese script" if wrong else None)
+
+
+def test_letters_that_a_language_has_not() -> None:
+    options, serbian = IdentifyOptions(), "\u0408\u0435\u0434\u0430\u043d, \u0434\u0432\u0430."
+    said = "target: wrong language"
+    for language, wanted in (("ru", said), ("bg", said), ("sr", None)):
+        assert reason(identify_pairs, "One, two.", serbian, options, ("en", language)) == wanted
+    # a name in a text that is surely Russian
+    text = RUSSIAN + " \u0411\u0430\u0458\u0438\u043d\u0430 \u0411\u0430\u0448\u0442\u0430."
+    assert reason(identify_pairs, "One, two.", text, options, ("en", "ru")) is None
 
 
 def hashes(*pairs):

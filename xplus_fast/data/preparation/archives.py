@@ -65,7 +65,7 @@ def _corpora(
     groups: dict[str, dict[str, str]] = {}
     for name in archive.namelist():
         *folders, last = name.split("/")
-        stem, dot, code = name.rpartition(".")
+        stem, dot, code = name.removesuffix(".txt").rpartition(".")
         if "__MACOSX" in folders or last[:1] in ("", ".") or not dot or "/" in code:
             continue
         notes = last.lower().startswith(_NOTES)

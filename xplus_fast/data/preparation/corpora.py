@@ -42,6 +42,7 @@ _ONLY = {  # options -> the formats that have such a thing
     "columns": ("translation", "hub"), "subset": ("translation", "hub", "moses"),
     "scores": ("lines",),
 }  # fmt: skip
+_TELLING = 100  # lines of a TSV without a header, at most, that tell its columns
 _XLIFF = (".xlf", ".xliff", ".sdlxliff", ".mqxliff")
 
 
@@ -202,7 +203,8 @@ def _moses(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
 
 
 def _mined(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
-    """Columns as allenai/nllb has them, or as WikiMatrix and CCMatrix: the first line tells.
+    """Columns as allenai/nllb has them, or as WikiMatrix and CCMatrix, or as Tatoeba, with numbers
+    of sentences: the first lines tell.
 
     Languages are as in the name, eng_Latn-swh_Latn.gz or WikiMatrix.en-sw.tsv.gz.
     """
@@ -212,13 +214,15 @@ def _mined(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
         raise UserError(f"{path}: its name tells no languages; give languages: [en, sw]")
     languages = two_languages(codes, str(path))
     order: tuple[int, ...] = ()  # of source, target, score among the columns
+    for _, line in islice(read_lines(path), _TELLING):
+        order = order or (() if isinstance(line, Rejected) else _order(line.split("\t")))
     for where, line in read_lines(path):
         if isinstance(line, Rejected):
             yield line
             continue
         cells = line.split("\t")
-        order = order or _order(cells)
-        if len(cells) <= max(order or (2,)):
+        order = order or (0, 1, 2)
+        if len(cells) <= max(order):
             wanted = "source, target" if len(order) == 2 else "source, target, score"
             detail = f"{wanted} are wanted, found {len(cells)}"
             yield Rejected(where, "missing columns", detail)
@@ -236,16 +240,21 @@ def _order(cells: Sequence[str]) -> tuple[int, ...]:
 
     if len(cells) == 2:
         return (0, 1)
-    if len(cells) < 2:
+    if len(cells) == 4 and cells[0].isdecimal() and cells[2].isdecimal():
+        return (1, 3)
+    if len(cells) < 2 or is_number(cells[0]) and is_number(cells[2]):
         return ()
-    return (1, 2, 0) if is_number(cells[0]) and not is_number(cells[2]) else (0, 1, 2)
+    return (1, 2, 0) if is_number(cells[0]) else (0, 1, 2)
 
 
 def _units(corpus: Corpus, chosen: str) -> Iterator[Pair | Rejected]:
     path = resolve(str(corpus.path))
     wanted = [canonical(code) for code in corpus.languages]
-    read = read_tmx if chosen == "tmx" else read_xliff
-    for where, texts in read(path, WHOLE_LIMIT):
+    if chosen == "tmx":
+        units = read_tmx(path, WHOLE_LIMIT)
+    else:
+        units = read_xliff(path, WHOLE_LIMIT, wanted)
+    for where, texts in units:
         if isinstance(texts, Rejected):
             yield texts
             continue

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from xplus_fast.data.languages import canonical, language_name, two_languages
+from xplus_fast.data.languages import canonical, codes_of, language_name, two_languages
 from xplus_fast.data.preparation.balance import count_tokens
 from xplus_fast.data.preparation.parts import STEPS, judge
 from xplus_fast.data.preparation.recipe import PrepareRecipe
@@ -32,7 +32,7 @@ def explain_pair(
                 " are with --languages, such as en-sw"
             )
     else:
-        found = list(two_languages(languages.split("-"), "--languages"))
+        found = list(two_languages(codes_of(languages), "--languages"))
     codes = [canonical(code) for code in found]
     batch = make_batch(
         [{"source": source, "target": target, "source_language": codes[0],
@@ -51,7 +51,7 @@ def explain_pair(
             gaps = [advantage(batch.column(s)[0].as_py(), codes[i].partition("_")[0])
                     for i, s in enumerate(("source", "target"))]  # fmt: skip
             said += "; " + ", ".join(
-                f"{code} is {-gap:.0f} nats likelier than {other}" if gap <= 0
+                f"{code} is {abs(gap):.0f} nats likelier than {other}" if gap <= 0
                 else f"{other} is {gap:.0f} nats likelier than {code}, within the margin"
                 for code, (gap, other) in zip(codes, gaps, strict=True) if other
             )  # fmt: skip

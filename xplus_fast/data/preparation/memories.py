@@ -8,7 +8,7 @@ import codecs
 import html
 import html.entities
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -20,6 +20,9 @@ from xplus_fast.errors import UserError
 
 XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 CODES = ("bpt", "ept", "it", "ph", "ut")  # elements that hold codes of the original's format
+_TYPES = ("type", "ctype", "subType", "equiv-text", "equiv")  # attributes that tell of a break
+_NATIVE = re.compile(r"[\\<]|^[{}\s]+$")
+_BREAK = re.compile(r"<(?:br|p|div|li|tr|td|hr)\b|\\(?:par|line|tab|n)\b", re.IGNORECASE)
 _CHUNK = 1 << 16
 _TAG_LENGTH = 64  # of the longest tag that ends a unit
 # A comment and CDATA may hold the tag that ends a unit
@@ -157,7 +160,7 @@ def _unit(unit: str, namespaces: str, where: str, line: int) -> dict[str, str] |
         code = variant.get(XML_LANG) or variant.get("lang") or ""
         segment = next((child for child in variant if _bare(child) == "seg"), None)
         if is_language(code) and segment is not None:
-            texts[canonical(code)] = "".join(_words(segment))
+            texts.setdefault(canonical(code), "".join(_words(segment)))  # en-US, then en-GB
     return texts
 
 
@@ -181,18 +184,35 @@ def _bare(element: ElementTree.Element) -> str:
 
 def _words(element: ElementTree.Element) -> Iterator[str]:
     """A segment's text without native codes: RTF's and HTML's marks within inline elements."""
-    inside = element.text or ""
-    if _bare(element) not in CODES or not re.search(r"[\\<]|^[{}\s]+$", inside):
-        yield inside
+    tag = _bare(element)
+    if tag == "sub" or any(_breaks(element.get(name, "")) for name in _TYPES):
+        yield " "  # a footnote in a code; a line's end
+    yield _told(element.text or "", tag)
     for child in element:
         yield from _words(child)
-        yield child.tail or ""
+        yield _told(child.tail or "", tag)
+    if tag == "sub":
+        yield " "
 
 
-def read_xliff(path: Path, limit: int) -> Iterator[tuple[str, dict[str, str] | Rejected]]:
+def _told(text: str, tag: str) -> str:
+    """What is no code of what stands right in an element."""
+    if tag not in CODES or not _NATIVE.search(text):
+        return text
+    return " " if _breaks(text) else ""
+
+
+def _breaks(text: str) -> bool:
+    return text.rpartition(":")[2] in ("lb", "x-html-br") or _BREAK.search(text) is not None
+
+
+def read_xliff(
+    path: Path, limit: int, languages: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, str] | Rejected]]:
     """Stream (where, {language: text}) of the translated units of an XLIFF file, 1.x or 2.x.
 
-    limit: characters of the file, which is read whole. Raises `UserError`.
+    limit: characters of the file, which is read whole. languages: where files do not
+    tell one, it is among these. Raises `UserError`.
     """
     text = ""
     for more in _texts(path):
@@ -212,8 +232,14 @@ def read_xliff(path: Path, limit: int) -> Iterator[tuple[str, dict[str, str] | R
     for file in (e for e in root if _bare(e) == "file"):
         codes = [file.get("source-language") or root.get("srcLang") or "",
                  file.get("target-language") or root.get("trgLang") or ""]  # fmt: skip
+        told = [canonical(code) for code in codes if is_language(code)]
+        left = iter(code for code in languages if canonical(code) not in told)
+        codes = [code or next(left, "") for code in codes]
         if bad := [code for code in codes if not is_language(code)]:
-            raise UserError(f"{path}: a source or target language is not told, or unknown: {bad}")
+            raise UserError(
+                f"{path}: a source or target language is not told, or unknown: {bad};"
+                " `languages: [en, sw]` tells them"
+            )
         for unit in (e for e in file.iter() if _bare(e) in ("trans-unit", "segment")):
             number += 1
             parts = {_bare(child): "".join(_words(child)) for child in unit}

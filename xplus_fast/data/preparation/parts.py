@@ -8,6 +8,7 @@ import glob
 import heapq
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from xplus_fast.data.files import Rejected, read_lines
+from xplus_fast.data.compressed import kind
+from xplus_fast.data.files import Rejected, read_lines, read_records
+from xplus_fast.data.folders import RECORDS
 from xplus_fast.data.preparation.balance import count_tokens
 from xplus_fast.data.preparation.recipe import EvaluationSets, PrepareRecipe
 from xplus_fast.data.steps.batch import SCHEMA, Judged
@@ -173,14 +176,33 @@ def evaluation_files(sets: EvaluationSets) -> list[Path]:
 
 @cache
 def evaluation_index(files: tuple[str, ...]) -> Index:
-    def lines() -> Any:
-        for file in files:
-            for where, line in read_lines(Path(file)):
-                if isinstance(line, Rejected):
-                    raise UserError(f"evaluation.files: {where}: not UTF-8")
-                yield line
+    return build_index(line for file in files for line in evaluation_lines(Path(file)))
 
-    return build_index(lines())
+
+def evaluation_lines(file: Path) -> Iterator[str]:
+    """What an evaluation set says: the lines of a text, the texts of records and tables.
+
+    Raises `UserError` for what cannot be read.
+    """
+    items: Iterator[tuple[str, Any]] = (
+        read_records(file, header=False)
+        if kind(file) in RECORDS and kind(file) != ".tsv"  # whose rows may be ragged
+        else read_lines(file)
+    )
+    for _, item in items:
+        if isinstance(item, Rejected):
+            raise UserError(f"evaluation.files: {item}")
+        yield from _texts(item) if isinstance(item, dict) or "\t" in item else (item,)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a record, line by line; not its codes and names, which have no spaces."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    elif isinstance(value, str):
+        lines = (part for line in value.split("\n") for part in line.split("\t"))
+        yield from (line for line in lines if " " in line.strip() or not line.isascii())
 
 
 def write_table(table: pa.Table, path: Path) -> None:

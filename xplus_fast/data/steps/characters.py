@@ -32,15 +32,16 @@ def scripts_of(code: str) -> tuple[str, ...]:
 
 
 # Kinds of characters in a census; more than these: letters, of the script `_SCRIPTS[kind]`
-_UNKNOWN, _SPACE, _SOLID, _DIGIT, _PUNCTUATION = range(5)
-_SCRIPTS = ["", "", "", "", ""]
+_UNKNOWN, _SPACE, _SOLID, _DIGIT, _PUNCTUATION, _ASK = range(6)
+_SCRIPTS = [""] * 6
 _KINDS = np.zeros(0x110000, np.uint8)  # of every character that was met
+_ASKS = frozenset("?\u061f\uff1f\u055e\u1367")
 _WIDTHS = ("FULLWIDTH", "HALFWIDTH")  # in names of letters of several scripts
 
 
 def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
-    """What each of the texts is made of, [len(texts), 5]: letters, those of other scripts, digits,
-    punctuation and symbols, all but spaces."""
+    """What each of the texts is made of, [len(texts), 6]: letters, those of other scripts, digits,
+    punctuation and symbols, all but spaces, question marks."""
     lengths = np.array([len(text) for text in texts], np.intp)
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _KINDS[codes]
@@ -51,12 +52,12 @@ def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
     many = len(_SCRIPTS)
     keys = np.repeat(np.arange(len(texts)) * many, lengths) + kinds
     found = np.bincount(keys, minlength=len(texts) * many).reshape(len(texts), many)
-    letters = found[:, _PUNCTUATION + 1 :]
-    wrong = [name not in scripts and name not in _WIDTHS for name in _SCRIPTS[_PUNCTUATION + 1 :]]
+    letters = found[:, _ASK + 1 :]
+    wrong = [name not in scripts and name not in _WIDTHS for name in _SCRIPTS[_ASK + 1 :]]
     return np.stack(
         [
-            letters.sum(1), letters[:, wrong].sum(1), found[:, _DIGIT], found[:, _PUNCTUATION],
-            found[:, _SOLID:].sum(1),
+            letters.sum(1), letters[:, wrong].sum(1), found[:, _DIGIT],
+            found[:, _PUNCTUATION : _ASK + 1].sum(1), found[:, _SOLID:].sum(1), found[:, _ASK],
         ],
         axis=1,
     )  # fmt: skip
@@ -73,4 +74,6 @@ def _kind(character: str) -> int:
         return _SCRIPTS.index(script)
     if category == "Nd":
         return _DIGIT
+    if character in _ASKS:
+        return _ASK
     return _PUNCTUATION if category[0] in "PS" else _SOLID

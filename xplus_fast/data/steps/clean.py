@@ -18,7 +18,7 @@ from xplus_fast.data.steps.numbers import contradiction
 from xplus_fast.data.steps.plain import words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
 
-# letters, those of other scripts, digits, punctuation, all but spaces
+# letters, those of other scripts, digits, punctuation, all but spaces, question marks
 _Census = Sequence[int]
 
 
@@ -38,6 +38,7 @@ class CleanOptions:
     max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
     numbers: bool = True  # reject numbers of two digits and more that contradict each other
     truncated: bool = True  # reject targets that end without the source's full stop
+    max_apart: Annotated[float, Positive] = 3.1  # evidence that texts do not go together, see APART
 
 
 # Characters of a text relative to its English: means over FLORES-200 devtest (1012 sentences).
@@ -46,7 +47,7 @@ RELATIVE_LENGTH = {
     "fr": 1.195, "hu": 1.050, "ja": 0.431, "ko": 0.500, "ru": 1.077, "sr": 0.991,
     "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
 }  # fmt: skip
-NO_STOP = NO_MARKS | {"te"}  # written without a full stop, or often so
+NO_QUESTIONS = NO_MARKS | {"el"}  # written without marks for questions, or with a semicolon
 # Full stops, and what ends a sentence else: of Armenian, Ethiopic, Khmer, Tibetan and Burmese, too
 _STOPS = re.compile(
     "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
@@ -58,7 +59,22 @@ LOOP = 15  # characters of a text that repeats itself
 # A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
 # over the square root of the length. Headlines have no full stop either, and are shorter than their
 # translations.
-SHORTER = {"target": (0.05, 1.0), "unmarked": (0.15, 2.6), "source": (0.1, 4.5)}
+SHORTER = {"target": (0.05, 1.0), "te": (0.1, 1.8), "unmarked": (0.12, 2.6), "source": (0.1, 4.5)}
+# Vowels of Thai and Lao that are written before the consonant of their syllable
+_UNFINISHED = re.compile("[\u0e40-\u0e44\u0ec0-\u0ec4]\\W*$")
+# Lengths, question marks and digits (some or none) each differ in some translations, but seldom
+# two at once. The evidence is these times the logs of the ratios (of lengths: in standard
+# deviations), none alone enough.
+APART = {"length": 1.5, "question marks": 2.25, "digits": 1.2}
+ALONE = 2.5  # the most of each
+UNMEASURED = 0.3  # spared where a language is not in `RELATIVE_LENGTH`
+VARIED = {"zh": 1.4, "ja": 1.4}  # languages whose lengths vary more
+BOTH = 1.4  # so do those of texts that were translated from English both
+# Japanese asks with a particle as well, and East Asia writes numbers out
+_ASKED = re.compile("\u304b(?:\u306a|\u306d|\u3044)?(?:[\u3002\u300d\u300f]|$)")
+_NUMERALS = re.compile(
+    "[\u3007\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u4e07]{2}"
+)
 MEASURED = 22  # characters of a text, at least, whose end is looked at
 _DOTTED = re.compile(r"\.\w|@|//")
 _LINK = re.compile(
@@ -79,10 +95,12 @@ def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
         _copy(source, target, options)
-        _lengths(source, target, (a, b), options)
+        off = _lengths(source, target, (a, b), options)
         if options.numbers and (ours[2] or theirs[2]):  # there are digits
             if found := contradiction(source, target, (a, b)):
                 raise Reject("numbers disagree", found)
+        if ours[2] != theirs[2] or ours[5] != theirs[5]:
+            _apart(source, target, (a, b), ours, theirs, off, options)
 
     return judge_rows(
         batch, judge, *(_censuses(batch, side, options) for side in ("source", "target"))
@@ -95,7 +113,7 @@ def _censuses(batch: pa.RecordBatch, side: str, options: CleanOptions) -> list[_
         text if len(text) <= options.max_characters else ""
         for text in batch.column(side).to_pylist()
     ]
-    found: list[_Census] = [(0, 0, 0, 0, 0)] * len(texts)
+    found: list[_Census] = [(0,) * 6] * len(texts)
     for code, at in by_code(batch.column(f"{side}_language").to_pylist()):
         made_of = census([texts[i] for i in at], scripts_of(code)).tolist()
         for i, counts in zip(at, made_of, strict=True):
@@ -106,7 +124,7 @@ def _censuses(batch: pa.RecordBatch, side: str, options: CleanOptions) -> list[_
 def _one(text: str, language: str, made_of: _Census, options: CleanOptions) -> None:
     if len(text) > options.max_characters:
         raise Reject("too long", f"{len(text)} characters")
-    letters, wrong, digits, punctuation, solid = made_of
+    letters, wrong, digits, punctuation, solid = made_of[:5]
     if letters < options.min_letters:
         raise Reject("too short", f"{letters} letters")
     # a Latin name takes three letters where a Chinese word takes one
@@ -195,7 +213,8 @@ def _twice(words: list[str]) -> bool:
     return half >= 4 and len(whole) % 2 == 0 and whole[:half] == whole[half:]
 
 
-def _lengths(source: str, target: str, languages: tuple[str, str], options: CleanOptions) -> None:
+def _lengths(source: str, target: str, languages: tuple[str, str], options: CleanOptions) -> float:
+    """ln(target / expected) of the lengths."""
     relative = [RELATIVE_LENGTH.get(code.partition("_")[0], 1.0) for code in languages]
     expected = len(source) * relative[1] / relative[0]
     off = math.log(len(target) / expected)
@@ -206,13 +225,54 @@ def _lengths(source: str, target: str, languages: tuple[str, str], options: Clea
     if -off > allowed:
         raise Reject("target too short for its source", f"{math.exp(off):.2f}x as long as expected")
     if not options.truncated:
-        return
+        return off
     stops = bool(_STOPS.search(source[-END:])), bool(_STOPS.search(target[-END:]))
     if stops[0] == stops[1]:
-        return
-    unmarked = not NO_STOP.isdisjoint(code.partition("_")[0] for code in languages)
-    side = "source" if stops[1] else "target"
+        return off
+    bases = [code.partition("_")[0] for code in languages]
+    side = how = "source" if stops[1] else "target"
     size, sign = (len(target) / relative[1], 1) if stops[1] else (len(source) / relative[0], -1)
-    least, more = SHORTER["unmarked" if unmarked and not stops[1] else side]
-    if size >= MEASURED and off * sign > least + more / math.sqrt(size):
-        raise Reject(f"{side} breaks off", (source if stops[1] else target)[-20:])
+    if side == "target" and not NO_MARKS.isdisjoint(bases):
+        how = "unmarked"
+    elif side == "target" and "te" in bases:  # often without, in all but news
+        how = "te"
+    least, more = SHORTER[how]
+    broken = source if stops[1] else target
+    short = size >= MEASURED and off * sign > least + more / math.sqrt(size)
+    if short or _UNFINISHED.search(broken):
+        raise Reject(f"{side} breaks off", broken[-20:])
+    return off
+
+
+def _apart(
+    source: str, target: str, languages: tuple[str, str], ours: _Census, theirs: _Census,
+    off: float, options: CleanOptions,
+) -> None:  # fmt: skip
+    """Reject texts that differ in several ways which go together in translations."""
+    bases = [code.partition("_")[0] for code in languages]
+    size = sum(
+        len(text) / RELATIVE_LENGTH.get(base, 1.0)
+        for text, base in zip((source, target), bases, strict=True)
+    )
+    spare = UNMEASURED if any(base not in RELATIVE_LENGTH for base in bases) else 0.0
+    usual = 0.05 + 1.6 / math.sqrt(size / 2)
+    usual *= max(VARIED.get(base, 1.0) for base in bases) * (1.0 if "en" in bases else BOTH)
+    differ = {"length": max(abs(off) - spare, 0.0) / usual}
+    asks = NO_QUESTIONS.isdisjoint(bases) and not _otherwise(_ASKED, source, target, bases)
+    if asks and ours[5] != theirs[5]:
+        differ["question marks"] = abs(math.log((ours[5] + 0.7) / (theirs[5] + 0.7)))
+    digits = max(ours[2], theirs[2])  # one alone may count a list
+    if options.numbers and digits > 1 and not (ours[2] and theirs[2]):
+        if not _otherwise(_NUMERALS, source, target, bases):
+            differ["digits"] = math.log((digits + 0.7) / 0.7)
+    if len(differ) == 1:
+        return
+    evidence = {name: min(APART[name] * value, ALONE) for name, value in differ.items()}
+    if sum(evidence.values()) > options.max_apart:
+        said = (f"{name} {value:.1f}" for name, value in evidence.items() if value >= 0.1)
+        raise Reject("lengths and marks disagree", ", ".join(said))
+
+
+def _otherwise(pattern: re.Pattern[str], source: str, target: str, bases: Sequence[str]) -> bool:
+    texts = zip((source, target), bases, strict=True)
+    return any(base in ("ja", "zh") and pattern.search(text) for text, base in texts)

@@ -42,8 +42,8 @@ _LOST = re.compile(
 )
 _HALF = re.compile("[\u00c2-\u00c6](?![a-z])|[\u00e1\u00c2][\u00bb\u00ba]")
 _REST = "\u0080-\u00ba\u00bc-\u00bf\u0152-\u0192\u02c6\u02dc\u2020-\u2122"
-_LEFT = re.compile(
-    f"[\u00c2-\u00df][{_REST}]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
+_LEFT = re.compile(  # of scripts that are not Latin
+    f"[\u00c2-\u00df][{_REST}]|[\u00cc-\u00df][\u2013-\u201f\u0370-\u06ff]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
 )
 # The letters that a language has beside a to z, and the code pages that its texts were written in
 _CENTRAL = ("cp1250", "iso8859-2")
@@ -65,7 +65,16 @@ _LENT = frozenset("\u00e0\u00e8\u00ea\u00e7\u00f1\u00e3")
 _WITH_A = {"fr", "it", "ca"}  # where it is a word
 _A_WORD = re.compile("(?<!\\S)\u00c3 +(?=[a-z])")
 _WORD = re.compile(r"[^\W\d_]+")
-CYRILLIC = ("cp1251", "koi8-r", "iso8859-5", "cp866", "mac-cyrillic")
+CYRILLIC = ("cp1251", "koi8-r", "iso8859-5", "cp866", "mac-cyrillic", "koi8-u")
+# Letters of languages that some of these pages have not
+_SERBIAN = "\u0459\u045a\u0458\u045f"
+_NEEDED = {
+    "sr": _SERBIAN + "\u0452\u045b", "mk": _SERBIAN + "\u0453\u0455\u045c",
+    "uk": "\u0456\u0457\u0454", "be": "\u0456\u045e",
+}  # fmt: skip
+# KOI8 has small letters where others have capitals
+_TURNED = re.compile("\\b[\u0430-\u044f][\u0410-\u042f]{2}")
+_CAPITALS = re.compile("^[\\0-\x7f\u0401-\u042f\u00ab\u00bb\u2010-\u203a\u2116]+$")
 # Frequent letters of Russian, Serbian, Ukrainian, Bulgarian: more than half of any sentence's
 _FREQUENT = "\u043e\u0435\u0430\u0438\u043d\u0442\u0441\u0440\u0432\u043b\u0456"
 
@@ -92,7 +101,7 @@ def mend_encoding(text: str, language: str, script: str) -> str:
         raise Reject("mojibake", mended[:60])
     if language in OWN:
         return _from_code_page(mended, *OWN[language])
-    return _from_cyrillic(mended) if script == "CYRILLIC" else mended
+    return _from_cyrillic(mended, language) if script == "CYRILLIC" else mended
 
 
 def _may_be_mended(text: str) -> bool:
@@ -182,18 +191,40 @@ def _foreign(text: str, own: str) -> list[str]:
     return [word for word in words if any(c > "\x7f" and c not in own for c in word.lower())]
 
 
-def _from_cyrillic(text: str) -> str:
+def _from_cyrillic(text: str, language: str) -> str:
     """Mend one Cyrillic code page shown as another, which makes rare letters of the frequent."""
-    if _frequent(text, len(text)) > 0.2:
-        return text
-
-    def usual(text: str) -> float:
-        return _frequent(text, sum(c > "\x7f" for c in text))
-
-    readings = [made for made in _read_again(text, CYRILLIC, CYRILLIC) if made.isprintable()]
-    best = max(readings, key=usual, default=text)
     # a sentence in capitals stays one
-    return best if usual(best) > max(0.5, usual(text.lower())) else text
+    if _frequent(text, len(text)) > 0.2 or text.isupper() and _CAPITALS.search(text):
+        return text
+    usual = _usual_letters(text.lower())
+    turned = bool(_TURNED.search(text)) and usual < 0.5
+    readings = {
+        made: written
+        for written in CYRILLIC
+        for made in _read_again(text, CYRILLIC, (written,))
+        if made.isprintable() and not _TURNED.search(made)
+    }
+    best = max(readings, key=_usual_letters, default=text)
+    if _usual_letters(best) <= max(0.3 if turned else 0.5, usual):
+        if turned:
+            raise Reject("mojibake", text[:60])
+        return text
+    needed = _NEEDED.get(language, "")
+    if needed.encode(readings[best], "ignore").decode(readings[best]) != needed:
+        raise Reject("mojibake", f"{best[:60]}, without its other letters")
+    least = _usual_letters(best) - 0.1
+    if any(_usual_letters(made) >= least and _others(made, best) for made in readings):
+        raise Reject("mojibake", text[:60])
+    return best
+
+
+def _others(text: str, best: str) -> bool:
+    """Whether most letters are not the same."""
+    return sum(a != b for a, b in zip(text, best, strict=False)) > len(best) / 2
+
+
+def _usual_letters(text: str) -> float:
+    return _frequent(text, sum(c > "\x7f" for c in text))
 
 
 def _frequent(text: str, of: int) -> float:
