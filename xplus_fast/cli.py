@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the GPU to plan for, e.g. rtx4090, l4, or as nvidia-smi names it",
     )
     plan.add_argument("--host-memory", default="", help="host memory that may be pinned, e.g. 64GB")
+    plan.add_argument(
+        "--processes", type=int, default=1, help="how many train together, each on its own GPU"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     train = command("train", _train, "train as a recipe says, or go on with its run")
@@ -218,21 +221,14 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from xplus_fast.config import load_recipe
-    from xplus_fast.planning.from_recipe import plan_recipe
+    from xplus_fast.planning.plan_text import plan_text
 
     recipe = load_recipe(options.recipe, options.overrides)
-    shape, where, plans = plan_recipe(
-        recipe, budget=options.budget, card=options.card, host=options.host_memory
-    )
-    if options.json:
-        from xplus_fast.planning.plan import to_dict
-
-        stages = [{"name": name, **to_dict(plan)} for name, plan in plans]
-        print(json.dumps({"model": recipe.model, "stages": stages}, indent=2))
-    else:
-        from xplus_fast.planning.plan_text import describe
-
-        print(describe(recipe.model, shape, where, plans))
+    said = plan_text(
+        recipe, budget=options.budget, card=options.card, host=options.host_memory,
+        processes=options.processes, as_json=options.json,
+    )  # fmt: skip
+    print(said)
     return 0
 
 

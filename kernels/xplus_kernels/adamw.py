@@ -312,12 +312,14 @@ def aot_cases() -> list[Any]:
         ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "step_size", "root"), "fp32"
     )
     cases = []
-    for dtype, bits, master, n in (  # i64: past 2^31 elements
-        ("bf16", 8, False, "i32"), ("bf16", 8, False, "i64"), ("bf16", 8, True, "i32"),
-        ("bf16", 32, False, "i32"), ("bf16", 32, True, "i32"), ("fp16", 32, True, "i32"),
-        ("fp32", 8, False, "i32"), ("fp32", 32, False, "i32"),
-    ):  # fmt: skip
-        pointers = dict.fromkeys(("p_ptr", "g_ptr"), f"*{dtype}")
+    narrow = [("bf16", 8, False), ("bf16", 8, True), ("bf16", 32, False), ("bf16", 32, True)]
+    narrow += [("fp16", 8, True), ("fp16", 32, True)]
+    plain = [*narrow, ("fp32", 8, False), ("fp32", 32, False)]
+    launched = [(*kind, kind[0], "i32") for kind in plain]
+    launched += [(*kind, "fp32", "i32") for kind in narrow]  # gradients that are summed in fp32
+    launched.append(("bf16", 8, False, "bf16", "i64"))  # past 2^31 elements
+    for dtype, bits, master, of_gradient, n in launched:
+        pointers = {"p_ptr": f"*{dtype}", "g_ptr": f"*{of_gradient}"}
         pointers |= dict.fromkeys(("m_ptr", "v_ptr"), "*u8" if bits == 8 else "*fp32")
         given = {"m_absmax_ptr": bits == 8, "v_absmax_ptr": bits == 8, "tables_ptr": bits == 8}
         given |= {"master_ptr": master, "grad_scale_ptr": True}
@@ -326,7 +328,10 @@ def aot_cases() -> list[Any]:
         cases.append(
             AotCase(
                 kernel=_adamw_kernel,
-                name=f"adamw {dtype}, {bits}-bit states{', master' if master else ''}, n {n}",
+                name=(
+                    f"adamw {dtype}, gradient {of_gradient}, {bits}-bit states"
+                    f"{', master' if master else ''}, n {n}"
+                ),
                 signature={**pointers, "n": n, "key": "i64", **numbers},
                 constexprs={**absent, "BLOCKS": BLOCKS},
                 num_warps=WARPS,

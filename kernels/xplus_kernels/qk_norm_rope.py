@@ -222,8 +222,10 @@ def _tiles(heads: int, kv_heads: int, d: int, rows: int) -> dict[str, int]:
 
 # With 4 warps a half of a head is read 128 bits a thread: two loads each in the forward, so that it
 # has four in flight. The backward has more to hold: measured on an H100 (8B, 12,864 tokens), 8 rows
-# of frozen norms take 0.154 ms, 16 take 0.175, 32 0.171; its bytes alone 0.149.
-FORWARD_ROWS, FROZEN_ROWS, TRAINED_ROWS = 32, 8, 16
+# of frozen norms take 0.154 ms, 16 take 0.175, 32 0.171; its bytes alone 0.149. Without norms it
+# holds no more than the forward (and was not timed): of few heads 8 rows are 64 bits a thread.
+FORWARD_ROWS = 32
+BACKWARD_ROWS = {(True, False): 8, (True, True): 16, (False, False): 32}  # normed, trained norms
 
 
 def qk_norm_rope(
@@ -294,7 +296,7 @@ def qk_norm_rope_backward(
     x, cos, sin, dq, dk, dv = (_inner(tensor) for tensor in (qkv, cos, sin, dq, dk, dv))
     normed = _normed(q_norm, k_norm)
     need_dw = need_dw and normed
-    tiles = _tiles(heads, kv_heads, d, TRAINED_ROWS if need_dw else FROZEN_ROWS)
+    tiles = _tiles(heads, kv_heads, d, BACKWARD_ROWS[normed, need_dw])
     group = tiles["GROUP"]
     groups, blocks = (heads + 2 * kv_heads) // group, triton.cdiv(len(x), tiles["TOKENS"])
     if need_dw:  # as many as reside at once by their registers, 120 a thread at most
@@ -365,19 +367,19 @@ def _check(
 
 
 def aot_cases() -> list[Any]:
-    """The launches at the heads of Qwen3 0.6B, 8B and 14B, contiguous; 8B's apart as well."""
+    """The launches at the heads of Qwen3 0.6B, 8B and 14B (8B's apart, too), and Qwen2.5 7B."""
     from xplus_kernels.aot import AotCase, in_all_dtypes
 
     cases = []
     sizes = [("0.6B", 16, 8), ("8B", 32, 8), ("14B", 40, 8)]
-    sizes += [("8B queries", 32, 0), ("8B keys and values", 0, 8)]
+    sizes += [("8B queries", 32, 0), ("8B keys and values", 0, 8), ("7B, not normed", 28, 4)]
     tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     for size, n, k in sizes:
-        fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": True}
-        for way in ("forward", "backward frozen", "backward trained"):
+        normed = "not normed" not in size
+        fixed = {"N": n, "K": k, "D": 128, "EPS": 1e-6, "NORMED": normed}
+        for way in ("forward", "backward frozen", *["backward trained"] * normed):
             forward, need_dw = way == "forward", way == "backward trained"
-            rows = FORWARD_ROWS if forward else TRAINED_ROWS if need_dw else FROZEN_ROWS
-            tiles = _tiles(n, k, 128, rows)
+            tiles = _tiles(n, k, 128, FORWARD_ROWS if forward else BACKWARD_ROWS[normed, need_dw])
             names = "qkv qw kw q k" if forward else "dq dk dv qkv qw kw dx dw"
             pointers = {f"{name}_ptr": "*bf16" for name in names.split()} | tables
             strides: tuple[str, ...] = ("qkv_row", "cos_row", "sin_row")

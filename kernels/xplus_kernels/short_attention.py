@@ -223,10 +223,18 @@ def cases_of(kernels: dict[str, Any]) -> list[Any]:
     }  # fmt: skip
     wide = {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}  # of the prefixes' chunks
     cases = []
-    for size, n in (("0.6B", 16), ("8B", 32), ("14B", 40)):
+    kinds = [
+        ("0.6B", 16, True),
+        ("8B", 32, True),
+        ("14B", 40, True),
+        ("8B, no prefixes", 32, False),
+    ]
+    for size, n, prefixed in kinds:
         for name, kernel in kernels.items():
-            constants = {"N": n, "K": 8, "D": 128, "PREFIXED": True, **TILES[name]}
+            constants = {"N": n, "K": 8, "D": 128, "PREFIXED": prefixed, **TILES[name]}
             given = kernel.arg_names
+            if not prefixed and "PREFIXED" not in given:  # the same as of 8B
+                continue
             own = types | wide if name == "prefix" else types
             cases.append(
                 AotCase(

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import xplus_kernels as ops
 from benchmarks.models import make_config
+from tests.model.hollow import META, Kept, frozen, make
 from xplus_fast.model import packing
 from xplus_fast.model.block import KEEP, WEIGHTS, BlockFunction, BlockSpec
 from xplus_fast.model.families import shape_of
@@ -25,7 +26,6 @@ from xplus_fast.model.sums import Sums
 from xplus_kernels.backend import triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="needs Triton")
-META = torch.device("meta")
 ROOT = Path(__file__).parents[2]
 SHAPES = {name: shape_of(make_config(name)) for name in ("8B", "14B")}
 TOKENS = (1, 7, 130, 4096, 65_536)
@@ -75,10 +75,6 @@ def counted(monkeypatch):
     return Counted(monkeypatch)
 
 
-def make(*shape, dtype=torch.bfloat16, grad=False):
-    return torch.empty(shape, dtype=dtype, device=META, requires_grad=grad)
-
-
 def pack_of(t):
     """Two sequences that share a prefix, and one that shares nothing, as far as t tokens go."""
     cut = [t] if t < 100 else [10, (t - 10) // 3, (t - 10) // 3]
@@ -94,31 +90,6 @@ def pack_of(t):
         inv_freq=make(64, dtype=torch.float32), scaling=1.0, layout=layout,
     )  # fmt: skip
     return pack
-
-
-def frozen(form, shape):
-    """A weight [N, K] in a format."""
-    n, k = shape
-    if form == "bf16":
-        return ops.Bf16Weight(make(n, k))
-    if form == "fp8":
-        rows = ops.Fp8Rows(make(n, k, dtype=torch.float8_e4m3fn), make(n, dtype=torch.float32))
-        return ops.Fp8Weight(rows)
-    scale = make(n * k // 64, dtype=torch.float32)
-    if form == "int8":
-        return ops.Int8Weight(make(n, k, dtype=torch.int8), scale)
-    return ops.Nf4Weight(make(n * k // 2, dtype=torch.uint8), scale, (n, k))
-
-
-class Kept:
-    """A store of frozen matrices."""
-
-    def __init__(self, form, shape):
-        shapes = shape.packed_shapes()
-        self.made = {name: frozen(form, shapes[name]) for name in MATRICES}
-
-    def fetch(self, *, backward):
-        return self.made
 
 
 def block(shape, t, *, form=None, policy="keep", pack=None, sums=None):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from xplus_fast.config import MemoryConfig
 from xplus_fast.errors import UserError
+from xplus_fast.model.families import Shape
 from xplus_fast.planning.card_table import NAMES, SLICES
 from xplus_fast.planning.cards import (
     CARDS,
@@ -14,6 +16,8 @@ from xplus_fast.planning.cards import (
     match_card,
     smallest_card,
 )
+from xplus_fast.planning.memory import context_bytes
+from xplus_fast.planning.plan import plan_stage
 
 MIB = 2**20
 SEEN = """
@@ -233,3 +237,18 @@ def test_what_trains_is_told_by_compute_capability(name):
     have = "7.5" if name == "t4" else "7.0"
     assert f"{name} has compute capability {have} and no bf16" in str(e.value)
     assert "needs 8.0" in str(e.value) and "device=cpu" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "gigabytes"),
+    [("a100-80", 0.6), ("rtx4090", 0.6), ("h100-80", 0.8), ("b200", 0.9), ("rtx5090", 0.7)],
+)
+def test_what_cuda_takes_is_by_capability(card, gigabytes):
+    """A plan counts it, and on the card what is free is told without it."""
+    assert context_bytes(CARDS[card].capability) == gigabytes * 1e9
+    found = plan_stage(
+        Shape("qwen3", 4, 256, 4, 2, 64, 512, 1024, 1e-6, False), [3], (), MemoryConfig(),
+        card=CARDS[card], dtype_bytes=2, pack_tokens=512, tokens_per_step=512,
+    )  # fmt: skip
+    assert found.device_bytes["CUDA context"] == gigabytes * 1e9
+    assert context_bytes((13, 0)) == 0.9e9  # of what nobody knows yet, the most

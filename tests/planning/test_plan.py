@@ -67,7 +67,7 @@ def test_both_stages_fit(shape, budget, stage):
     assert all(i.format == "bf16" and i.placement == "device" for i in p.layout.layers if i.trains)
     assert p.update.bits == 32 and p.update.master  # the optimizer's arithmetic is the recipe's
     device, host = account(
-        shape, p.layout, p.update, p.request.batch(p.micro_batch_tokens), context=600_000_000
+        shape, p.layout, p.update, p.request.batch(p.micro_batch_tokens), context=p.request.context
     )
     assert (device, host) == (p.device_bytes, p.host_bytes)
 

@@ -30,11 +30,11 @@ def pretend(sim: SimulatedDevice) -> Iterator[None]:
                 patches.enter_context(mock.patch.object(owner, name, value))
         for owner, name, value in _kernels(sim):
             patches.enter_context(mock.patch.object(owner, name, value))
-        _forget_cached()
+        forget_cached()
         try:
             yield
         finally:
-            _forget_cached()
+            forget_cached()
 
 
 def _kernels(sim: SimulatedDevice) -> Iterator[tuple[Any, str, Any]]:
@@ -51,7 +51,7 @@ def _kernels(sim: SimulatedDevice) -> Iterator[tuple[Any, str, Any]]:
     yield attention, "_choose", lambda *_: attention.REFERENCE
 
 
-def _forget_cached() -> None:
+def forget_cached() -> None:
     """What kernels keep of a device is that device's."""
     for module in _kernel_modules():
         for value in vars(module).values():

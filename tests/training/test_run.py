@@ -208,6 +208,10 @@ def test_torchrun_gives_the_losses_of_one_process(workplace):
     assert done.returncode == 0, done.stderr[-3000:]
     one = [x for _, _, x in losses(workplace / "run")]
     assert [x for _, _, x in losses(two)] == pytest.approx(one, rel=1e-5)
+    for run, times in ((workplace / "run", 0), (two, 1)):  # DDP's own place for each gradient
+        about = json.loads((run / "run.json").read_text())["stages"][0]
+        buckets = about["plan"]["device_bytes"]["gradient buckets"]
+        assert buckets == times * 4 * about["trained_parameters"]
     assert (two / "report.md").exists()
     assert xplus("export", two, workplace / "out") == 0
 

@@ -244,7 +244,7 @@ def choose_activations(
     """
     batch = Batch(tokens, tokens, tokens, element, inside=cuda, suffixes=tokens)
     update = UpdateLayout(gradients="host", states="host")  # none on the device but a layer's
-    context = CONTEXT if cuda else 0
+    context = max(CONTEXT.values()) if cuda else 0
     policies: list[Policy] = ["keep", "recompute_mlp", "recompute"]
     if cuda:
         policies.append("offload")  # to the host: a CPU has nowhere else

@@ -24,7 +24,7 @@ from xplus_fast.model.layout import (
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.flops import Work, assumed_work
 from xplus_fast.planning.hidden import Hidden
-from xplus_fast.planning.memory import CONTEXT, matrices
+from xplus_fast.planning.memory import context_bytes, matrices
 from xplus_fast.planning.replay import Batch
 from xplus_fast.planning.selection import Rotation, resolve_layers
 
@@ -48,11 +48,13 @@ class Request:
     host: int | None  # pinned bytes on the host; None: unlimited
     element: int  # bytes of the run's dtype
     pack_tokens: int
-    tokens_per_step: int  # of the data
+    tokens_per_step: int  # of the data, in this process
     work: Work = field(default_factory=lambda: assumed_work(True))  # of such data, in any amount
     formats: tuple[Format, ...] = FAITHFUL  # what "auto" may give frozen layers
     hidden: Hidden | None = None  # what is kept of the layers below
     rotation: Rotation | None = None  # by which `layers` take turns
+    processes: int = 1  # this one and others, of which each computes as much
+    hooked: bool = False  # somebody wants to see each gradient
 
     @property
     def at_once(self) -> int | None:
@@ -78,14 +80,15 @@ class Request:
 
     def batch(self, tokens: int) -> Batch:
         steps = math.ceil(self.computed_per_step / tokens)
-        if self.tokens_per_step > tokens:  # a step may share less than others
+        # a step may share less than others, a process's part be larger than another's
+        if self.tokens_per_step > tokens or self.processes > 1:
             steps = max(2, steps)
         fp8 = self.card is None or self.card.fp8_gemm
         # of the rows any may predict something: memory is there for all of them
         shared = tokens if self.work.saved else 0
         return Batch(
             tokens, tokens, tokens, self.element, steps, fp8, self.card is not None,
-            prefixes=shared, suffixes=shared,
+            prefixes=shared, suffixes=shared, exchanged=self.processes > 1, hooked=self.hooked,
         )  # fmt: skip
 
     @property
@@ -95,7 +98,7 @@ class Request:
 
     @property
     def context(self) -> int:
-        return CONTEXT if self.card else 0
+        return context_bytes(self.card.capability) if self.card else 0
 
 
 def candidates(
@@ -112,6 +115,8 @@ def candidates(
         both if m.embedding == "auto" and auto and aside else (or_else(m.embedding, "device"),)
     )
     gradients = both if m.gradients == "auto" and auto else (or_else(m.gradients, "device"),)
+    if r.processes > 1:
+        gradients = ("device",)
     states = both if m.states == "auto" and auto else (or_else(m.states, "device"),)
     frozen = [i for i in range(r.shape.layers) if i not in r.layers]
     if streams is None:

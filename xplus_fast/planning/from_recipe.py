@@ -1,5 +1,6 @@
 """A recipe and a model's config.json -> a plan for each stage, without loading torch."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,20 +38,24 @@ class Where:
 
 def plan_recipe(
     recipe: Recipe, *, budget: str = "", card: str = "", host: str = "", here: Card | None = None,
-    works: Sequence[Work] = (), read: Sequence[Rows] = (),
+    works: Sequence[Work] = (), read: Sequence[Rows] = (), processes: int = 1,
 ) -> tuple[Shape, Where, list[tuple[str, Plan]]]:  # fmt: skip
     """Each stage's name and plan; what is given here goes before the recipe's `memory`.
 
     here: the card of this machine, where the caller knows it better than nvidia-smi tells.
     works: of each stage's data, where they have been read; else assumed. read: of the same.
+    processes: that train together, each on a GPU of its own.
 
     Raises `UserError` for a model, card or size that is not known, and where nothing fits.
     """
+    if processes < 1:
+        raise UserError(f"processes: {processes}; 1 or more are wanted")
     shape = read_shape(recipe.model)
     memory = recipe.memory
     if card:
         memory = replace(memory, card=card)
-    where = find_where(recipe, memory.card, budget or memory.budget, host or memory.host, here)
+    where = find_where(recipe, memory.card, budget or memory.budget, host or memory.host, here,
+                       processes)  # fmt: skip
     element = {"float32": 4, "bfloat16": 2}.get(recipe.dtype, 2 if where.card else 4)
     kept = plan_hidden(recipe, shape, element, read)
     plans = []
@@ -67,6 +72,7 @@ def plan_recipe(
                 budget=where.budget, host=room, hidden=kept[i],
                 rotation=stage.layers if isinstance(stage.layers, Rotation) else None,
                 work=works[i] if works else assumed_work(recipe.data.shared_prompts),
+                processes=processes, hooked=_watched(recipe),
             )  # fmt: skip
         except UserError as e:
             raise UserError(f"{stage_name(recipe, i)}: {e}") from None
@@ -74,9 +80,16 @@ def plan_recipe(
     return shape, where, plans
 
 
+def _watched(recipe: Recipe) -> bool:
+    """Whether wandb will hook itself to the gradients, as transformers can be told."""
+    asked = os.environ.get("WANDB_WATCH", "false") in ("gradients", "all")
+    return asked and "wandb" in recipe.training.report_to
+
+
 def find_where(
-    recipe: Recipe, card_name: str, budget: str, host: str, here: Card | None = None
-) -> Where:
+    recipe: Recipe, card_name: str, budget: str, host: str, here: Card | None = None,
+    processes: int = 1,
+) -> Where:  # fmt: skip
     """The card, its budget and the host's, from what was said and what is here.
 
     Raises `UserError`, also for a card on which nothing trains.
@@ -103,11 +116,12 @@ def find_where(
         pinned = None
     elif here is not None and card.name == here.name:
         pinned = free_memory()
+        pinned = pinned and pinned // processes  # each pins for itself
     else:
-        pinned = int(ELSEWHERE_HOST * HOST_SHARE)
+        pinned = int(ELSEWHERE_HOST * HOST_SHARE) // processes
         assumed.append(
             f"{ELSEWHERE_HOST / 1e9:.0f} GB of host memory are assumed, {HOST_SHARE:.0%} of them to"
-            " be pinned (--host-memory)"
+            f" be pinned{' by all processes' if processes > 1 else ''} (--host-memory)"
         )
     return Where(card, limit, pinned, "; ".join(assumed))
 

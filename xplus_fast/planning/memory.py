@@ -23,9 +23,19 @@ from xplus_fast.planning.replay import (
     kept_bytes,
 )
 
-CONTEXT = 600_000_000  # CUDA context, cuBLAS workspaces, kernels: assumed until measured
+# CUDA context, libraries, kernels: what a process takes beside PyTorch's allocator, by the major of
+# its capability. Where memory ran out, PyTorch says what the process has, and what its allocator:
+# the difference was, in one process each, GB: RTX 6000 Ada 0.45 (DINGYANB/MTVCrafter#21), L40S 0.54
+# (huggingface/sentence-transformers#3214); H100 0.63, H200 0.71, GH200 0.79
+# (Lightning-AI/litgpt#1892); B200 0.75, before any product (stas00/ml-engineering); RTX 5090 0.64.
+CONTEXT = {8: 600_000_000, 9: 800_000_000, 10: 900_000_000, 12: 700_000_000}
 MARGIN = 0.02  # of all else: the allocator's rounding and fragmentation
 UPDATE_CHUNK = 2**24  # elements that the update takes through the device at a time
+
+
+def context_bytes(capability: tuple[int, int]) -> int:
+    """What CUDA itself takes on a card of this capability."""
+    return CONTEXT.get(capability[0], max(CONTEXT.values()))
 
 
 def matrices(shape: Shape) -> list[tuple[int, int]]:
@@ -112,7 +122,7 @@ def peak_moment(shape: Shape, layout: Layout, update: UpdateLayout, b: Batch) ->
     backwards = {
         k: backward_peak(
             shape, b, i.activations, _in_fp8(i, b), i.trains, k[1],
-            "made" if b.steps == 1 else "brought" if on_host else "there", width,
+            "made" if not b.adds else "brought" if on_host else "there", width,
         )
         for k, i in known.items()
     }  # fmt: skip
@@ -230,6 +240,8 @@ def standing(
         "embedding and head": tables + e * shape.hidden,
         "scratch": scratch_bytes(shape, layout, b),
         "optimizer": states if update.states == "device" else 0,
+        # DistributedDataParallel has a place of its own for each, beside `p.grad`
+        "gradient buckets": gradient_bytes(update, e) * parameters if b.exchanged else 0,
     }
     host = {
         "frozen layers": sum(streamed),
@@ -242,7 +254,7 @@ def standing(
 
 
 def account(
-    shape: Shape, layout: Layout, update: UpdateLayout, b: Batch, *, context: int = CONTEXT
+    shape: Shape, layout: Layout, update: UpdateLayout, b: Batch, *, context: int = CONTEXT[8]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by purpose at the peak: on the device, and pinned on the host.
 

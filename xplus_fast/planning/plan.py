@@ -1,6 +1,7 @@
 """What to put where: the fastest layout of a stage that fits a budget, and what to say of it."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,8 @@ def plan_stage(
     work: Work | None = None,
     hidden: Hidden | None = None,
     rotation: Rotation | None = None,
+    processes: int = 1,
+    hooked: bool = False,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -51,6 +54,8 @@ def plan_stage(
         work: of such data, in any amount; None: assumed.
         hidden: what is kept of the layers below; not counted here.
         rotation: by which `layers` take turns.
+        processes: that train together, of which each does an equal part of a step.
+        hooked: whether somebody wants to see each gradient, so that no GEMM adds it to a sum.
 
     Raises:
         UserError: nothing fits, or a pin that this model or selection does not allow.
@@ -58,8 +63,8 @@ def plan_stage(
     request = Request(
         shape, tuple(sorted(layers)), united(tuple(also), tied=shape.tied), memory, card, budget,
         host, dtype_bytes,
-        pack_tokens, tokens_per_step, work or assumed_work(True), hidden=hidden,
-        rotation=rotation,
+        pack_tokens, math.ceil(tokens_per_step / processes), work or assumed_work(True),
+        hidden=hidden, rotation=rotation, processes=processes, hooked=hooked,
     )  # fmt: skip
     _check(request)
     found = search(request)
@@ -118,7 +123,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         if more > 0:
             yield f"needs {max(more, 0.05):.1f} GB more to have all layers on the device"
     b, update = r.batch(plan.micro_batch_tokens), replace(plan.update, sums=32)
-    if b.steps > 1 and r.element == 2 and update != plan.update and r.budget is not None:
+    if b.adds and r.element == 2 and update != plan.update and r.budget is not None:
         needs, _ = account(r.shape, plan.layout, update, b, context=r.context)
         if sum(needs.values()) <= r.budget:
             more = max(0.1, (sum(needs.values()) - plan.device_total) / 1e9)
@@ -149,6 +154,10 @@ def _check(r: Request) -> None:
     if m.embedding == "host" and (r.shape.tied or "embedding" in r.also):
         why = "is the head, too" if r.shape.tied else "trains"
         raise UserError(f"memory.embedding: host is for a frozen embedding; this one {why}")
+    if m.gradients == "host" and r.processes > 1:
+        raise UserError(
+            "memory.gradients: host is for one process: those of several meet on the device"
+        )
     named = m.frozen.values() if isinstance(m.frozen, dict) else (m.frozen,)
     if "fp8" in named and not fp8_fits(r.shape):
         raise UserError("memory.frozen: fp8 wants layer sizes that are multiples of 16")

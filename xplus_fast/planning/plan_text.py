@@ -1,7 +1,9 @@
 """A plan as a user reads it."""
 
+import json
 import math
 
+from xplus_fast.config import Recipe
 from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import LayerLayout
 from xplus_fast.planning.flops import (
@@ -12,13 +14,27 @@ from xplus_fast.planning.flops import (
     total_parameters,
     trained_parameters,
 )
-from xplus_fast.planning.from_recipe import Where
+from xplus_fast.planning.from_recipe import Where, plan_recipe
 from xplus_fast.planning.hidden import describe_hidden
-from xplus_fast.planning.memory import CONTEXT, MARGIN
+from xplus_fast.planning.memory import MARGIN, context_bytes
+from xplus_fast.planning.plan import to_dict
 from xplus_fast.planning.search import Plan
 from xplus_fast.planning.selection import describe_layers
 
 BAR = 32  # characters of the longest
+
+
+def plan_text(
+    recipe: Recipe, *, budget: str, card: str, host: str, processes: int, as_json: bool
+) -> str:
+    """A recipe's plans, or for programs as JSON; the options are `plan_recipe`'s, which raises."""
+    shape, where, plans = plan_recipe(
+        recipe, budget=budget, card=card, host=host, processes=processes
+    )
+    if not as_json:
+        return describe(recipe.model, shape, where, plans)
+    stages = [{"name": name, **to_dict(plan)} for name, plan in plans]
+    return json.dumps({"model": recipe.model, "stages": stages}, indent=2)
 
 
 def describe(
@@ -52,9 +68,10 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
         f" parameters ({count / total_parameters(r.shape):.1%})"
     ]
     speed = plan.predicted_tokens_per_s
+    alone = "each " if r.processes > 1 else ""
     if speed is not None and r.card is not None:
         lines.append(
-            _row("speed", f"{_round(speed)} tokens/s predicted on {r.card.name},"
+            _row("speed", f"{_round(speed)} tokens/s predicted on {alone}{r.card.name},"
                  f" {r.tokens_per_step / speed:.1f} s a step")
         )  # fmt: skip
     again = plan.recompute_flops_per_token
@@ -65,9 +82,10 @@ def describe_stage(name: str, plan: Plan) -> list[str]:
     )  # fmt: skip
     steps = math.ceil(r.computed_per_step / plan.micro_batch_tokens)
     batches = f"{steps} micro-batches" if steps > 1 else "1 micro-batch"
+    each = f" for each of {r.processes} processes" if r.processes > 1 else ""
     once = f" ({r.computed_per_step:,} computed: prompts once)" if r.work.saved else ""
     lines.append(
-        _row("step", f"{r.tokens_per_step:,} tokens{once} in {batches} of up to"
+        _row("step", f"{r.tokens_per_step:,} tokens{each}{once} in {batches} of up to"
              f" {plan.micro_batch_tokens:,}")
     )  # fmt: skip
     if r.hidden is not None:
@@ -160,7 +178,7 @@ def _footnote(where: Where, known: bool) -> str:
     if where.card is not None:
         lines = [
             "GB = 10^9 bytes. All predicted from data sheets, not measured. Assumed:"
-            f" {CONTEXT / 1e9:.1f} GB for CUDA itself,",
+            f" {context_bytes(where.card.capability) / 1e9:.1f} GB for CUDA itself,",
             f"{MARGIN:.0%} lost between allocations.",
         ]
     if not known:

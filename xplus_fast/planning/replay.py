@@ -40,6 +40,13 @@ class Batch:
     inside: bool = True  # count what flash attention allocates for itself (not on a CPU)
     prefixes: int = 0  # tokens that sequences begin with in common
     suffixes: int = 0  # tokens that attend to these from their own sequences
+    exchanged: bool = False  # gradients go over several processes
+    hooked: bool = False  # somebody wants to see each gradient before it is added to a sum
+
+    @property
+    def adds(self) -> bool:
+        """Whether the GEMM that makes a matrix's gradient adds it to the sum (`model/sums.py`)."""
+        return self.steps > 1 and not self.exchanged and not self.hooked
 
 
 class _Live:

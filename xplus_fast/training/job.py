@@ -84,7 +84,7 @@ def read_job(recipe: Recipe, restart: bool, held: ExitStack) -> Job:
 
 def check(job: Job) -> None:
     """See that the job is possible, as far as can be known before data are read."""
-    _, _, named = plan_recipe(job.here, here=job.card)
+    _, _, named = plan_recipe(job.here, here=job.card, processes=job.place.processes)
     check_plans([plan for _, plan in named])
     check_report_to(job.recipe.training.report_to)
 

@@ -20,7 +20,7 @@ from xplus_fast.planning.cards import (
     match_card,
     smallest_card,
 )
-from xplus_fast.planning.memory import CONTEXT
+from xplus_fast.planning.memory import context_bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def card_here(place: Place) -> Card | None:
     about = torch.cuda.get_device_properties(place.device)
     # what others left; this process's context is among what is gone, and a plan counts it
     free = torch.cuda.mem_get_info(place.device)[0] + torch.cuda.memory_reserved(place.device)
-    size = left(about.total_memory, free + CONTEXT)
+    size = left(about.total_memory, free + context_bytes((about.major, about.minor)))
     known = match_card(f"{about.name}, {about.total_memory >> 20}")
     if known is None and (seen := local_card()) is not None:
         # a slice of it has another size
@@ -125,5 +125,6 @@ def cap(device: torch.device, budget: int | None) -> None:
     """Hold the allocator to a budget of device memory, of which CUDA itself takes a part."""
     if device.type != "cuda" or budget is None:
         return
-    share = (budget - CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+    about = torch.cuda.get_device_properties(device)
+    share = (budget - context_bytes((about.major, about.minor))) / about.total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)

@@ -91,7 +91,9 @@ class _Plans:
 def _plan(job: Job, data: StageData, whole: bool) -> _Plans:
     """Plan each stage by its data. whole: in words, all of it even where there is no GPU."""
     read = [read_rows(*x, job.place) for x in zip(data.corpora, data.works, strict=True)]
-    _, where, named = plan_recipe(job.here, here=job.card, works=data.works, read=read)
+    _, where, named = plan_recipe(
+        job.here, here=job.card, works=data.works, read=read, processes=job.place.processes
+    )
     plans = [plan for _, plan in share(named, job.place)]
     whole = whole or where.card is not None
     said = describe_plans(job.recipe.model, job.shape, where, named, whole=whole, known=True)
