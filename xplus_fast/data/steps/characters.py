@@ -35,7 +35,7 @@ def scripts_of(code: str) -> tuple[str, ...]:
 _UNKNOWN, _SPACE, _SOLID, _DIGIT, _PUNCTUATION, _ASK = range(6)
 _SCRIPTS = [""] * 6
 _KINDS = np.zeros(0x110000, np.uint8)  # of every character that was met
-_ASKS = frozenset("?\u061f\uff1f\u055e\u1367")
+ASKS = "?\u061f\uff1f\u055e\u1367"  # question marks
 _WIDTHS = ("FULLWIDTH", "HALFWIDTH")  # in names of letters of several scripts
 
 
@@ -74,6 +74,6 @@ def _kind(character: str) -> int:
         return _SCRIPTS.index(script)
     if category == "Nd":
         return _DIGIT
-    if character in _ASKS:
+    if character in ASKS:
         return _ASK
     return _PUNCTUATION if category[0] in "PS" else _SOLID

@@ -13,7 +13,7 @@ from typing import Annotated
 import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, by_code, judge_rows
-from xplus_fast.data.steps.characters import NO_MARKS, census, scripts_of
+from xplus_fast.data.steps.characters import ASKS, NO_MARKS, census, scripts_of
 from xplus_fast.data.steps.numbers import contradiction
 from xplus_fast.data.steps.plain import words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
@@ -47,7 +47,8 @@ RELATIVE_LENGTH = {
     "fr": 1.195, "hu": 1.050, "ja": 0.431, "ko": 0.500, "ru": 1.077, "sr": 0.991,
     "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
 }  # fmt: skip
-NO_QUESTIONS = NO_MARKS | {"el"}  # written without marks for questions, or with a semicolon
+# Written without marks for questions, or with a semicolon
+NO_QUESTIONS = NO_MARKS | {"el", "bo", "dz"}
 # Full stops, and what ends a sentence else: of Armenian, Ethiopic, Khmer, Tibetan and Burmese, too
 _STOPS = re.compile(
     "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
@@ -70,11 +71,14 @@ ALONE = 2.5  # the most of each
 UNMEASURED = 0.3  # spared where a language is not in `RELATIVE_LENGTH`
 VARIED = {"zh": 1.4, "ja": 1.4}  # languages whose lengths vary more
 BOTH = 1.4  # so do those of texts that were translated from English both
-# Japanese asks with a particle as well, and East Asia writes numbers out
+_ASKS = re.compile(f"[{ASKS}]+")  # "What???" asks once
+# Japanese asks with a particle as well; East Asia writes numbers out, Europe its centuries in Roman
 _ASKED = re.compile("\u304b(?:\u306a|\u306d|\u3044)?(?:[\u3002\u300d\u300f]|$)")
 _NUMERALS = re.compile(
     "[\u3007\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u4e07]{2}"
+    "|[\u5341\u767e\u5343\u4e07]"
 )
+_ROMAN = re.compile(r"\b(?:[IVX]{2,}|[VX])(?![A-Z])")
 MEASURED = 22  # characters of a text, at least, whose end is looked at
 _DOTTED = re.compile(r"\.\w|@|//")
 _LINK = re.compile(
@@ -258,12 +262,14 @@ def _apart(
     usual = 0.05 + 1.6 / math.sqrt(size / 2)
     usual *= max(VARIED.get(base, 1.0) for base in bases) * (1.0 if "en" in bases else BOTH)
     differ = {"length": max(abs(off) - spare, 0.0) / usual}
-    asks = NO_QUESTIONS.isdisjoint(bases) and not _otherwise(_ASKED, source, target, bases)
-    if asks and ours[5] != theirs[5]:
-        differ["question marks"] = abs(math.log((ours[5] + 0.7) / (theirs[5] + 0.7)))
+    asks = [len(_ASKS.findall(text)) for text in (source, target)]
+    if asks[0] != asks[1] and NO_QUESTIONS.isdisjoint(bases):
+        if not _otherwise(_ASKED, source, target, bases):
+            differ["question marks"] = abs(math.log((asks[0] + 0.7) / (asks[1] + 0.7)))
     digits = max(ours[2], theirs[2])  # one alone may count a list
     if options.numbers and digits > 1 and not (ours[2] and theirs[2]):
-        if not _otherwise(_NUMERALS, source, target, bases):
+        without = target if ours[2] else source
+        if not _otherwise(_NUMERALS, source, target, bases) and not _ROMAN.search(without):
             differ["digits"] = math.log((digits + 0.7) / 0.7)
     if len(differ) == 1:
         return

@@ -42,8 +42,10 @@ _LOST = re.compile(
 )
 _HALF = re.compile("[\u00c2-\u00c6](?![a-z])|[\u00e1\u00c2][\u00bb\u00ba]")
 _REST = "\u0080-\u00ba\u00bc-\u00bf\u0152-\u0192\u02c6\u02dc\u2020-\u2122"
-_LEFT = re.compile(  # of scripts that are not Latin
-    f"[\u00c2-\u00df][{_REST}]|[\u00cc-\u00df][\u2013-\u201f\u0370-\u06ff]|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
+_LEFT = re.compile(  # of scripts that are not Latin; 2\u00d7 may stand before their letters and digits
+    f"[\u00c2-\u00df][{_REST}]|[\u00cc-\u00df][\u2013-\u201f]"
+    "|[\u00cc-\u00d6\u00d8-\u00df][\u0370-\u06ff]"
+    f"|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
 )
 # The letters that a language has beside a to z, and the code pages that its texts were written in
 _CENTRAL = ("cp1250", "iso8859-2")
@@ -72,7 +74,7 @@ _NEEDED = {
     "sr": _SERBIAN + "\u0452\u045b", "mk": _SERBIAN + "\u0453\u0455\u045c",
     "uk": "\u0456\u0457\u0454", "be": "\u0456\u045e",
 }  # fmt: skip
-# KOI8 has small letters where others have capitals
+# KOI8 has small letters where others have capitals: in every word, not in an abbreviation alone
 _TURNED = re.compile("\\b[\u0430-\u044f][\u0410-\u042f]{2}")
 _CAPITALS = re.compile("^[\\0-\x7f\u0401-\u042f\u00ab\u00bb\u2010-\u203a\u2116]+$")
 # Frequent letters of Russian, Serbian, Ukrainian, Bulgarian: more than half of any sentence's
@@ -197,7 +199,8 @@ def _from_cyrillic(text: str, language: str) -> str:
     if _frequent(text, len(text)) > 0.2 or text.isupper() and _CAPITALS.search(text):
         return text
     usual = _usual_letters(text.lower())
-    turned = bool(_TURNED.search(text)) and usual < 0.5
+    most = sum(map(str.isupper, text)) > 2 * sum(map(str.islower, text))
+    turned = most and usual < 0.5 and bool(_TURNED.search(text))
     readings = {
         made: written
         for written in CYRILLIC

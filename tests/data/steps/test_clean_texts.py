@@ -1,0 +1,50 @@
+"""Clean texts that look like noise, and stay as they are."""
+
+import pytest
+
+from xplus_fast.data.steps.batch import make_batch
+from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
+from xplus_fast.data.steps.format import FormatOptions, tidy
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        # a sign of multiplication right before a digit or a letter
+        ("ar", "\u0645\u0633\u0627\u062d\u0629 \u0663\u00d7\u0664"),
+        ("fa", "\u06f3\u00d7\u06f4 \u0645\u062a\u0631"),
+        ("he", "\u05d2\u05d5\u05d1\u05d4 3\u00d7\u05d2\u05d5\u05d1\u05d4"),
+        ("ru", "\u0431\u043e\u043b\u044c\u0448\u0435 \u0432 3\u00d7\u0440\u0430\u0437\u0430"),
+        ("el", "2\u00d7\u03c0"),
+        # dB(A), mRNA: an abbreviation in words of rare letters
+        ("ru", "\u0428\u0443\u043c 35 \u0434\u0411\u0410"),
+        ("ru", "\u0424\u0443\u0437\u0437 \u043c\u0420\u041d\u041a"),
+    ],
+)
+def test_no_code_page_is_seen_in_it(language: str, text: str) -> None:
+    assert tidy(text, FormatOptions(), language) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "language"),
+    [
+        # a mark that is repeated asks once
+        ("You sold the mill?????", "Mliuza kinu?", "sw"),
+        ("Really???", "Kweli, ndugu yangu?", "sw"),
+        # centuries in Roman numbers, on either side
+        ("The old mill was built between the 18th and the 19th century.",
+         "Le vieux moulin, lui, a \u00e9t\u00e9 construit par la commune entre le"
+         " XVIIIe et le XIXe si\u00e8cle.", "fr"),
+        # ten, a hundred, ten thousand in one character
+        ("There are 10000 of them here.", "\u8fd9\u91cc\u6709\u4e07\u4e2a\u3002", "zh"),
+        # asked without a mark
+        ("Will the council close the old mill in spring?",
+         "\u0f0b".join(map(chr, range(0xF40, 0xF68))) + "\u0f0d", "bo"),
+    ],
+)  # fmt: skip
+def test_lengths_and_marks_go_together(source: str, target: str, language: str) -> None:
+    options = CleanOptions(min_script=0, truncated=False)
+    for a, b in ((source, target), (target, source)):
+        codes = ("en", language) if a is source else (language, "en")
+        row = {"source": a, "target": b, "source_language": codes[0], "target_language": codes[1]}
+        assert clean_pairs(make_batch([row]), options).reason.to_pylist() == [None], row
