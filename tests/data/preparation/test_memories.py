@@ -142,10 +142,11 @@ def test_breaks_within_a_segment_part_words(tmp_path: Path) -> None:
 def test_a_language_that_a_file_does_not_tell(tmp_path: Path) -> None:
     path = tmp_path / "a.xlf"
     unit = "<trans-unit><source>Save</source><target>Hifadhi</target></trans-unit>"
-    path.write_text(f'<xliff><file source-language="en">{unit}</file></xliff>')
-    assert "`languages: [en, sw]` tells them" in fault(path)
-    assert texts(path, languages=["en", "sw"]) == [("Save", "Hifadhi")]
-    assert texts(path, languages=["sw", "en"]) == [("Hifadhi", "Save")]
+    for target in ("", ' target-language=""', ' target-language="Kiswahili"'):
+        path.write_text(f'<xliff><file source-language="en"{target}>{unit}</file></xliff>')
+        assert "`languages: [en, sw]` tells them" in fault(path)
+        assert texts(path, languages=["en", "sw"]) == [("Save", "Hifadhi")]
+        assert texts(path, languages=["sw", "en"]) == [("Hifadhi", "Save")]
 
 
 def test_of_two_variants_of_a_language_the_first_is_read(tmp_path: Path) -> None:

@@ -211,8 +211,8 @@ def read_xliff(
 ) -> Iterator[tuple[str, dict[str, str] | Rejected]]:
     """Stream (where, {language: text}) of the translated units of an XLIFF file, 1.x or 2.x.
 
-    limit: characters of the file, which is read whole. languages: where files do not
-    tell one, it is among these. Raises `UserError`.
+    limit: characters of the file, which is read whole. languages: where a file does not
+    tell one that is known, it is among these. Raises `UserError`.
     """
     text = ""
     for more in _texts(path):
@@ -234,7 +234,7 @@ def read_xliff(
                  file.get("target-language") or root.get("trgLang") or ""]  # fmt: skip
         told = [canonical(code) for code in codes if is_language(code)]
         left = iter(code for code in languages if canonical(code) not in told)
-        codes = [code or next(left, "") for code in codes]
+        codes = [code if is_language(code) else next(left, code) for code in codes]
         if bad := [code for code in codes if not is_language(code)]:
             raise UserError(
                 f"{path}: a source or target language is not told, or unknown: {bad};"

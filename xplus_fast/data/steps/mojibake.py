@@ -42,7 +42,8 @@ _LOST = re.compile(
 )
 _HALF = re.compile("[\u00c2-\u00c6](?![a-z])|[\u00e1\u00c2][\u00bb\u00ba]")
 _REST = "\u0080-\u00ba\u00bc-\u00bf\u0152-\u0192\u02c6\u02dc\u2020-\u2122"
-_LEFT = re.compile(  # of scripts that are not Latin; 2\u00d7 may stand before their letters and digits
+# Of scripts that are not Latin, before whose letters and digits a 2\u00d7 may stand
+_LEFT = re.compile(
     f"[\u00c2-\u00df][{_REST}]|[\u00cc-\u00df][\u2013-\u201f]"
     "|[\u00cc-\u00d6\u00d8-\u00df][\u0370-\u06ff]"
     f"|[\u00e0-\u00ef][{_REST}\u2013-\u201f]{{2}}|\u00e2\u20ac"
