@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="the GPU to plan for, e.g. rtx4090, l4, or as nvidia-smi names it",
     )
-    plan.add_argument("--host-memory", default="", help="host memory that may be pinned, e.g. 64GB")
+    plan.add_argument(
+        "--host-memory", default="", help="host memory that each process may pin, e.g. 64GB"
+    )
     plan.add_argument(
         "--processes", type=int, default=1, help="how many train together, each on its own GPU"
     )

@@ -96,14 +96,28 @@ def test_each_of_several_has_its_part_of_a_step_and_its_buckets(capsys, qwen):
     assert "memory.sums=32" in plan(capsys, qwen, STAGE, *card)[1]
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("memory.sums=32", "memory.sums: 32 is for one process"),
+        ("memory.gradients=host", "memory.gradients: host is for one process"),
+        ("stages.0.layers={rotate: 2 of 0-35, every: 20}", "layers.rotate: works with one"),
+    ],
+)
+def test_what_one_process_can_alone_is_not_planned_for_several(capsys, qwen, override, said):
+    """`train` has no other checks of it."""
+    arguments = STAGE, "--card", "h100-80", override
+    assert plan(capsys, qwen, *arguments)[0] == 0
+    code, _, err = plan(capsys, qwen, *arguments, "--processes", "2")
+    assert code == 2 and err.count("\n") == 1 and said in err
+
+
 def test_gradients_of_several_stay_on_the_device(capsys, qwen):
     """Where one would send them to the host."""
     card = "--card", "rtx4090", "--budget", "12GB"
     assert as_json(capsys, qwen, *card)["update"]["gradients"] == "host"
     two = as_json(capsys, qwen, *card, "--processes", "2")
     assert two["update"]["gradients"] == "device"
-    code, _, err = plan(capsys, qwen, STAGE, *card, "memory.gradients=host", "--processes", "2")
-    assert code == 2 and "memory.gradients: host is for one process" in err
 
 
 def test_several_pin_what_one_may_together(capsys, qwen):

@@ -154,10 +154,8 @@ def _check(r: Request) -> None:
     if m.embedding == "host" and (r.shape.tied or "embedding" in r.also):
         why = "is the head, too" if r.shape.tied else "trains"
         raise UserError(f"memory.embedding: host is for a frozen embedding; this one {why}")
-    if m.gradients == "host" and r.processes > 1:
-        raise UserError(
-            "memory.gradients: host is for one process: those of several meet on the device"
-        )
+    if r.processes > 1:
+        _check_several(r)
     named = m.frozen.values() if isinstance(m.frozen, dict) else (m.frozen,)
     if "fp8" in named and not fp8_fits(r.shape):
         raise UserError("memory.frozen: fp8 wants layer sizes that are multiples of 16")
@@ -173,6 +171,20 @@ def _check(r: Request) -> None:
             if seen & ids:
                 raise UserError(f"memory.frozen: layer {min(seen & ids)} is named twice")
             seen |= ids
+
+
+def _check_several(r: Request) -> None:
+    if r.rotation is not None:
+        raise UserError("layers.rotate: works with one process only")
+    if r.memory.gradients == "host":
+        raise UserError(
+            "memory.gradients: host is for one process: those of several meet on the device"
+        )
+    if r.memory.sums == 32 and r.element != 4:
+        raise UserError(
+            "memory.sums: 32 is for one process; several exchange gradients in the weights' own"
+            " dtype: 16 is wanted"
+        )
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:

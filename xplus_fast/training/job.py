@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xplus_fast.config import Recipe, Stage
 from xplus_fast.errors import UserError
 from xplus_fast.files import resolve
@@ -17,7 +15,7 @@ from xplus_fast.model.families import Shape, shape_of
 from xplus_fast.model.pretrained import load_config
 from xplus_fast.planning.cards import Card
 from xplus_fast.planning.from_recipe import plan_recipe
-from xplus_fast.planning.selection import Rotation, learning_rates, resolve_layers
+from xplus_fast.planning.selection import learning_rates, resolve_layers
 from xplus_fast.training.peers import watched
 from xplus_fast.training.place import Place, barrier, card_here, find_place
 from xplus_fast.training.planned import check_plans
@@ -63,14 +61,6 @@ def read_job(recipe: Recipe, restart: bool, held: ExitStack) -> Job:
     shape = shape_of(config)
     selections = [resolve_layers(s.layers, shape.layers) for s in recipe.stages]
     rates = [_rates(stage, shape) for stage in recipe.stages]
-    turning = any(isinstance(stage.layers, Rotation) for stage in recipe.stages)
-    if turning and place.processes > 1:
-        raise UserError("layers.rotate: works with one process only")
-    if recipe.memory.sums == 32 and place.processes > 1 and place.dtype != torch.float32:
-        raise UserError(
-            "memory.sums: 32 is for one process; several exchange gradients in the weights' own"
-            " dtype: 16 is wanted"
-        )
     check_against(files, shape.tensor_shapes())
     run, free = resolve(recipe.output), card_here(place)
     card = free if restart else card_of(run, free)
