@@ -9,6 +9,7 @@ import pytest
 
 from tests.assets import shared_data
 from xplus_fast.config import DataConfig, Source
+from xplus_fast.data.files import read_lines
 from xplus_fast.data.languages import language_name
 from xplus_fast.data.readers import Example, Reading, read_examples, read_text
 from xplus_fast.errors import UserError
@@ -340,3 +341,18 @@ def test_splits_are_not_mixed(tmp_path: Path) -> None:
     assert [turns(e)[1][1] for e in read(path / "test")] == ["b"]
     with pytest.raises(UserError, match="holds the splits train, test; name one of these"):
         read(path, split="more")
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("broken", ["a\ud800b", "a\udc00"])
+def test_broken_utf_16_is_told_as_broken_utf_8_is(broken, order, tmp_path):
+    path = tmp_path / "x.txt"
+    data = f"\ufeffOne.\n{broken}\n\U0001f600".encode(order, "surrogatepass")
+
+    def said():
+        return [str(line) for _, line in read_lines(path)]
+
+    for lost, last in ((0, "\U0001f600"), (1, f"{path}:3: not UTF-8 (byte 1 of the line)"),
+                       (2, f"{path}:3: not UTF-8 (byte 1 of the line)")):  # fmt: skip
+        path.write_bytes(data[: len(data) - lost])  # a character, and parts of it
+        assert said() == ["One.", f"{path}:2: not UTF-8 (byte 2 of the line)", last]

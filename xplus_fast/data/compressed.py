@@ -51,11 +51,11 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 class _AsUtf8(io.RawIOBase):
-    """A stream of UTF-16, with its mark, as UTF-8."""
+    """A stream of UTF-16, with its mark, as UTF-8; what is broken there is broken here."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._left = stream, b""
-        self._decoder = codecs.getincrementaldecoder("utf-16")("replace")
+        self._decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
 
     def readable(self) -> bool:
         return True
@@ -63,8 +63,11 @@ class _AsUtf8(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._left:
             read = self._stream.read(1 << 16)
-            self._left = self._decoder.decode(read, not read).encode()
+            self._left = self._decoder.decode(read).encode(errors="surrogatepass")
             if not read:
+                half, _ = self._decoder.getstate()  # of a character
+                self._decoder.reset()
+                self._left += b"\xff" * bool(half)
                 break
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
