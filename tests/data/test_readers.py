@@ -356,3 +356,17 @@ def test_broken_utf_16_is_told_as_broken_utf_8_is(broken, order, tmp_path):
                        (2, f"{path}:3: not UTF-8 (byte 1 of the line)")):  # fmt: skip
         path.write_bytes(data[: len(data) - lost])  # a character, and parts of it
         assert said() == ["One.", f"{path}:2: not UTF-8 (byte 2 of the line)", last]
+
+
+@pytest.mark.parametrize("key", ["data", "documents", "messages", "a.b"])
+def test_what_keys_in_keys_are_read_from_is_not_unread(key, tmp_path):
+    file = jsonl(tmp_path / "x.jsonl", {key: {"q": "Hi?", "a": "Ho."}, "id": 3})
+    names = {"user": f"{key}.q", "assistant": f"{key}.a"}
+    if key == "a.b":  # in no key "a"
+        with pytest.raises(UserError, match="columns: no a.b.q and a.b.a in a.b, id"):
+            read(file, columns=names)
+        return
+    reading = Reading()
+    (example,) = read_examples(Source(str(file), columns=names), PLAIN, reading)
+    assert turns(example) == [("user", "Hi?"), ("assistant", "Ho.")]
+    assert reading.unread.keys() == {"id"}

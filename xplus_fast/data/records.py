@@ -74,6 +74,8 @@ class Form:
         if missing := [v for k, v in self.columns.items() if k not in {*there, *_OPTIONAL}]:
             raise Unfit(ODD_KEYS, f"expected {' and '.join(missing)}, found {_list(record)}")
         taken = {*self.columns.values(), *self.columns}
+        # what "data.en" was read from is no key that goes unread
+        taken |= {v.partition(".")[0] for v in self.columns.values() if v not in record}
         rest = {k: v for k, v in record.items() if k not in taken}
         return there | rest
 
