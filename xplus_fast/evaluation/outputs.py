@@ -114,9 +114,8 @@ def _chatter(text: str, source: str, languages: tuple[str, str]) -> bool:
     if "\n" not in source.strip() and _NOTE.search(text):
         return True
     label = _LABEL.match(text)
-    if label and not _LABEL.match(source):
-        if label[1].casefold() in _LABELS | _called(languages[0]) | _called(languages[1]):
-            return True
+    if label and not _LABEL.match(source) and _is_label(label[1], languages):
+        return True
     if head is not None and _names_itself().search(head):
         return not _names_itself().search(source)
     if asked is not None or _ASSISTANT.match(source):
@@ -125,7 +124,7 @@ def _chatter(text: str, source: str, languages: tuple[str, str]) -> bool:
         behind = text.partition(head)[2].lstrip("*_: \uff1a")
         if behind.startswith("\n") and "\n" not in source.strip():
             return True
-        if head.casefold() in _LABELS | _called(languages[0]) | _called(languages[1]):
+        if _is_label(head, languages):
             return True
     if not _ASSISTANT.match(text):
         return False
@@ -139,13 +138,19 @@ def _names_itself() -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, stems)), re.IGNORECASE)
 
 
+def _is_label(text: str, languages: tuple[str, str]) -> bool:
+    """Whether it names what stands behind it, or its language; "no" is a code, "No" is a word."""
+    names = _LABELS | _called(languages[0]) | _called(languages[1])
+    code = text.lower() if text.isupper() else text
+    return code in languages or text.casefold() in names
+
+
 @cache
 def _called(code: str) -> frozenset[str]:
     """A language's name in English and in itself."""
     from langcodes import Language
 
-    names = (code, language_name(code), Language.get(code).autonym())
-    return frozenset(name.casefold() for name in names)
+    return frozenset((language_name(code).casefold(), Language.get(code).autonym().casefold()))
 
 
 def loops(text: str, source: str = "") -> bool:
