@@ -19,6 +19,13 @@ from xplus_fast.data.steps.format import FormatOptions, tidy
         # dB(A), mRNA: an abbreviation in words of rare letters
         ("ru", "\u0428\u0443\u043c 35 \u0434\u0411\u0410"),
         ("ru", "\u0424\u0443\u0437\u0437 \u043c\u0420\u041d\u041a"),
+        # without a frequent letter: breathe (twice, too), wait, search, shoo, soul
+        ("ru", "\u0414\u044b\u0448\u0443."),
+        ("ru", "\u0414\u044b\u0448\u0443, \u0434\u044b\u0448\u0443."),
+        ("ru", "\u0416\u0434\u0443!"),
+        ("ru", "\u0418\u0449\u0443"),
+        ("ru", "\u041c\u044b\u0448, \u043a\u044b\u0448!"),
+        ("ru", "\u0414\u0443\u0448"),
     ],
 )
 def test_no_code_page_is_seen_in_it(language: str, text: str) -> None:

@@ -22,6 +22,18 @@ SCRIPT_NAMES = {  # of ISO 15924
 }  # fmt: skip
 NO_MARKS = {"th", "lo", "km", "my"}  # written without full stops and question marks
 
+_SOUTH = "\u0452\u0453\u0455\u0458\u0459\u045a\u045b\u045c\u045f"  # Serbian and Macedonian
+_EAST = "\u044b\u044d\u0451"  # Russian and Belarusian
+_WEST = "\u0454\u0456\u0457\u0491\u045e"  # Ukrainian and Belarusian
+_SOFT = "\u0439\u0449\u044a\u044c\u044e\u044f"
+# Letters that a language has not
+FOREIGN = {
+    "ru": {*_SOUTH, *_WEST}, "bg": {*_SOUTH, *_WEST, *_EAST},
+    "uk": {*_SOUTH, *_EAST, "\u044a", "\u045e"},
+    "sr": {*_EAST, *_WEST, *_SOFT, "\u0453", "\u0455", "\u045c"},
+    "mk": {*_EAST, *_WEST, *_SOFT, "\u0452", "\u045b"},
+}  # fmt: skip
+
 
 def scripts_of(code: str) -> tuple[str, ...]:
     """The scripts of a canonical language code."""
@@ -29,6 +41,11 @@ def scripts_of(code: str) -> tuple[str, ...]:
     if script in SCRIPT_NAMES:
         return (SCRIPT_NAMES[script],)
     return SCRIPTS.get(language, ("LATIN",))
+
+
+def has_foreign(text: str, base: str) -> bool:
+    """Whether a text has a letter that its language, of which this is the code, has not."""
+    return base in FOREIGN and not FOREIGN[base].isdisjoint(text.lower())
 
 
 # Kinds of characters in a census; more than these: letters, of the script `_SCRIPTS[kind]`

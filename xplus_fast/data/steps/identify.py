@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xplus_fast.data.steps.batch import Judged, Reject, by_code, judged
 from xplus_fast.data.steps.bayes import NO_CONTENT, ROUNDING, gaps
+from xplus_fast.data.steps.characters import has_foreign
 from xplus_fast.errors import UserError
 from xplus_fast.options import AtLeast0
 
@@ -31,18 +32,6 @@ _WORDS = re.compile(r"[\x21-\x26\x28-\x2c\x2e-\x40\u00a0-\u00bf\u2010-\u2bff]+")
 SAME = {
     "wuu": "zh", "yue": "zh", "lzh": "zh", "bs": "sr", "hr": "sr", "sh": "sr", "arz": "ar",
     "ary": "ar", "nn": "no", "nb": "no", "uzs": "uz",
-}  # fmt: skip
-
-_SOUTH = "\u0452\u0453\u0455\u0458\u0459\u045a\u045b\u045c\u045f"  # Serbian and Macedonian
-_EAST = "\u044b\u044d\u0451"  # Russian and Belarusian
-_WEST = "\u0454\u0456\u0457\u0491\u045e"  # Ukrainian and Belarusian
-_SOFT = "\u0439\u0449\u044a\u044c\u044e\u044f"
-# Letters that a language has not: where a text has one, any language that is likelier is believed
-FOREIGN = {
-    "ru": {*_SOUTH, *_WEST}, "bg": {*_SOUTH, *_WEST, *_EAST},
-    "uk": {*_SOUTH, *_EAST, "\u044a", "\u045e"},
-    "sr": {*_EAST, *_WEST, *_SOFT, "\u0453", "\u0455", "\u045c"},
-    "mk": {*_EAST, *_WEST, *_SOFT, "\u0452", "\u045b"},
 }  # fmt: skip
 
 
@@ -78,16 +67,12 @@ def _doubtful(texts: list[str], codes: list[str], options: IdentifyOptions) -> N
 
 def _margins(texts: list[str], base: str, options: IdentifyOptions) -> NDArray[np.floating]:
     """By how much another language must be likelier than each text's own, at least."""
-    return np.where([_has_foreign(text, base) for text in texts], 0.0, options.margin)
-
-
-def _has_foreign(text: str, base: str) -> bool:
-    return base in FOREIGN and not FOREIGN[base].isdisjoint(text.lower())
+    return np.where([has_foreign(text, base) for text in texts], 0.0, options.margin)
 
 
 def _language(text: str, base: str, options: IdentifyOptions) -> None:
     gap, other = advantage(text, base)
-    if gap > 0 and _has_foreign(text, base) and not _has_foreign(text, other):
+    if gap > 0 and has_foreign(text, base) and not has_foreign(text, other):
         raise Reject("wrong language", f"{other}, by its letters and {gap:.0f} nats")
     # symbols say nothing of a language, and names little of the one that they stand in
     if gap > options.margin:

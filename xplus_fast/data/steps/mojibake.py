@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from xplus_fast.data.steps.batch import Reject
+from xplus_fast.data.steps.characters import has_foreign
 from xplus_fast.errors import UserError
 
 # Characters that UTF-8 shows side by side in a code page; few clean texts have two such in a row
@@ -75,6 +76,7 @@ _NEEDED = {
     "sr": _SERBIAN + "\u0452\u045b", "mk": _SERBIAN + "\u0453\u0455\u045c",
     "uk": "\u0456\u0457\u0454", "be": "\u0456\u045e",
 }  # fmt: skip
+FEW = 8  # letters, at least, that may tell a code page: many a word has no frequent one
 # KOI8 has small letters where others have capitals: in every word, not in an abbreviation alone
 _TURNED = re.compile("\\b[\u0430-\u044f][\u0410-\u042f]{2}")
 _CAPITALS = re.compile("^[\\0-\x7f\u0401-\u042f\u00ab\u00bb\u2010-\u203a\u2116]+$")
@@ -199,6 +201,8 @@ def _from_cyrillic(text: str, language: str) -> str:
     # a sentence in capitals stays one
     if _frequent(text, len(text)) > 0.2 or text.isupper() and _CAPITALS.search(text):
         return text
+    if sum(c > "\x7f" for c in text) < FEW:
+        return text
     usual = _usual_letters(text.lower())
     most = sum(map(str.isupper, text)) > 2 * sum(map(str.islower, text))
     turned = most and usual < 0.5 and bool(_TURNED.search(text))
@@ -206,7 +210,7 @@ def _from_cyrillic(text: str, language: str) -> str:
         made: written
         for written in CYRILLIC
         for made in _read_again(text, CYRILLIC, (written,))
-        if made.isprintable() and not _TURNED.search(made)
+        if made.isprintable() and not _TURNED.search(made) and not has_foreign(made, language)
     }
     best = max(readings, key=_usual_letters, default=text)
     if _usual_letters(best) <= max(0.3 if turned else 0.5, usual):
