@@ -75,8 +75,12 @@ class _AsUtf8(io.RawIOBase):
 
 
 def as_utf8(stream: Any) -> Any:
-    """A stream of bytes that has `peek`; if it is in UTF-16, as its first bytes tell, in UTF-8."""
-    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    """A stream of bytes that has `peek`; if it is in UTF-16, in UTF-8.
+
+    Its mark tells, and a zero byte: a blank, a digit or the end of a line has one in UTF-16.
+    """
+    head = stream.peek(4096)
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and 0 in head:
         return io.BufferedReader(_AsUtf8(stream))
     return stream
 

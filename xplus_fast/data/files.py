@@ -67,7 +67,7 @@ def decoded(stream: Any, name: str) -> Iterator[tuple[str, str | Rejected]]:
         where = f"{name}:{number}"
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.count(0) > len(raw) // 3:
+            if len(raw) > 8 and max(raw[i::2].count(0) for i in (0, 1)) > len(raw) // 3:
                 raise UserError(f"{where}: no text in UTF-8, nor in UTF-16 with its mark")
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         if len(raw) > LINE_LIMIT:
