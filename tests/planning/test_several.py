@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from tests.planning.accounting import tracked
 from tests.planning.test_memory import MID, SELECTIONS, counted
 from tests.planning.test_plan_cli import QWEN3_8B, plan
 from tests.tiny import packed_batch, tiny_model
+from xplus_fast.config import load_recipe
 from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import LayerLayout, Layout, UpdateLayout
 from xplus_fast.model.prepare import prepare_model
 from xplus_fast.model.sums import Sums, summed
 from xplus_fast.planning import from_recipe
+from xplus_fast.planning.cards import find_card
 from xplus_fast.planning.memory import peak_moment, standing
 
 
@@ -127,6 +130,19 @@ def test_several_pin_what_one_may_together(capsys, qwen):
         capsys, qwen, STAGE, "--card", "rtx4090", "--budget", "12GB", "--processes", "4"
     )
     assert "of 25.60 GB" in out and "by all processes" in out
+
+
+def test_only_those_of_one_machine_share_what_it_may_pin(monkeypatch):
+    monkeypatch.setattr(from_recipe, "free_memory", lambda: 96_000_000_000)
+    here = find_card("rtx4090")
+    recipe = load_recipe(str(Path(__file__).parents[2] / "recipes/demo.yaml"))
+
+    def pinned(processes):
+        return from_recipe.find_where(recipe, "", "auto", "auto", here, processes).host
+
+    assert pinned(1) == 96_000_000_000 and pinned(8) == 12_000_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun says it on each of two machines
+    assert pinned(8) == 24_000_000_000
 
 
 def test_as_many_as_there_can_be(capsys, qwen):

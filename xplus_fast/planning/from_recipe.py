@@ -116,7 +116,8 @@ def find_where(
         pinned = None
     elif here is not None and card.name == here.name:
         pinned = free_memory()
-        pinned = pinned and pinned // processes  # each pins for itself
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's, on this machine
+        pinned = pinned and pinned // min(together, processes)  # each pins for itself
     else:
         pinned = int(ELSEWHERE_HOST * HOST_SHARE) // processes
         assumed.append(

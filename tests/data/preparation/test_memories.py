@@ -149,8 +149,11 @@ def test_a_language_that_a_file_does_not_tell(tmp_path: Path) -> None:
         assert texts(path, languages=["sw", "en"]) == [("Hifadhi", "Save")]
 
 
-def test_of_two_variants_of_a_language_the_first_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "read"), [("Color", "Color"), (" ", "Colour")])
+def test_of_two_variants_of_a_language_the_first_that_says_a_word(
+    first: str, read: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.tmx"
     both = '</seg></tuv><tuv xml:lang="en-GB"><seg>Colour'
-    memory(path, UNIT.format("Color" + both, "Rangi"))
-    assert texts(path) == [("Color", "Rangi")]
+    memory(path, UNIT.format(first + both, "Rangi"))
+    assert texts(path) == [(read, "Rangi")]

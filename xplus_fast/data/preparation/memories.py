@@ -160,7 +160,9 @@ def _unit(unit: str, namespaces: str, where: str, line: int) -> dict[str, str] |
         code = variant.get(XML_LANG) or variant.get("lang") or ""
         segment = next((child for child in variant if _bare(child) == "seg"), None)
         if is_language(code) and segment is not None:
-            texts.setdefault(canonical(code), "".join(_words(segment)))  # en-US, then en-GB
+            text, language = "".join(_words(segment)), canonical(code)
+            if not texts.get(language, "").strip():  # of en-US and en-GB the first that says a word
+                texts[language] = text
     return texts
 
 

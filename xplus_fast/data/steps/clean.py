@@ -38,7 +38,8 @@ class CleanOptions:
     max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
     numbers: bool = True  # reject numbers of two digits and more that contradict each other
     truncated: bool = True  # reject targets that end without the source's full stop
-    max_apart: Annotated[float, Positive] = 3.1  # evidence that texts do not go together, see APART
+    # evidence that the texts do not go together, see `APART`; a large number: not asked
+    max_apart: Annotated[float, Positive] = 3.1
 
 
 # Characters of a text relative to its English: means over FLORES-200 devtest (1012 sentences).
@@ -46,6 +47,7 @@ RELATIVE_LENGTH = {
     "ar": 0.881, "bn": 0.978, "cs": 0.964, "de": 1.166, "en": 1.000, "es": 1.190,
     "fr": 1.195, "hu": 1.050, "ja": 0.431, "ko": 0.500, "ru": 1.077, "sr": 0.991,
     "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
+    **dict.fromkeys(("yue", "wuu", "lzh"), 0.328),  # not measured; written as zh is
 }  # fmt: skip
 # Written without marks for questions, or with a semicolon
 NO_QUESTIONS = NO_MARKS | {"el", "bo", "dz"}
