@@ -91,11 +91,9 @@ def runs(demo: Recipe, setup: Setup) -> list[Run]:
     """All runs, those first that say most."""
     hot, cool = setup.rates
     ways = list(variants(demo))
-    made = [Run(way, hot, False, 0) for way in ways]
+    made = [Run(way, hot, False, seed) for seed in range(setup.seeds) for way in ways]
     made += [Run(way, hot, True, 0) for way in ways]
     made += [Run(way, cool, False, 0) for way in ways]
-    for seed in range(1, setup.seeds):
-        made += [Run(way, hot, False, seed) for way in ways]
     for seed in range(1, setup.seeds):
         made += [Run(way, hot, True, seed) for way in ways]
         made += [Run(way, cool, False, seed) for way in ways]

@@ -39,9 +39,9 @@ def test_what_says_most_comes_first(demo) -> None:
     runs = experiment.runs(demo, full)
     assert [r.variant for r in runs[:6]] == NAMES
     assert {(r.rate, r.replay, r.seed) for r in runs[:6]} == {(3.0, False, 0)}
-    assert {(r.rate, r.replay, r.seed) for r in runs[6:12]} == {(3.0, True, 0)}
-    assert {(r.rate, r.replay, r.seed) for r in runs[12:18]} == {(2.0, False, 0)}
-    assert {(r.rate, r.replay) for r in runs[18:30]} == {(3.0, False)}
+    assert {(r.rate, r.replay) for r in runs[:18]} == {(3.0, False)}
+    assert {(r.rate, r.replay, r.seed) for r in runs[18:24]} == {(3.0, True, 0)}
+    assert {(r.rate, r.replay, r.seed) for r in runs[24:30]} == {(2.0, False, 0)}
     assert len({r.name for r in runs}) == len(runs) == 6 * 2 * 2 * 3
 
 
