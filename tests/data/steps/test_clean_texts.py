@@ -1,10 +1,16 @@
 """Clean texts that look like noise, and stay as they are."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from xplus_fast.data.steps.batch import make_batch
 from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
 from xplus_fast.data.steps.format import FormatOptions, tidy
+
+# Kind, language, English, the other: numbers written out on a side, questions without a mark
+GOOD = json.loads((Path(__file__).parent / "good_pairs.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -55,3 +61,20 @@ def test_lengths_and_marks_go_together(source: str, target: str, language: str) 
         codes = ("en", language) if a is source else (language, "en")
         row = {"source": a, "target": b, "source_language": codes[0], "target_language": codes[1]}
         assert clean_pairs(make_batch([row]), options).reason.to_pylist() == [None], row
+
+
+@pytest.mark.parametrize(("language", "kind"), sorted({(one[1], one[0]) for one in GOOD}))
+def test_good_short_pairs_stay(language: str, kind: str) -> None:
+    """In both directions."""
+    chosen = [(a, b) for what, code, a, b in GOOD if (code, what) == (language, kind)]
+    rows = [
+        {"source": a, "target": b, "source_language": "en", "target_language": language}
+        for a, b in chosen
+    ]
+    turned = [
+        {"source": b, "target": a, "source_language": language, "target_language": "en"}
+        for a, b in chosen
+    ]
+    for numbers in (True, False):
+        found = clean_pairs(make_batch(rows + turned), CleanOptions(numbers=numbers))
+        assert found.reason.to_pylist() == [None] * 2 * len(rows), found.detail.to_pylist()

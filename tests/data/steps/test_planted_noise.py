@@ -102,7 +102,9 @@ def test_short_sentences_of_the_expected_language_stay() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_removed(clean, kind) -> None:
-    planted = list(plant(kind, clean))
+    # one draw has too few texts of a language that end in the middle to tell 88 % from 90 %
+    seeds = (1, 2, 3) if kind == "cut off" else (1,)
+    planted = [one for seed in seeds for one in plant(kind, clean, seed)]
     assert len(planted) > 1000
     survived = kept([row for _, _, row in planted])
     by_language = defaultdict(list)

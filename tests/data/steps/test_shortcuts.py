@@ -14,7 +14,7 @@ import pytest
 from tests.data.steps.noise import LANGUAGES, everyday_pairs
 from xplus_fast.data.steps import bayes, clean, format, identify, markup, mojibake, plain
 from xplus_fast.data.steps.batch import make_batch
-from xplus_fast.data.steps.characters import census
+from xplus_fast.data.steps.characters import QUOTES, census
 from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
 from xplus_fast.data.steps.format import FormatOptions, format_pairs
 from xplus_fast.data.steps.identify import IdentifyOptions, identify_pairs
@@ -174,7 +174,7 @@ def test_every_character_that_goes_is_told_by_isprintable():
 
 def counted(text, scripts):
     """A census, character by character."""
-    letters = wrong = digits = punctuation = solid = asks = 0
+    letters = wrong = digits = punctuation = solid = asks = quotes = 0
     for character, n in Counter(text).items():
         if character == " ":
             continue
@@ -184,19 +184,20 @@ def counted(text, scripts):
             digits += n
         elif category[0] in "PS":
             punctuation += n
-            asks += n * (character in "?\u061f\uff1f\u055e\u1367")
+            asks += n * (character in "?\u061f\uff1f\u055e\u1367\u2e2e\u203d\u2047\u2048\u2049")
+            quotes += n * (character in QUOTES)
         elif category[0] == "L":
             letters += n
             name = unicodedata.name(character, "OTHER").split()[0].split("-")[0]
             wrong += n * (name not in (*scripts, "FULLWIDTH", "HALFWIDTH"))
-    return [letters, wrong, digits, punctuation, solid, asks]
+    return [letters, wrong, digits, punctuation, solid, asks, quotes]
 
 
 def test_a_census_of_many_texts_is_that_of_each():
     texts = [text for text, _ in odd_texts(2000, 3)] + ["", "".join(map(chr, range(0x3000)))]
     for scripts in (("LATIN",), ("HIRAGANA", "KATAKANA", "CJK"), ("ARABIC",)):
         assert census(texts, scripts).tolist() == [counted(text, scripts) for text in texts]
-    assert census([], ("LATIN",)).shape == (0, 6)
+    assert census([], ("LATIN",)).shape == (0, 7)
 
 
 def test_plain_texts_are_what_one_search_for_noise_leaves():

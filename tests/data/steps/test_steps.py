@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xplus_fast.data.steps.batch import SCHEMA, Reject, make_batch
-from xplus_fast.data.steps.clean import RELATIVE_LENGTH, CleanOptions, clean_pairs
+from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
 from xplus_fast.data.steps.decontaminate import (
     DecontaminateOptions,
     build_index,
@@ -21,6 +21,7 @@ from xplus_fast.data.steps.dedup import (
 from xplus_fast.data.steps.format import FormatOptions, format_pairs, tidy
 from xplus_fast.data.steps.identify import IdentifyOptions, chinese_scripts, identify_pairs
 from xplus_fast.data.steps.instruct import InstructOptions, instruct_pairs
+from xplus_fast.data.steps.lengths import RELATIVE_LENGTH
 from xplus_fast.data.steps.quality import QualityOptions, judge, score_pairs
 from xplus_fast.errors import UserError
 
@@ -174,17 +175,28 @@ def test_lengths_are_those_of_the_languages():
 
 
 def test_lengths_and_marks_that_disagree() -> None:
-    """Of lengths, question marks and digits one may differ, two may not."""
+    """Lengths may differ, or marks, but not both."""
     said = "lengths and marks disagree"
     asked = "Will the council close the old mill in spring?"
     told = "Le conseil fermera le vieux moulin au printemps, le maire l'a dit aux habitants hier."
     dated = "Le vieux moulin, qui date de 1834, sera bient\u00f4t ferm\u00e9."
+    longer = dated[:-1] + ", et la commune entend vendre les pierres."
+    quoted = "\u00abC'est le maire qui fermera le vieux moulin au printemps\u00bb, dit-on."
+    title = "On donne le \u00abVieux moulin\u00bb de demain soir jusqu'au printemps, et puis rien."
     cases = [
         (asked, "Le conseil fermera le vieux moulin au printemps.", "en", "fr", None),
         (asked[:-1] + ".", told, "en", "fr", None),
         (asked, told, "en", "fr", said),
         (asked[:-1] + ".", dated, "en", "fr", None),  # a year alone
-        (asked, dated, "en", "fr", said),
+        (asked, dated, "en", "fr", None),
+        (asked, longer, "en", "fr", said),
+        (longer, asked, "fr", "en", said),
+        # direct speech: a sentence between quotes, and no other sign of it
+        ("The old mill will close in spring.", quoted, "en", "fr", said),
+        ("The old mill will close in the spring, or so he said.", quoted, "en", "fr", None),
+        ("- The old mill will close in spring.", quoted, "en", "fr", None),
+        ("The 'old mill' will close in spring.", quoted, "en", "fr", None),
+        ("The old mill will close in spring.", title, "en", "fr", None),
         (told, asked, "fr", "en", said),
         # no marks that would tell: of Thai, of Greek, a Japanese particle
         (asked, told, "en", "th", None),
@@ -206,11 +218,33 @@ def test_lengths_and_marks_that_disagree() -> None:
         assert clean_pairs(make_batch([row]), off).reason.to_pylist() == [None], row
 
 
-def test_a_thai_syllable_that_is_not_whole_breaks_off():
-    text = "\u0e42\u0e23\u0e07\u0e2a\u0e35\u0e40\u0e01\u0e48\u0e32\u0e41"
+@pytest.mark.parametrize(
+    ("whole", "cut"),
+    [
+        ("\u0e42\u0e23\u0e07\u0e2a\u0e35\u0e40\u0e01\u0e48\u0e32", "\u0e41"),  # an e
+        ("\u0e40\u0e02\u0e32\u0e01\u0e25", "\u0e31"),  # a, which a consonant follows
+        ("\u0e40\u0e02\u0e32\u0e0a", "\u0e37\u0e48"),  # ue with a tone
+        ("\u0e40\u0e02\u0e32\u0e21\u0e32\u0e17\u0e33", "\u0e01"),  # am, and one consonant more
+        ("\u0e40\u0e02\u0e32\u0e44\u0e21\u0e48", "\u0e1e"),  # ai, and one consonant more
+    ],
+)  # fmt: skip
+def test_a_thai_syllable_that_is_not_whole_breaks_off(whole: str, cut: str) -> None:
     options, pair = CleanOptions(), ("en", "th")
-    assert reason(clean_pairs, "The old mill.", text[:-1], options, pair) is None
-    assert reason(clean_pairs, "The old mill.", text, options, pair) == "target breaks off"
+    assert reason(clean_pairs, "The old mill.", whole, options, pair) is None
+    assert reason(clean_pairs, "The old mill.", whole + cut, options, pair) == "target breaks off"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0e41\u0e15\u0e48\u0e40\u0e02\u0e32\u0e01\u0e47",  # a word that ends in a short e
+        "\u0e1b\u0e23\u0e30\u0e15\u0e39",  # door: a, and a consonant with its vowel below
+        "\u0e44\u0e21\u0e48\u0e14\u0e35!",  # not good: ai, and a consonant with its vowel above
+        "\u0e25\u0e2d\u0e07\u0e17\u0e33\u0e14\u0e39",  # try it
+    ],
+)
+def test_thai_words_that_look_cut_are_whole(text: str) -> None:
+    assert reason(clean_pairs, "Not he.", text, CleanOptions(), ("en", "th")) is None
 
 
 def test_languages_and_scripts():

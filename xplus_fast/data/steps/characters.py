@@ -49,16 +49,17 @@ def has_foreign(text: str, base: str) -> bool:
 
 
 # Kinds of characters in a census; more than these: letters, of the script `_SCRIPTS[kind]`
-_UNKNOWN, _SPACE, _SOLID, _DIGIT, _PUNCTUATION, _ASK = range(6)
-_SCRIPTS = [""] * 6
+_UNKNOWN, _SPACE, _SOLID, _DIGIT, _PUNCTUATION, _ASK, _QUOTE = range(7)
+_SCRIPTS = [""] * 7
 _KINDS = np.zeros(0x110000, np.uint8)  # of every character that was met
-ASKS = "?\u061f\uff1f\u055e\u1367"  # question marks
+ASKS = "?\u061f\uff1f\u055e\u1367\u2e2e\u203d\u2047\u2048\u2049"  # question marks
+QUOTES = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u300a\u300b\u300c\u300d\u300e\u300f'
 _WIDTHS = ("FULLWIDTH", "HALFWIDTH")  # in names of letters of several scripts
 
 
 def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
-    """What each of the texts is made of, [len(texts), 6]: letters, those of other scripts, digits,
-    punctuation and symbols, all but spaces, question marks."""
+    """What each of the texts is made of, [len(texts), 7]: letters, those of other scripts, digits,
+    punctuation and symbols, all but spaces, question marks, quotation marks."""
     lengths = np.array([len(text) for text in texts], np.intp)
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _KINDS[codes]
@@ -69,12 +70,13 @@ def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
     many = len(_SCRIPTS)
     keys = np.repeat(np.arange(len(texts)) * many, lengths) + kinds
     found = np.bincount(keys, minlength=len(texts) * many).reshape(len(texts), many)
-    letters = found[:, _ASK + 1 :]
-    wrong = [name not in scripts and name not in _WIDTHS for name in _SCRIPTS[_ASK + 1 :]]
+    letters = found[:, _QUOTE + 1 :]
+    wrong = [name not in scripts and name not in _WIDTHS for name in _SCRIPTS[_QUOTE + 1 :]]
     return np.stack(
         [
             letters.sum(1), letters[:, wrong].sum(1), found[:, _DIGIT],
-            found[:, _PUNCTUATION : _ASK + 1].sum(1), found[:, _SOLID:].sum(1), found[:, _ASK],
+            found[:, _PUNCTUATION : _QUOTE + 1].sum(1), found[:, _SOLID:].sum(1),
+            found[:, _ASK], found[:, _QUOTE],
         ],
         axis=1,
     )  # fmt: skip
@@ -93,4 +95,6 @@ def _kind(character: str) -> int:
         return _DIGIT
     if character in ASKS:
         return _ASK
+    if character in QUOTES:
+        return _QUOTE
     return _PUNCTUATION if category[0] in "PS" else _SOLID

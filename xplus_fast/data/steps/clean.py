@@ -12,13 +12,15 @@ from typing import Annotated
 
 import pyarrow as pa
 
+from xplus_fast.data.steps.apart import apart
 from xplus_fast.data.steps.batch import Judged, Reject, by_code, judge_rows
-from xplus_fast.data.steps.characters import ASKS, NO_MARKS, census, scripts_of
+from xplus_fast.data.steps.characters import NO_MARKS, census, scripts_of
+from xplus_fast.data.steps.lengths import RELATIVE_LENGTH, Lengths, compare
 from xplus_fast.data.steps.numbers import contradiction
 from xplus_fast.data.steps.plain import words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
 
-# letters, those of other scripts, digits, punctuation, all but spaces, question marks
+# letters, those of other scripts, digits, punctuation, all but spaces, question and quotation marks
 _Census = Sequence[int]
 
 
@@ -26,9 +28,9 @@ _Census = Sequence[int]
 class CleanOptions:
     min_letters: Amount = 1  # of either text
     max_characters: Count = 1500  # of either text
-    # |ln(target / expected)| of the lengths allowed, and so much more over the square root of the
-    # expected length: short texts differ more
-    ratio: Annotated[float, Positive] = 0.55
+    # |ln(target / expected)| of the lengths allowed, and so much more over the square root of a
+    # length: short texts differ more
+    ratio: Annotated[float, Positive] = 0.35
     ratio_short: Annotated[float, AtLeast0] = 3.5
     max_digits: Share = 0.5  # share of the characters that are no spaces
     max_punctuation: Share = 0.5
@@ -38,19 +40,10 @@ class CleanOptions:
     max_copied: Share = 0.8  # share of the target's words that the source has, of 4 words or more
     numbers: bool = True  # reject numbers of two digits and more that contradict each other
     truncated: bool = True  # reject targets that end without the source's full stop
-    # evidence that the texts do not go together, see `APART`; a large number: not asked
+    # evidence that the texts do not go together, see `apart.WEIGHTS`; a large number: not asked
     max_apart: Annotated[float, Positive] = 3.1
 
 
-# Characters of a text relative to its English: means over FLORES-200 devtest (1012 sentences).
-RELATIVE_LENGTH = {
-    "ar": 0.881, "bn": 0.978, "cs": 0.964, "de": 1.166, "en": 1.000, "es": 1.190,
-    "fr": 1.195, "hu": 1.050, "ja": 0.431, "ko": 0.500, "ru": 1.077, "sr": 0.991,
-    "sw": 1.047, "te": 1.004, "th": 0.956, "vi": 1.050, "zh": 0.328,
-    **dict.fromkeys(("yue", "wuu", "lzh"), 0.328),  # not measured; written as zh is
-}  # fmt: skip
-# Written without marks for questions, or with a semicolon
-NO_QUESTIONS = NO_MARKS | {"el", "bo", "dz"}
 # Full stops, and what ends a sentence else: of Armenian, Ethiopic, Khmer, Tibetan and Burmese, too
 _STOPS = re.compile(
     "[.!?:;~*\u2026\u2025\u3002\uff01\uff1f\uff0e\uff1a\uff1b\uff61\u0964\u0965\u061f\u061b\u06d4"
@@ -63,24 +56,14 @@ LOOP = 15  # characters of a text that repeats itself
 # over the square root of the length. Headlines have no full stop either, and are shorter than their
 # translations.
 SHORTER = {"target": (0.05, 1.0), "te": (0.1, 1.8), "unmarked": (0.12, 2.6), "source": (0.1, 4.5)}
-# Vowels of Thai and Lao that are written before the consonant of their syllable
-_UNFINISHED = re.compile("[\u0e40-\u0e44\u0ec0-\u0ec4]\\W*$")
-# Lengths, question marks and digits (some or none) each differ in some translations, but seldom
-# two at once. The evidence is these times the logs of the ratios (of lengths: in standard
-# deviations), none alone enough.
-APART = {"length": 1.5, "question marks": 2.25, "digits": 1.2}
-ALONE = 2.5  # the most of each
-UNMEASURED = 0.3  # spared where a language is not in `RELATIVE_LENGTH`
-VARIED = {"zh": 1.4, "ja": 1.4}  # languages whose lengths vary more
-BOTH = 1.4  # so do those of texts that were translated from English both
-_ASKS = re.compile(f"[{ASKS}]+")  # "What???" asks once
-# Japanese asks with a particle as well; East Asia writes numbers out, Europe its centuries in Roman
-_ASKED = re.compile("\u304b(?:\u306a|\u306d|\u3044)?(?:[\u3002\u300d\u300f]|$)")
-_NUMERALS = re.compile(
-    "[\u3007\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u4e07]{2}"
-    "|[\u5341\u767e\u5343\u4e07]"
+# Syllables of Thai and Lao that are not whole: a vowel that is written before its consonant, one
+# that a consonant must follow (a tone between or not; one word ends in a short e), and a single
+# consonant after a vowel that none can close
+_UNFINISHED = re.compile(
+    "(?:[\u0e40-\u0e44\u0ec0-\u0ec4]|[\u0e31\u0e37][\u0e48-\u0e4b]?|[^\u0e01]\u0e47"
+    "|[\u0eb1\u0ebb][\u0ec8-\u0ecb]?|[\u0e30\u0e33][\u0e01-\u0e2e]"
+    "|[\u0e43\u0e44][\u0e01-\u0e2e]{1,2}[\u0e48-\u0e4b][\u0e01-\u0e2e])[^\\w\u0e00-\u0eff]*$"
 )
-_ROMAN = re.compile(r"\b(?:[IVX]{2,}|[VX])(?![A-Z])")
 MEASURED = 22  # characters of a text, at least, whose end is looked at
 _DOTTED = re.compile(r"\.\w|@|//")
 _LINK = re.compile(
@@ -101,12 +84,19 @@ def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
         _copy(source, target, options)
-        off = _lengths(source, target, (a, b), options)
-        if options.numbers and (ours[2] or theirs[2]):  # there are digits
+        bases = a.partition("_")[0], b.partition("_")[0]
+        digits = ours[2], theirs[2]
+        lengths = compare(source, target, bases, digits)
+        if options.truncated:
+            _broken(source, target, bases, lengths)
+        _sizes(lengths, options)
+        if options.numbers and (digits[0] or digits[1]):
             if found := contradiction(source, target, (a, b)):
                 raise Reject("numbers disagree", found)
-        if ours[2] != theirs[2] or ours[5] != theirs[5]:
-            _apart(source, target, (a, b), ours, theirs, off, options)
+        counted = digits if options.numbers else (0, 0)
+        marks = ours[5:], theirs[5:]
+        if found := apart(source, target, bases, lengths, counted, marks, options.max_apart):
+            raise Reject("lengths and marks disagree", found)
 
     return judge_rows(
         batch, judge, *(_censuses(batch, side, options) for side in ("source", "target"))
@@ -119,7 +109,7 @@ def _censuses(batch: pa.RecordBatch, side: str, options: CleanOptions) -> list[_
         text if len(text) <= options.max_characters else ""
         for text in batch.column(side).to_pylist()
     ]
-    found: list[_Census] = [(0,) * 6] * len(texts)
+    found: list[_Census] = [(0,) * 7] * len(texts)
     for code, at in by_code(batch.column(f"{side}_language").to_pylist()):
         made_of = census([texts[i] for i in at], scripts_of(code)).tolist()
         for i, counts in zip(at, made_of, strict=True):
@@ -219,68 +209,29 @@ def _twice(words: list[str]) -> bool:
     return half >= 4 and len(whole) % 2 == 0 and whole[:half] == whole[half:]
 
 
-def _lengths(source: str, target: str, languages: tuple[str, str], options: CleanOptions) -> float:
-    """ln(target / expected) of the lengths."""
-    relative = [RELATIVE_LENGTH.get(code.partition("_")[0], 1.0) for code in languages]
-    expected = len(source) * relative[1] / relative[0]
-    off = math.log(len(target) / expected)
-    # in English characters, so that Chinese texts count as long as they are
-    allowed = options.ratio + options.ratio_short / math.sqrt(len(source) / relative[0])
-    if off > allowed:
+def _sizes(lengths: Lengths, options: CleanOptions) -> None:
+    off = lengths.off
+    # of the source, or of both: a target that lost its end does not say how much it may have lost
+    size = min(lengths.source, math.sqrt(lengths.source * lengths.target))
+    allowed = options.ratio * lengths.varied + options.ratio_short / math.sqrt(size)
+    if off > allowed + lengths.spare:
         raise Reject("target too long for its source", f"{math.exp(off):.1f}x as long as expected")
-    if -off > allowed:
+    if -off > allowed + lengths.spare:
         raise Reject("target too short for its source", f"{math.exp(off):.2f}x as long as expected")
-    if not options.truncated:
-        return off
+
+
+def _broken(source: str, target: str, bases: Sequence[str], lengths: Lengths) -> None:
     stops = bool(_STOPS.search(source[-END:])), bool(_STOPS.search(target[-END:]))
     if stops[0] == stops[1]:
-        return off
-    bases = [code.partition("_")[0] for code in languages]
+        return
     side = how = "source" if stops[1] else "target"
-    size, sign = (len(target) / relative[1], 1) if stops[1] else (len(source) / relative[0], -1)
+    size, sign = (lengths.target, 1) if stops[1] else (lengths.source, -1)
     if side == "target" and not NO_MARKS.isdisjoint(bases):
         how = "unmarked"
     elif side == "target" and "te" in bases:  # often without, in all but news
         how = "te"
     least, more = SHORTER[how]
     broken = source if stops[1] else target
-    short = size >= MEASURED and off * sign > least + more / math.sqrt(size)
+    short = size >= MEASURED and lengths.off * sign > least + more / math.sqrt(size)
     if short or _UNFINISHED.search(broken):
         raise Reject(f"{side} breaks off", broken[-20:])
-    return off
-
-
-def _apart(
-    source: str, target: str, languages: tuple[str, str], ours: _Census, theirs: _Census,
-    off: float, options: CleanOptions,
-) -> None:  # fmt: skip
-    """Reject texts that differ in several ways which go together in translations."""
-    bases = [code.partition("_")[0] for code in languages]
-    size = sum(
-        len(text) / RELATIVE_LENGTH.get(base, 1.0)
-        for text, base in zip((source, target), bases, strict=True)
-    )
-    spare = UNMEASURED if any(base not in RELATIVE_LENGTH for base in bases) else 0.0
-    usual = 0.05 + 1.6 / math.sqrt(size / 2)
-    usual *= max(VARIED.get(base, 1.0) for base in bases) * (1.0 if "en" in bases else BOTH)
-    differ = {"length": max(abs(off) - spare, 0.0) / usual}
-    asks = [len(_ASKS.findall(text)) for text in (source, target)]
-    if asks[0] != asks[1] and NO_QUESTIONS.isdisjoint(bases):
-        if not _otherwise(_ASKED, source, target, bases):
-            differ["question marks"] = abs(math.log((asks[0] + 0.7) / (asks[1] + 0.7)))
-    digits = max(ours[2], theirs[2])  # one alone may count a list
-    if options.numbers and digits > 1 and not (ours[2] and theirs[2]):
-        without = target if ours[2] else source
-        if not _otherwise(_NUMERALS, source, target, bases) and not _ROMAN.search(without):
-            differ["digits"] = math.log((digits + 0.7) / 0.7)
-    if len(differ) == 1:
-        return
-    evidence = {name: min(APART[name] * value, ALONE) for name, value in differ.items()}
-    if sum(evidence.values()) > options.max_apart:
-        said = (f"{name} {value:.1f}" for name, value in evidence.items() if value >= 0.1)
-        raise Reject("lengths and marks disagree", ", ".join(said))
-
-
-def _otherwise(pattern: re.Pattern[str], source: str, target: str, bases: Sequence[str]) -> bool:
-    texts = zip((source, target), bases, strict=True)
-    return any(base in ("ja", "zh") and pattern.search(text) for text, base in texts)
