@@ -272,6 +272,13 @@ def test_letters_that_a_language_has_not() -> None:
     said = "target: wrong language"
     for language, wanted in (("ru", said), ("bg", said), ("sr", None)):
         assert reason(identify_pairs, "One, two.", serbian, options, ("en", language)) == wanted
+    # only some languages open a question: no short English text does
+    for text, language, wanted in (
+        ("\u00bfHay?", "en", "source: wrong language"), ("Hay?", "en", None),
+        ("\u00bfHay?", "es", None), ("\u00bfHai?", "gl", None),
+        ("He wrote \u00bfHay? on the door of the mill.", "en", None),
+    ):  # fmt: skip
+        assert reason(identify_pairs, text, "Nini?", options, (language, "sw")) == wanted, text
     # a name in a text that is surely Russian
     text = RUSSIAN + " \u0411\u0430\u0458\u0438\u043d\u0430 \u0411\u0430\u0448\u0442\u0430."
     assert reason(identify_pairs, "One, two.", text, options, ("en", "ru")) is None

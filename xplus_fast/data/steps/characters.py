@@ -43,9 +43,16 @@ def scripts_of(code: str) -> tuple[str, ...]:
     return SCRIPTS.get(language, ("LATIN",))
 
 
+# Those who open their questions with a mark, too
+OPENING = {"es", "gl", "ast", "an", "ext", "ca", "eu", "oc", "tl", "fil", "ceb", "pap", "cbk", "qu",
+           "gn", "gug", "ay", "nah", "la"}  # fmt: skip
+
+
 def has_foreign(text: str, base: str) -> bool:
-    """Whether a text has a letter that its language, of which this is the code, has not."""
-    return base in FOREIGN and not FOREIGN[base].isdisjoint(text.lower())
+    """Whether a text has a character that its language, of which this is the code, has not."""
+    if base in FOREIGN:
+        return not FOREIGN[base].isdisjoint(text.lower())
+    return ("\u00bf" in text or "\u00a1" in text) and base not in OPENING
 
 
 # Kinds of characters in a census; more than these: letters, of the script `_SCRIPTS[kind]`
