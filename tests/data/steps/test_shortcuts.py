@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.steps.noise import LANGUAGES, everyday_pairs
-from xplus_fast.data.steps import bayes, clean, format, identify, markup, mojibake, plain
+from xplus_fast.data.steps import bayes, clean, format, identify, letters, markup, mojibake, plain
 from xplus_fast.data.steps.batch import make_batch
 from xplus_fast.data.steps.characters import QUOTES, census
 from xplus_fast.data.steps.clean import CleanOptions, clean_pairs
@@ -80,7 +80,7 @@ def verdicts(judged):
 @pytest.mark.parametrize("margin", [0.0, 1.0, 7.0])
 def test_languages_of_many_texts_are_those_of_each(margin):
     pytest.importorskip("py3langid", reason="identifies languages")
-    batch, options = odd_batch(1000, 0), IdentifyOptions(margin)
+    batch, options = odd_batch(2000, 0), IdentifyOptions(margin)
 
     def alone(row):
         for side in ("source", "target"):
@@ -124,7 +124,7 @@ def test_texts_that_are_spared_searches_would_pass_them(monkeypatch, markup):
     with monkeypatch.context() as unspared:
         for module, name in (
             (mojibake, "_PAIR_BEGINS"), (mojibake, "_LOST_HAS"), (mojibake, "_LEFT_BEGINS"),
-            (format, "_PRESENTED"), (format, "_CYRILLIC_LETTER"),
+            (letters, "_RARE"), (letters, "_MARKED"),
         ):  # fmt: skip
             unspared.setattr(module, name, ANYTHING)
         unspared.setattr(mojibake, "_ALONE", NOTHING)

@@ -17,7 +17,7 @@ from xplus_fast.data.steps.batch import Judged, Reject, by_code, judge_rows
 from xplus_fast.data.steps.characters import NO_MARKS, census, scripts_of
 from xplus_fast.data.steps.lengths import RELATIVE_LENGTH, Lengths, compare
 from xplus_fast.data.steps.numbers import contradiction
-from xplus_fast.data.steps.plain import words
+from xplus_fast.data.steps.plain import UNSPACED, words
 from xplus_fast.options import Amount, AtLeast0, Count, Positive, Share
 
 # letters, those of other scripts, digits, punctuation, all but spaces, question and quotation marks
@@ -52,6 +52,10 @@ _STOPS = re.compile(
 )
 END = 6  # characters at the end of a text, at most, that `_STOPS` is about
 LOOP = 15  # characters of a text that repeats itself
+SUNG = 60  # characters, at most, of what may be said over and over in both languages
+_AGAIN = re.compile(r"\b(\w{1,12})(?:\W+\1\b){2}|(\w{1,4})\2{3}", re.I)
+# More letters than a word has, in scripts that part their words
+_GLUED = re.compile(r"[^\W\d_]{45}")
 # A text that breaks off is shorter than expected, too: by so much, in ln of the lengths, and more
 # over the square root of the length. Headlines have no full stop either, and are shorter than their
 # translations.
@@ -83,6 +87,8 @@ def clean_pairs(batch: pa.RecordBatch, options: CleanOptions) -> Judged:
                 _one(text, language, made_of, options)
             except Reject as e:
                 raise Reject(f"{side}: {e.reason}", e.detail) from None
+        _repetitions(source, target, options)
+        _run_together(source, target)
         _copy(source, target, options)
         bases = a.partition("_")[0], b.partition("_")[0]
         digits = ours[2], theirs[2]
@@ -135,10 +141,26 @@ def _one(text: str, language: str, made_of: _Census, options: CleanOptions) -> N
         linked = sum(len(m[0]) for m in _LINK.finditer(text))
         if linked > solid * options.max_links:
             raise Reject("mostly links", f"{linked} of {solid} characters")
-    _repetition(text, options)
 
 
-def _repetition(text: str, options: CleanOptions) -> None:
+def _repetitions(source: str, target: str, options: CleanOptions) -> None:
+    """Reject a text that says something over and over; one that is sung or shouted in both
+    languages is none."""
+    found = _repeated(source, options), _repeated(target, options)
+    if any(found) and _sung(source, target):
+        return
+    for side, what in (("source", found[0]), ("target", found[1])):
+        if what:
+            raise Reject(f"{side}: repeated text", what)
+
+
+def _sung(source: str, target: str) -> bool:
+    if max(len(source), len(target)) > SUNG:
+        return False
+    return all(_AGAIN.search(text) for text in (source, target))
+
+
+def _repeated(text: str, options: CleanOptions) -> str:
     parts = text.casefold().split()
     different = len(set(parts))
     if len(parts) - different >= options.max_repeated:
@@ -146,11 +168,10 @@ def _repetition(text: str, options: CleanOptions) -> None:
         for before, part in zip(parts, parts[1:], strict=False):
             run = run + 1 if part == before else 1
             if run > options.max_repeated:
-                raise Reject("repeated text", part)
+                return part
     if len(parts) >= 10 and different < 0.4 * len(parts):
-        raise Reject("repeated text", f"{different} different of {len(parts)} words")
-    if found := _loop(text):
-        raise Reject("repeated text", found)
+        return f"{different} different of {len(parts)} words"
+    return _loop(text)
 
 
 def _loop(text: str) -> str:
@@ -175,6 +196,13 @@ def _loop(text: str) -> str:
     return ""
 
 
+def _run_together(source: str, target: str) -> None:
+    for side, text, other in (("source", source, target), ("target", target, source)):
+        if text.count(" ") * 30 < len(text) - 44 and not UNSPACED.search(text):
+            if (found := _GLUED.search(text)) and not _GLUED.search(other):
+                raise Reject(f"{side}: words run together", found[0])
+
+
 def _copy(source: str, target: str, options: CleanOptions) -> None:
     ours, theirs = words(source), words(target)
     if ours == theirs:
@@ -188,7 +216,7 @@ def _copy(source: str, target: str, options: CleanOptions) -> None:
             if 2 * len(others) >= len(theirs) or _shared(ours, others) >= options.max_copied:
                 raise Reject("copy of the source", f"{shared:.0%} of the words")
     twice = _twice(ours), _twice(theirs)
-    if twice[0] != twice[1]:
+    if twice[0] != twice[1] and not _sung(source, target):
         side = "source" if twice[0] else "target"
         raise Reject(f"{side}: repeated text", "its halves are the same")
 

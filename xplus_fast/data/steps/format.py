@@ -5,7 +5,6 @@ placeholders of user interfaces.
 """
 
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,8 @@ import pyarrow as pa
 
 from xplus_fast.data.steps.batch import Judged, Reject, judge_rows
 from xplus_fast.data.steps.characters import NO_MARKS, scripts_of
-from xplus_fast.data.steps.markup import doubtful_markup, strip_markup
+from xplus_fast.data.steps.letters import own_letters
+from xplus_fast.data.steps.markup import TEMPLATE, doubtful_markup, strip_markup
 from xplus_fast.data.steps.mojibake import mend_encoding
 from xplus_fast.options import Count
 
@@ -29,32 +29,12 @@ class FormatOptions:
 
 
 # Characters that a text made of whole words may lose: controls, byte order marks, soft hyphens,
-# directional marks; not the joiners of Indic and Arabic scripts.
+# directional marks, icons of fonts; not the joiners of Indic and Arabic scripts.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
-    "\u2066-\u206f\ufeff\ufff9-\ufffb]"
+    "\u2066-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff]"
 )
 _SPACE = re.compile(r"\s\s+|[^\S ]")  # of str: the no-break and ideographic ones, too
-# Ligatures and the shapes that Arabic letters take in a word; not honorifics, which are words
-_PRESENTED = re.compile("[\ufb00-\ufdcf\ufe70-\ufefc]")
-_SHAPES = re.compile(f"{_PRESENTED.pattern}+")
-# Latin letters that stand in Cyrillic words for those that look like them
-_LATIN = "ABCEHKMOPTXYaceopxyk"
-_CYRILLIC = (
-    "\u0410\u0412\u0421\u0415\u041d\u041a\u041c\u041e\u0420\u0422\u0425\u0423"
-    "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u043a"
-)
-_TO_LATIN = str.maketrans(_CYRILLIC + "\u0406\u0408\u0456\u0458\u0405\u0455", _LATIN + "IJijSs")
-_TO_CYRILLIC = str.maketrans(_LATIN, _CYRILLIC)
-# and letters that some of these languages have
-_OWN_CYRILLIC = {
-    **dict.fromkeys(("uk", "be", "kk"), _TO_CYRILLIC | str.maketrans("Ii", "\u0406\u0456")),
-    **dict.fromkeys(("sr", "mk"), _TO_CYRILLIC | str.maketrans("Jj", "\u0408\u0458")),
-}
-_MIXED = re.compile("[A-Za-z][\u0400-\u045f]|[\u0400-\u045f][A-Za-z]")
-_CYRILLIC_LETTER = re.compile("[\u0400-\u045f]")  # one class is found much faster
-_WORD = re.compile(r"[^\W\d_]+")
-_ONLY_CYRILLIC = re.compile(r"[\u0400-\u04ff]+")
 # Question marks that stand for letters which an encoding had not
 _WITHIN = re.compile(r"[^\W\d_]\?+[^\W\d_A-Z]")
 _UNWRITTEN = re.compile(
@@ -64,8 +44,14 @@ _UNWRITTEN = re.compile(
 _LINK = re.compile(r"(?:\w{1,10}://|www\.)\S*")
 _ASKS = re.compile("[?;\u037e\u061f\uff1f\u055e\u1367\u00bf]")
 _PLACEHOLDER = re.compile(
-    r"%\([A-Za-z_]\w*\)[#0\- +]*\d*(?:\.\d+)?[a-zA-Z]|%\d+\$[a-z]|%[sdifrxg](?![\w%])"
-    r"|\$?\{[A-Za-z_][\w.]*\}|\{\d+\}|\{\}"
+    r"%\([A-Za-z_]\w*\)[#0\- +]*\d*(?:\.\d+)?[a-zA-Z]|%\d+\$[a-z@]|%[sdifrxg](?![\w%])|%@"
+    r"|%?\$?\{[A-Za-z_][\w.]*\}|\{\d+\}|\{\}|\{\s?\w{1,60}(?=\s?,\s?(?:plural|select))"
+)
+_COMMAND = re.compile(r"\\[A-Za-z]{2,20}(?:\[[^\[\]]{0,200}\])?\{[^{}]{0,300}\}")  # of TeX
+# Bytes of letters as addresses, mails and programs write them
+_ENCODED = re.compile(
+    r"%[C-Fc-f][0-9A-Fa-f]%[89ABab][0-9A-Fa-f]|\w%20\w+%20\w|=[C-F][0-9A-F]=[89AB][0-9A-F]"
+    r"|\\x[89a-f][0-9a-f]|[^\W\d_]\\[23][0-7]{2}|[^\W\d_]\+A[A-Z][A-Za-z0-9+/]-"
 )
 
 
@@ -116,27 +102,7 @@ def _letters(text: str, options: FormatOptions, language: str) -> str:
     mended = mend_encoding(text, language, script)
     if mended != text and options.mojibake == "reject":
         raise Reject("mojibake", mended[:60])
-    text = unicodedata.normalize("NFC", mended)
-    if _PRESENTED.search(text):
-        text = _SHAPES.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
-    if _CYRILLIC_LETTER.search(text) and _MIXED.search(text):
-        table = _OWN_CYRILLIC.get(language, _TO_CYRILLIC)
-        text = _WORD.sub(lambda m: _one_script(m[0], script, table), text)
-        if script == "LATIN" and (left := _MIXED.search(text)):
-            raise Reject("letters of two scripts in a word", left[0])
-    return text
-
-
-def _one_script(word: str, script: str, table: dict[int, int]) -> str:
-    """A word of Cyrillic and Latin letters in one of them, where letters that look alike allow."""
-    if not _MIXED.search(word):
-        # a word of one letter, among mixed ones
-        return word.translate(table) if script == "CYRILLIC" and len(word) == 1 else word
-    if script == "CYRILLIC":
-        made = word.translate(table)
-        return made if _ONLY_CYRILLIC.fullmatch(made) else word
-    made = word.translate(_TO_LATIN)
-    return made if script == "LATIN" and made.isascii() else word
+    return own_letters(mended, language.partition("_")[0], script)
 
 
 def _one_sided(
@@ -150,15 +116,25 @@ def _one_sided(
             more = said.count("?") - len(_ASKS.findall(other)) > 1 or not _ASKS.search(other)
             if _WITHIN.search(said) or more and not unasked and _UNWRITTEN.search(said):
                 raise Reject(f"{side}: lost characters", text[:60])
+        if found := _encoded(text):
+            if not _encoded(other):
+                raise Reject(f"{side}: encoded characters", found)
         if options.markup != "keep" and (found := doubtful_markup(text)):
             if not doubtful_markup(other):
                 raise Reject(f"{side}: markup debris", found)
 
 
+def _encoded(text: str) -> str:
+    if "%" not in text and "=" not in text and "\\" not in text and "+A" not in text:
+        return ""
+    found = _ENCODED.search(_LINK.sub("", text))
+    return found[0] if found else ""
+
+
 def _placeholders(source: str, target: str, options: FormatOptions) -> None:
     if "%" not in source and "{" not in source and "%" not in target and "{" not in target:
         return
-    found = _PLACEHOLDER.findall(source), _PLACEHOLDER.findall(target)
+    found = _held(source), _held(target)
     if found[0] == found[1] and options.placeholders == "agree":
         return
     ours, theirs = map(Counter, found)
@@ -167,3 +143,14 @@ def _placeholders(source: str, target: str, options: FormatOptions) -> None:
     if ours != theirs:
         odd = (ours - theirs) + (theirs - ours)
         raise Reject("placeholders differ", ", ".join(odd))
+
+
+def _held(text: str) -> list[str]:
+    """The placeholders of a text; those within the forms of a plural are not compared."""
+    text = _COMMAND.sub("", text) if "\\" in text else text
+    return _PLACEHOLDER.findall(TEMPLATE.sub(_outer, text))
+
+
+def _outer(template: re.Match[str]) -> str:
+    name, _, rest = template[0].partition(",")
+    return f"{name.strip()}, {rest.split(',')[0].strip()}" if rest else template[0]

@@ -76,7 +76,11 @@ def _language(text: str, base: str, options: IdentifyOptions) -> None:
         raise Reject("wrong language", f"{other}, by its letters and {gap:.0f} nats")
     # symbols say nothing of a language, and names little of the one that they stand in
     if gap > options.margin:
-        gap = min(gap, advantage(_WORDS.sub(" ", text).strip(), base)[0])
+        plain = _WORDS.sub(" ", text).strip()
+        gap = min(gap, advantage(plain, base)[0])
+        said = dict.fromkeys(plain.lower().split())
+        if 3 * len(said) <= len(plain.split()):  # what is said again is no more evidence
+            gap = min(gap, advantage(" ".join(said), base)[0])
     if gap > options.margin * (4 if gap <= 4 * options.margin and _names(text) else 1):
         raise Reject("wrong language", f"{other}, by {gap:.0f} nats")
 

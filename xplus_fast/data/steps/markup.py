@@ -13,12 +13,18 @@ from xplus_fast.data.steps.batch import Reject
 # One look for all that begins markup; few texts have any
 _MARKED = re.compile(r"[&<>{}\[\]\\|=;#@/\u2581\u0120\uffed]")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});")
+# Some are known without their semicolon, too
+_OPEN = re.compile(
+    r"&(?:[A-Za-z](?:acute|grave|circ|uml|tilde|cedil)|[Aa]ring|[Oo]slash|szlig|nbsp|[lr]aquo|#\d{2,4}(?!\d))(?!;)"
+)
 _BARE = re.compile(  # entities that lost their ampersand
     r"(?<=\w)#(?:x?2[27]|3[489]|6[02]|9[13]|124|160|8[12]\d\d);"
     r"|(?<![\w&])#(?:x?2[27]|3[489]|6[02]|8[12]\d\d);(?=\w)"
     r"|(?<!&)(?:quot|apos|nbsp|[lr][sd]quo|hellip|[lr]aquo|[nm]dash);"
     r"|(?<![\w&])(?<!\d )(?:amp|[lg]t);"
 )
+# Tags that a tokenizer took apart, and those whose end was cut off
+_SPACED = re.compile(r"<\s?(/?)\s?([A-Za-z]\w{0,10})\s?(/?)\s?>")
 _TAG = re.compile(
     r"<(/?)([A-Za-z][\w:-]{0,30})((?:\s[^<>]{0,400})?)(/?)>|<!--|<!\[CDATA\[|\]\]>|<[!?][^<>]{0,400}>"
 )
@@ -44,26 +50,40 @@ _CODE = frozenset("script style bpt ept ph it ut".split())
 # RTF groups and subtitle codes: {\b Save}, {\an8}, {\pos(1,2)\fs20}; the words in them are text
 _GROUP = re.compile(r"\{(\\[^{}]{0,200})\}")
 _CONTROL = re.compile(r"\\(?:fn[^\\]*|\*|[A-Za-z]+-?[\d.]*(?:\([^()]*\)|&\w+&?)?|\d\w+&?\w*&?) ?")
+# Subtitles: MicroDVD's frames and styles, WebVTT's times
+_SUBTITLE = re.compile(
+    r"^\{\d{2,7}\}\{\d{2,7}\}|\{[yYcCfFsSpP]:[^{}\s]{1,20}\}|<(?:\d\d:)?\d\d:\d\d\.\d{3}>"
+)
 _WIKI = re.compile(r"'''?|(?<!=)={2,}(?=\s*$)|^={2,}|\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]")
 _BBCODE = re.compile(
     r"\[(/?)(b|i|u|s|url|img|quote|code|size|color|font|center|list)(=[^\[\]]{0,200})?\]", re.I
 )
+# Markdown's links and bold text
+_MARKDOWN = re.compile(
+    r"\[([^\[\]]{1,300})\]\((?:https?://|mailto:|[/#])[^()\s]{0,500}\)"
+    r"|(?<![*\w])\*\*(?=[^\s*])([^*]{1,300})(?<=\S)\*\*(?![*\w])"
+)
 _BREAK = re.compile(r"(?<![:\\])(?<=[\w.,;:!?\"')])(?:\\+[nrt])+(?=\s|\w|$)")
 _PATH = re.compile(r"\b[A-Za-z]:\\|\\\\\w|\w\\\w+\\\w")
 _QUOTED = re.compile(r"\\(['\"])")
+# Placeholders that look like wiki templates: {{name}}, and the messages of ICU, which end in }}
+TEMPLATE = re.compile(
+    r"\{\{\s?[A-Za-z_][\w.]{0,60}\s?\}\}"
+    r"|\{\s?\w{1,60}\s?,\s?(?:plural|select|selectordinal)\s?,(?:[^{}]{0,60}\{[^{}]{0,300}\}){1,9}\s?\}"
+)
 _SUBWORDS = re.compile(
     r"\S@@(?:\s|$)|(?:^|\s)@@\S|\u2581\w|(?:\s|^)##\w+(?=[^#]*\s##\w)|\u0120\w(?=.*\u0120\w)|\uffed"
 )
 _SUBWORDS_HAVE = ("@@", "\u2581", "##", "\u0120", "\uffed")  # any match has one of these
 _DEBRIS = re.compile(
     r"</[A-Za-z]|<(?:" + "|".join(sorted(n for n in _INLINE | _BLOCK if len(n) > 2)) + r"|br|td|tr"
-    r"|li|ul|hr|h[1-6]|script)\b|<[a-z]\s+\w+=|/>|<!--|-->|\[\[\w+:\w|\{\{|\}\}|\{\\[a-z]|\\u[0-9a-fA-F]{4}"
+    r"|li|ul|hr|h[1-6]|script)\b|<[a-z]\s+(?:\w+=|(?:href|class|style|src|id|title)\b)|/>|<!--|-->|\[\[\w+:\w|\{\{|\}\}|\{\\[a-z]|\\u[0-9a-fA-F]{4}"
     r"|&(?:[a-z]{2,8}|#\d+|#x[0-9a-f]+);|\\[nrtu](?![a-z])|\[(?:url|img|size|color|quote|font)="
     r"|\[/(?:b|i|u|s|url|img|quote|code|size|color)\]|\b(?:style|class|href)=[\"']"
 )
 _DEBRIS_HAS = ("<", "/>", "-->", "[", "{{", "}}", "\\", "&", '="', "='")
 _DOUBTFUL = re.compile(
-    r"\|\||\[\[|\]\]|\bfunction\s?\w{0,30}\(|\b(?:document|window)\.\w|\{\s*[a-z-]+\s*:[^{};]{1,60}[;}]"
+    r"\|\||\[\[|\]\]|\\[a-z]{3,20}\{|\bfunction\s?\w{0,30}\(|\b(?:document|window)\.\w|\{\s*[a-z-]+\s*:[^{};]{1,60}[;}]"
 )
 _DOUBTFUL_HAS = ("||", "[[", "]]", "{", "function", "document.", "window.")
 
@@ -83,7 +103,10 @@ def strip_markup(text: str, *, reject: bool = False) -> str:
     if any(map(text.__contains__, _SUBWORDS_HAVE)) and (found := _SUBWORDS.search(text)):
         raise Reject("subwords of a tokenizer", found[0].strip())
     plain = _entities(text)
+    if "{" in plain or "<" in plain:
+        plain = _SUBTITLE.sub("", plain)
     if "<" in plain:
+        plain = _joined(plain)
         plain = "".join(_without_tags(plain))
     for _ in range(3):  # groups within groups
         if "{\\" not in plain:
@@ -91,6 +114,8 @@ def strip_markup(text: str, *, reject: bool = False) -> str:
         plain = _GROUP.sub(lambda m: _CONTROL.sub("", m[1]), plain)
     if "''" in plain or "[[" in plain or "==" in plain:
         plain = _WIKI.sub(lambda m: m[1] or "", plain)
+    if "](" in plain or "**" in plain:
+        plain = _MARKDOWN.sub(lambda m: m[1] or m[2], plain)
     if "[/" in plain:
         ended = {m[2].lower() for m in _BBCODE.finditer(plain) if m[1]}
         plain = _BBCODE.sub(lambda m: "" if m[2].lower() in ended else m[0], plain)
@@ -99,7 +124,7 @@ def strip_markup(text: str, *, reject: bool = False) -> str:
     if plain != text and reject:
         raise Reject("markup")
     if any(map(plain.__contains__, _DEBRIS_HAS)) and not _is_path(plain):
-        if found := _DEBRIS.search(plain):
+        if found := _DEBRIS.search(TEMPLATE.sub("", plain)):
             raise Reject("markup debris", found[0])
     return plain
 
@@ -111,10 +136,24 @@ def _is_path(text: str) -> bool:
 def _entities(text: str) -> str:
     for _ in range(4):  # some were escaped several times over
         again = _ENTITY.sub(lambda m: html.unescape(m[0]), text)
+        again = _OPEN.sub(lambda m: html.unescape(m[0] + ";"), again)
         if again == text:
             break
         text = again
     return _BARE.sub(lambda m: html.unescape("&" + m[0]), text) if ";" in text else text
+
+
+def _joined(text: str) -> str:
+    """The text with tags in one piece that were taken apart: "< b >" where "< / b >" is."""
+    spaced = [tag for tag in _SPACED.finditer(text) if " " in tag[0]]
+    ended = {tag[2].lower() for tag in spaced if tag[1]}
+
+    def join(tag: re.Match[str]) -> str:
+        name = tag[2].lower()
+        known = name in _INLINE or name in _BLOCK
+        return f"<{tag[1]}{name}{tag[3]}>" if known and (name in ended or tag[3]) else tag[0]
+
+    return _SPACED.sub(join, text) if spaced else text
 
 
 def _without_tags(text: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ and twenty-four hours, years of two digits and of other calendars, feet and metr
 
 import re
 import unicodedata
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,13 +29,28 @@ _UNITS = {
 CALENDARS = {
     "th": (543,), "lo": (543,), "km": (543, 544), "my": (543, 544), "si": (543, 544),
     "fa": (-621, -622), "ps": (-621, -622), "ne": (56, 57), "am": (-7, -8), "ti": (-7, -8),
+    "he": (3760, 3761), "bn": (-593, -594), "hi": (56, 57, -78),
+    # lunar years, of this century and the last
+    **dict.fromkeys(("ar", "ur"), tuple(range(-583, -576))),
 }  # fmt: skip
 _ERAS = {
     "\u660e\u6cbb": 1867, "\u5927\u6b63": 1911, "\u662d\u548c": 1925, "\u5e73\u6210": 1988,
     "\u4ee4\u548c": 2018, "\u6c11\u56fd": 1911, "\u6c11\u570b": 1911,
 }  # fmt: skip
 _ERA = re.compile(f"({'|'.join(_ERAS)})(\\d{{1,3}})")
-_HALVES = re.compile(r"\d\s?[ap]\.?\s?m\b", re.I)  # 5.30pm
+_HALVES = re.compile(  # 5.30pm, and what else is the time of day
+    r"\d\s?[ap]\.?\s?m\b|\bo'clock\b|\bin the (?:morning|afternoon|evening)\b|\bat night\b"
+    r"|\d\s?(?:Uhr|h|heures|horas|hod|\u00f3ra|gi\u1edd|\u0447\u0430\u0441\u043e?\u0432?)\b|\d\s?[\u70b9\u9ede\u65f6\u6642\uc2dc]",
+    re.I,
+)
+# Counted from six in the morning and in the evening: Swahili, Amharic
+_FROM_SIX = re.compile("\\bsaa\\b|\u1230\u12d3\u1275|\u1230\u12a0\u1275", re.I)
+# Superscripts are no digits of the number before them, and fractions are its decimals
+_SMALL = re.compile("[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2153\u2154]")
+_RAISED = str.maketrans({
+    **dict.fromkeys(map(chr, (0xB2, 0xB3, 0xB9, *range(0x2070, 0x209D))), " "),
+    "\u00bd": ".5", "\u00bc": ".25", "\u00be": ".75", "\u2153": ".33", "\u2154": ".67",
+})  # fmt: skip
 
 _MEASURES = {
     "feet": 0.3048, "foot": 0.3048, "ft": 0.3048, "mile": 1.609, "miles": 1.609, "mi": 1.609,
@@ -75,9 +91,13 @@ def contradiction(source: str, target: str, languages: tuple[str, str]) -> str |
         return None
     ours, theirs = _numbers(source), _numbers(target)
     shifts = {s for code in languages for s in CALENDARS.get(code.partition("_")[0], ())}
-    halves = bool(_HALVES.search(source) or _HALVES.search(target))
-    mine = _alone(ours, theirs, shifts, halves)
-    other = _alone(theirs, ours, shifts, halves)
+    mine, other = _alone(ours, theirs, shifts), _alone(theirs, ours, shifts)
+    if mine and other:
+        hours = {12} if _HALVES.search(source) or _HALVES.search(target) else set()
+        if _FROM_SIX.search(source) or _FROM_SIX.search(target):
+            hours |= {6, 18}
+        if hours:
+            mine, other = (_alone(a, b, shifts, hours) for a, b in ((ours, theirs), (theirs, ours)))
     if mine and other and _converted(mine, other, source + " " + target):
         return None
     if mine and other or len(mine) > 2 or len(other) > 2:
@@ -108,6 +128,8 @@ def _value(written: str) -> float:
 
 def _numbers(text: str) -> list[_Number]:
     if not text.isascii():
+        if _SMALL.search(text):
+            text = text.translate(_RAISED)
         text = unicodedata.normalize("NFKC", text)
         text = "".join(str(unicodedata.digit(c)) if c.isdigit() and c > "9" else c for c in text)
         text = _ERA.sub(lambda m: f"{m[1]}{_ERAS[m[1]] + int(m[2])}", text)
@@ -129,7 +151,9 @@ def _multiplied(match: re.Match[str]) -> str:
     return f"{total:.0f}{trailing}" if total < 1e18 else match[0]
 
 
-def _alone(ours: list[_Number], theirs: list[_Number], shifts: set[int], halves: bool) -> set[str]:
+def _alone(
+    ours: list[_Number], theirs: list[_Number], shifts: set[int], hours: Set[int] = frozenset()
+) -> set[str]:
     """The numbers of one side, of two digits and more, that nothing on the other explains."""
     forms = {form for number in theirs for form in number.forms}
     values = {part for number in theirs for part in number.parts}
@@ -145,7 +169,7 @@ def _alone(ours: list[_Number], theirs: list[_Number], shifts: set[int], halves:
                 continue  # the 90s, 1950-53
             if any(part + s in values or part - s in values for s in shifts):
                 continue
-            if halves and (part + 12 in values or part - 12 in values or part in (0, 12)):
+            if any(part + s in values or part - s in values or part in (0, s) for s in hours):
                 continue
             left.add(number.written)
     return left
