@@ -69,7 +69,10 @@ def decoded(stream: Any, name: str) -> Iterator[tuple[str, str | Rejected]]:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
             if len(raw) > 8 and max(raw[i::2].count(0) for i in (0, 1)) > len(raw) // 3:
                 raise UserError(f"{where}: no text in UTF-8, nor in UTF-16 with its mark")
+        whole = number == 1 and not raw.endswith(b"\n")  # all of it in one line
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if whole and b"\r" in raw:
+            raise UserError(f"{where}: its lines end in \\r alone, \\n or \\r\\n is wanted")
         if len(raw) > LINE_LIMIT:
             raise UserError(f"{where}: a line of more than {LINE_LIMIT >> 20} MiB")
         try:

@@ -12,6 +12,7 @@
 | text | {"text": ...}, or a paragraph of a plain file: all of it is learnt, nobody asks |
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -211,6 +212,8 @@ def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
     codes = source.languages or [_suffix_language(p) for p in (a, b)]
     languages = two_languages(codes, _name(source))
     # Counted before any work: a pair of files that slipped must not train for an hour first.
+    if a.resolve() == b.resolve():
+        raise UserError(f"{a}: is both files of the pair")
     counts = [sum(1 for _ in read_lines(p)) for p in (a, b)]
     if counts[0] != counts[1]:
         raise UserError(
@@ -258,6 +261,9 @@ def catalogs(path: Path, source: Source) -> list[tuple[Path, str]]:
     return [(p, lang) for p, lang in found if (lang in wanted if wanted else lang != origin)]
 
 
+_OPEN = re.compile(r'^\s*(?:msg\w+(?:\[\d+\])?\s*)?"(?:[^"\\]|\\.)*$')
+
+
 def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
     import polib
 
@@ -276,6 +282,9 @@ def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
             raise UserError(f"{path}: {e}") from None
         except (OSError, ValueError) as e:
             raise UserError(f"{path}: not a gettext catalog ({' '.join(str(e).split())})") from None
+        for place, line in read_lines(path) if len(entries) else ():
+            if isinstance(line, str) and _OPEN.search(line):  # polib would cut the text short
+                raise UserError(f"{place}: a text without its closing quotation mark")
         for entry in entries:
             if entry.obsolete or entry.fuzzy or entry.msgid_plural or not entry.msgstr.strip():
                 continue

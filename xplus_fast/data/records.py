@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,9 @@ def check_columns(columns: dict[str, Any], at: str) -> None:
                 f"{at}.{key:.60}: unknown; a code of a language or one of {', '.join(COLUMNS)} is"
                 " wanted, with the name that it has in the records"
             )
+    twice = [value for value, n in Counter(columns.values()).items() if n > 1]
+    if twice:
+        raise UserError(f"{at}: {twice[0]} is named twice; each is one column")
     numbers = [isinstance(value, int) for value in columns.values()]
     if any(numbers) and not all(numbers):
         raise UserError(f"{at}: names and numbers; numbers are for tables without a header")
@@ -271,6 +275,9 @@ def translation(
         keys = {k: k for k in record}
     else:
         keys = languages_in(record)
+    told = [k for k in record if is_language(str(k))]
+    if not languages and len(keys) < 2 <= len(told):
+        _fields(record, told, str)  # says which is no text
     if not languages and len(keys) != 2:
         detail = f"expected two languages, or `languages` to choose them; found {_list(record)}"
         raise Unfit(ODD_KEYS, detail)

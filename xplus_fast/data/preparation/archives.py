@@ -5,6 +5,7 @@
 Members that begin alike and end in two languages are a corpus; a zip may hold several.
 """
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as e:
         raise UserError(f"{path}: not a whole zip file ({e})") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None

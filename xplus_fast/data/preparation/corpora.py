@@ -25,7 +25,7 @@ from xplus_fast.config import Source
 from xplus_fast.data.compressed import COMPRESSED, kind
 from xplus_fast.data.conversations import Unfit
 from xplus_fast.data.files import WHOLE_LIMIT, Rejected, read_lines, read_records, require
-from xplus_fast.data.folders import RECORDS
+from xplus_fast.data.folders import RECORDS, Chosen, choose_files
 from xplus_fast.data.languages import canonical, code_of, languages_of_name, two_languages
 from xplus_fast.data.preparation.archives import read_archive
 from xplus_fast.data.preparation.memories import read_tmx, read_xliff
@@ -157,7 +157,19 @@ def corpus_files(corpus: Corpus) -> list[Path]:
     path = resolve(corpus.path)
     if chosen == "gettext":
         return [p for p, _ in catalogs(path, _source(corpus))]
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return _chosen(corpus).files if path.is_dir() else [path]
+
+
+def files_left(corpus: Corpus) -> list[Path]:
+    """The files of records in the corpus's folder that are not read: other splits, notes."""
+    if corpus_format(corpus) != "translation" or not resolve(str(corpus.path)).is_dir():
+        return []
+    return _chosen(corpus).left
+
+
+def _chosen(corpus: Corpus) -> Chosen:
+    split = None if corpus.split == "train" else corpus.split
+    return choose_files(resolve(str(corpus.path)), split, corpus.subset)
 
 
 def _source(corpus: Corpus) -> Source:
@@ -184,7 +196,7 @@ def _lines(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
 
 def _scored(pair: Pair, text: Any, where: str) -> tuple[Pair, float] | Rejected:
     try:
-        score = float(text)
+        score = math.nan if isinstance(text, bool) else float(text)
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
@@ -214,8 +226,15 @@ def _mined(corpus: Corpus) -> Iterator[tuple[Pair, float | None] | Rejected]:
         raise UserError(f"{path}: its name tells no languages; give languages: [en, sw]")
     languages = two_languages(codes, str(path))
     order: tuple[int, ...] = ()  # of source, target, score among the columns
+    columns = 0
     for _, line in islice(read_lines(path), _TELLING):
-        order = order or (() if isinstance(line, Rejected) else _order(line.split("\t")))
+        cells = [] if isinstance(line, Rejected) else line.split("\t")
+        order, columns = order or _order(cells), max(columns, len(cells))
+    if not order and columns > 3:
+        raise UserError(
+            f"{path}: {columns} columns, and neither the first nor the third has scores; `columns:"
+            " {en: 3, sw: 4, score: 5}` numbers them"
+        )
     for where, line in read_lines(path):
         if isinstance(line, Rejected):
             yield line
@@ -244,7 +263,9 @@ def _order(cells: Sequence[str]) -> tuple[int, ...]:
         return (1, 3)
     if len(cells) < 2 or is_number(cells[0]) and is_number(cells[2]):
         return ()
-    return (1, 2, 0) if is_number(cells[0]) else (0, 1, 2)
+    if is_number(cells[0]):
+        return (1, 2, 0)
+    return (0, 1, 2) if is_number(cells[2]) else ()
 
 
 def _units(corpus: Corpus, chosen: str) -> Iterator[Pair | Rejected]:

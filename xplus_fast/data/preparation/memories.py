@@ -29,6 +29,8 @@ _TAG_LENGTH = 64  # of the longest tag that ends a unit
 _STOP = re.compile(r"<!--|<!\[CDATA\[|</(?:[\w.-]+:)?tu\s*>")
 _UNIT = re.compile(r"<(?:[\w.-]+:)?tu(?=[\s>])")
 _NAMED = re.compile(r"&([A-Za-z][A-Za-z0-9]*);")
+# States of a target that nobody has translated yet: of XLIFF 1.2, of 2.x
+_UNTRANSLATED = ("new", "needs-translation", "needs-adaptation", "needs-l10n", "initial")
 _OF_XML = ("amp", "lt", "gt", "quot", "apos")
 
 
@@ -242,8 +244,14 @@ def read_xliff(
                 f"{path}: a source or target language is not told, or unknown: {bad};"
                 " `languages: [en, sw]` tells them"
             )
+        as_it_is = {
+            id(e) for group in file.iter() if group.get("translate") == "no" for e in group.iter()
+        }
         for unit in (e for e in file.iter() if _bare(e) in ("trans-unit", "segment")):
             number += 1
+            states = {e.get("state") for e in unit if _bare(e) == "target"} | {unit.get("state")}
+            if id(unit) in as_it_is or not states.isdisjoint(_UNTRANSLATED):
+                continue
             parts = {_bare(child): "".join(_words(child)) for child in unit}
             if parts.get("target", "").strip():  # translated
                 sides = (parts.get("source", ""), parts["target"])

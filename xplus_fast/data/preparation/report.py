@@ -5,6 +5,7 @@ from typing import Any
 
 from xplus_fast.data.languages import language_name
 from xplus_fast.data.preparation.parts import EDGES
+from xplus_fast.data.splits import some
 from xplus_fast.files import write_picture, write_text
 
 COLORS = ("#2b6f86", "#c8553d", "#e0a458", "#e9d8a6", "#b4d3da", "#7bb4c2", "#94a3ad")
@@ -53,6 +54,9 @@ def _text(manifest: dict[str, Any], pictures: list[str]) -> str:
     for source in manifest["sources"]:
         files = ", ".join(Path(f["path"]).name for f in source["files"][:3]) or "from the hub"
         lines.append(f"| {source['name']} | {counts['read'].get(source['name'], 0):,} | {files} |")
+    for source in manifest["sources"]:
+        if unread := [Path(path).name for path in source.get("left", [])]:
+            lines.append(f"\n{source['name']}: its folder has more, not read: {some(unread)}.")
     for what, n in manifest["quarantined"].items():
         lines.append(f"\n{n:,} not read: {what}. They are in quarantine.jsonl.")
     sets = manifest["evaluation"]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from xplus_fast import __version__
 from xplus_fast.data.folders import PREPARED
 from xplus_fast.data.preparation.balance import allot, choose
-from xplus_fast.data.preparation.corpora import corpus_files
+from xplus_fast.data.preparation.corpora import corpus_files, files_left
 from xplus_fast.data.preparation.engines import run_calls
 from xplus_fast.data.preparation.parts import (
     CONVERSATIONS,
@@ -310,7 +310,8 @@ def _finished(out: Path, digest: str, restart: bool) -> bool:
 def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
     files = [{"path": str(p), "bytes": p.stat().st_size, "sha256": _checksum(p)}
              for p in corpus_files(corpus)]  # fmt: skip
-    return {"name": corpus_name(corpus), "files": files}
+    left = [str(p) for p in files_left(corpus)]
+    return {"name": corpus_name(corpus), "files": files, **({"left": left} if left else {})}
 
 
 def _checksum(path: Path) -> str:
