@@ -21,7 +21,7 @@ from xplus_fast.planning.memory import (
     matrices,
     state_bytes,
 )
-from xplus_fast.planning.replay import Batch
+from xplus_fast.planning.replay import FP8_LOGITS_BYTES, Batch
 
 GEMM, GEMM_FP8, ATTENTION, BANDWIDTH = 0.7, 0.6, 0.35, 0.8  # shares of a data sheet's figure
 LAUNCH = 100e-6  # seconds a layer and direction: launches, small kernels
@@ -92,7 +92,7 @@ def step_seconds(
     rows = work.supervised
     head = 2 * rows * table * (2 + ("head" in layout.also)) / (card.bf16 * GEMM)
     logits = 3 * rows * shape.vocabulary * b.element
-    chunks = math.ceil(rows * shape.vocabulary * b.element / 2**29)
+    chunks = math.ceil(rows * shape.vocabulary * b.element / FP8_LOGITS_BYTES)
     unpacked = 2 * chunks * table * (1 + 2 * b.element) if layout.head == "fp8" else 0
     micro += head + (logits + unpacked) / (card.bandwidth * BANDWIDTH)
     if layout.embedding == "host":
