@@ -2,7 +2,7 @@
 
 Every matrix product at a share of the card's rate, everything else at a share of its bandwidth,
 copies over PCIe beside the computation they overlap. The shares below were assumed before a card
-was asked; with all on the device, an H200 then gave what they foretell to 2.1 %, an H100 to 4.4 %
+was asked; an H200 then gave what they foretell to 5.5 %, plans for 24 GB included, an H100 to 4.4 %
 (test_speed.py).
 """
 
