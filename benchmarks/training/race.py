@@ -117,17 +117,18 @@ def race(
         "settings": {n: CONTESTANTS[n].settings for n in names}, "rows": [],
     }  # fmt: skip
     for name in names:
+        own = mixes[:1] if CONTESTANTS[name].once else mixes
         for stage in stages:
             left = 60 * minutes - (time.monotonic() - start)
             if left < 0:
                 found = {"status": "not begun", "why": f"after {minutes} minutes"}
             elif smoke:
-                found = run_child(name, scale, stage, mixes)
+                found = run_child(name, scale, stage, own)
             else:
-                found = _spawn(name, scale.model, stage, mixes, min(CHILD_SECONDS, left + 30))
+                found = _spawn(name, scale.model, stage, own, min(CHILD_SECONDS, left + 30))
             budget = dict(CONTESTANTS[name].options).get("budget")
             base = {"contestant": name, "stage": stage, "layers": dict(scale.stages)[stage]}
-            for mix in mixes:
+            for mix in own:
                 more = found.get("mixes", {}).get(mix, {})
                 result["rows"].append(
                     {**base, "mix": mix, "budget": budget, **_outer(found), **more}

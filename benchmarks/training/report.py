@@ -139,9 +139,10 @@ def draw(result: dict[str, Any], stem: Path) -> list[str]:
                 axes[2].barh(names, widths, left=left, color=color, label=part)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             axes[2].set_title("seconds of a step", loc="left")
-            for i, (value, x) in enumerate(zip(speed, memory, strict=True)):
+            for i, (value, x, row) in enumerate(zip(speed, memory, rows[::-1], strict=True)):
                 axes[0].text(value, i, f" {value:,.0f}", va="center", fontsize=8)
-                axes[1].text(x, i, f" {x:.1f}" if x else " no GPU", va="center", fontsize=8)
+                right = max(x, (row["budget"] or 0) / 1e9)  # of the budget's line, too
+                axes[1].text(right, i, f" {x:.1f}" if x else " no GPU", va="center", fontsize=8)
             for one in axes[:2]:  # room for the figures
                 one.set_xlim(0, 1.15 * one.get_xlim()[1])
             for other in axes[1:]:
@@ -180,15 +181,16 @@ def draw_history(folder: Path, out: Path) -> list[str]:
     for i, (stage, mix) in enumerate(kinds):
         for name, line in (("ours, bf16", "-"), ("tuned + Liger", ":")):
             points = [
-                (run["commit"], row["tokens_per_s"])
-                for run in runs
+                (at, row["tokens_per_s"])
+                for at, run in enumerate(runs)
                 if (row := best(run, stage, mix, name)) is not None
             ]
             axes.plot(
                 [p[0] for p in points], [p[1] for p in points], line, marker="o",
                 color=f"C{i}", label=f"{name}: {stage}, {mix}",
             )  # fmt: skip
-    axes.set_title("tokens/s over commits", loc="left")
+    axes.set_title(f"tokens/s over commits, {runs[-1]['device']['name']}", loc="left")
+    axes.set_xticks(range(len(runs)), [run["commit"] for run in runs])
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=130)

@@ -218,7 +218,7 @@ def scratch_bytes(
 
 
 def linear(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
-    """x [..., K] @ w.T [K, N] + add, [N] or [..., N]: rounded once, after the sum.
+    """x [..., K] @ w.T [K, N] + add, [N] or [..., N], by the GEMM itself.
 
     For every dense weight, wherever it lies, so that where it lies changes no bit. Before torch
     2.14 a sum with as much as the product itself begins with a copy of it.

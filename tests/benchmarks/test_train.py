@@ -387,16 +387,30 @@ def test_rows_of_sequences_of_one_length(mix, lengths):
     assert [[[len(s) for s in row] for row in step] for step in steps] == [[lengths] * 2] * 2
 
 
-def test_a_history_over_commits(smoke, tmp_path):
+def test_a_history_over_commits(smoke, tmp_path, monkeypatch):
     for i, commit in enumerate(("aaa", "bbb")):
         run = {**smoke[0], "smoke": False, "model": "8B", "commit": commit, "time": str(i)}
+        if commit == "bbb":  # measures something more, which is drawn first
+            rows = [{**r, "mix": "1k"} for r in run["rows"] if r["mix"] == "pairs"]
+            run["rows"] = [*rows, *run["rows"]]
         (tmp_path / f"train-{commit}.json").write_text(json.dumps(run))
     others = {"model": "14B"}, {"device": {"name": "another card"}}
     for i, other in enumerate(others):
         run = {**smoke[0], "smoke": False, "commit": "ccc", "time": f"-{i}", **other}
         (tmp_path / f"train-other{i}.json").write_text(json.dumps(run))
     assert [r["commit"] for r in train_report.history(tmp_path)] == ["aaa", "bbb"]
+    drawn = []
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
     train_report.draw_history(tmp_path, tmp_path / "history.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["aaa", "bbb"]
+    lines = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
+    stage = smoke[0]["rows"][0]["stage"]
+    assert lines[f"ours, bf16: {stage}, pairs"] == [0, 1]
+    assert lines[f"ours, bf16: {stage}, 1k"] == [1]
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -205,7 +205,7 @@ def test_constants_are_the_kernels_own():
     from xplus_fast.training import host_state
 
     head = import_module("xplus_kernels.linear_cross_entropy")
-    for name in ("LOGITS_BYTES", "LEAST_ROWS", "HEAD_TILES"):
+    for name in ("LOGITS_BYTES", "FP8_LOGITS_BYTES", "LEAST_ROWS", "HEAD_TILES"):
         assert getattr(replay, name) == getattr(head, name)
     assert memory.UPDATE_CHUNK == host_state.CHUNK
     for name in ("int8", "nf4"):

@@ -16,7 +16,11 @@ from xplus_fast.planning.plan import plan_stage
 from xplus_fast.planning.selection import resolve_layers
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-WITHIN = {"train": 0.044, "train-2026-11-26T044251-4c4e470-dirty": 0.021}  # an H100, an H200
+WITHIN = {  # an H200, an H100, the H200 earlier
+    "train": 0.055,
+    "train-2026-11-26T114400-fc2b217": 0.044,
+    "train-2026-11-26T044251-4c4e470-dirty": 0.021,
+}
 FOUND = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in WITHIN}
 MEASURED = [
     (name, row)
@@ -50,13 +54,13 @@ def test_tokens_a_second_are_those_that_were_measured(name, row):
 def test_peaks_are_those_that_were_planned():
     """Of steps that share no prompts, which is what a plan counts on; `docs/memory.md` says so."""
     apart = [
-        row for row in FOUND["train"]["rows"]
+        row for name in list(WITHIN)[:2] for row in FOUND[name]["rows"]
         if row["status"] == "ok" and row["planned"]
         and (row["mix"] == "1k" or row["contestant"] == "ours, prompts apart")
     ]  # fmt: skip
     shares = [row["peak"]["allocated"] / row["planned"] for row in apart]
-    assert len(shares) == 8 and 0.965 < min(shares) and max(shares) < 0.985
+    assert len(shares) == 14 and 0.965 < min(shares) and max(shares) < 0.985
 
 
 def test_there_is_something_to_compare_with():
-    assert [sum(n == name for n, _ in MEASURED) for name in WITHIN] == [6, 4]
+    assert [sum(n == name for n, _ in MEASURED) for name in WITHIN] == [8, 6, 4]

@@ -166,6 +166,12 @@ def layer_ids(model: nn.Module) -> list[int]:
     return [b.layer_idx for b in blocks if any(p.requires_grad for p in b.parameters())]
 
 
+def trained_beside(model: nn.Module) -> list[str]:
+    """What trains beside decoder layers, by the names of `BESIDE`."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return [kind for kind, name in BESIDE.items() if name in trained]
+
+
 def _select(model: Any, layers: set[int], also: set[str]) -> None:
     unknown = also - set(BESIDE)
     if unknown:

@@ -13,7 +13,8 @@ from xplus_fast.model.families import Shape
 from xplus_fast.model.layout import Policy
 from xplus_fast.planning.flops import SENTENCE
 
-LOGITS_BYTES, LEAST_ROWS, HEAD_TILES = 512 * 2**20, 1024, 8  # of ops.linear_cross_entropy
+# of ops.linear_cross_entropy
+LOGITS_BYTES, FP8_LOGITS_BYTES, LEAST_ROWS, HEAD_TILES = 300 * 2**20, 512 * 2**20, 1024, 8
 SAVED: dict[Policy, tuple[str, ...]] = {
     "keep": ("x", "qkv", "q_rows", "out", "lse", "h", "gate_up"),
     "recompute_mlp": ("x", "qkv", "q_rows", "out", "lse", "h"),
@@ -248,7 +249,8 @@ def head_peaks(s: Shape, b: Batch, fp8: bool, trains: bool) -> tuple[int, int]:
     """Most bytes alive in the loss's forward, and in its backward; x and its gradient included."""
     t, r, e = b.tokens, b.supervised, b.element
     rows, table = r * s.hidden * e, s.vocabulary * s.hidden
-    chunk = min(r, max(LEAST_ROWS, LOGITS_BYTES // (e * s.vocabulary)))
+    cap = FP8_LOGITS_BYTES if fp8 else LOGITS_BYTES
+    chunk = min(r, max(LEAST_ROWS, cap // (e * s.vocabulary)))
     live = _Live()
     live.add(picked=rows, targets=8 * t, rows=8 * r, normed=rows, dn=rows)
     if trains:

@@ -2,7 +2,7 @@
 
 Every matrix product at a share of the card's rate, everything else at a share of its bandwidth,
 copies over PCIe beside the computation they overlap. The shares below were assumed before a card
-was asked; with all on the device, an H200 then gave what they foretell to 2.1 %, an H100 to 4.4 %
+was asked; an H200 then gave what they foretell to 5.5 %, plans for 24 GB included, an H100 to 4.4 %
 (test_speed.py).
 """
 
@@ -21,7 +21,7 @@ from xplus_fast.planning.memory import (
     matrices,
     state_bytes,
 )
-from xplus_fast.planning.replay import Batch
+from xplus_fast.planning.replay import FP8_LOGITS_BYTES, Batch
 
 GEMM, GEMM_FP8, ATTENTION, BANDWIDTH = 0.7, 0.6, 0.35, 0.8  # shares of a data sheet's figure
 LAUNCH = 100e-6  # seconds a layer and direction: launches, small kernels
@@ -92,7 +92,7 @@ def step_seconds(
     rows = work.supervised
     head = 2 * rows * table * (2 + ("head" in layout.also)) / (card.bf16 * GEMM)
     logits = 3 * rows * shape.vocabulary * b.element
-    chunks = math.ceil(rows * shape.vocabulary * b.element / 2**29)
+    chunks = math.ceil(rows * shape.vocabulary * b.element / FP8_LOGITS_BYTES)
     unpacked = 2 * chunks * table * (1 + 2 * b.element) if layout.head == "fp8" else 0
     micro += head + (logits + unpacked) / (card.bandwidth * BANDWIDTH)
     if layout.embedding == "host":

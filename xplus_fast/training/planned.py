@@ -204,9 +204,13 @@ class PlannedTrainer(XPlusTrainer):
         below.keep()
         return loss
 
+    def _wanted(self, norm: Tensor) -> list[Tensor]:
+        wanted = super()._wanted(norm)
+        return [*wanted, self._losses.sums] if self._losses and wanted[1:] else wanted
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._losses is not None:
-            logs = {**logs, **self._losses.read()}
+            logs = {**logs, **self._losses.read(self._numbers[2:] or None)}
         super().log(logs, start_time)
 
     def _step_down(self, said: str) -> None:

@@ -22,7 +22,7 @@ class SourceLosses:
 
     def restart(self) -> None:
         """Forget what was added since the last reading."""
-        self._sums = torch.zeros(len(self.names), dtype=torch.float32, device=self._device)
+        self.sums = torch.zeros(len(self.names), dtype=torch.float32, device=self._device)
         self._counts = np.zeros(len(self.names), np.int64)
 
     def of(self, layout: PackLayout) -> Callable[[Tensor], None] | None:
@@ -35,17 +35,26 @@ class SourceLosses:
 
         def take(losses: Tensor) -> None:
             # not index_add_, whose order of adding, and so last bits, a GPU leaves open
-            self._sums += losses.where(ids == self._numbers, 0).sum(1)
+            self.sums += losses.where(ids == self._numbers, 0).sum(1)
 
         return take
 
-    def read(self) -> dict[str, float]:
-        """{"loss/NAME": nats per supervised token} of all processes; every process calls this."""
+    def read(self, sums: Sequence[float] | None = None) -> dict[str, float]:
+        """{"loss/NAME": nats per supervised token} of all processes; every process calls this.
+
+        sums: what `sums` [sources] are, where a single process has read them already.
+        """
+        if sums is not None:
+            counts = self._counts.tolist()
+            self.restart()
+            return self._means(sums, counts)
         counted = send(torch.from_numpy(self._counts).float(), self._device)
-        found = torch.stack([self._sums, counted])
+        found = torch.stack([self.sums, counted])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(found)
         self.restart()
-        sums, counts = found.cpu().tolist()
+        return self._means(*found.cpu().tolist())
+
+    def _means(self, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
         return {f"loss/{name}": s / n
                 for name, s, n in zip(self.names, sums, counts, strict=True) if n}  # fmt: skip

@@ -21,15 +21,16 @@ from transformers.training_args import OptimizerNames
 
 from xplus_fast.data.collate import PackCollator, whole_sequences
 from xplus_fast.errors import UserError
-from xplus_fast.model.families import BESIDE, shape_of
+from xplus_fast.model.families import shape_of
 from xplus_fast.model.layout import UpdateLayout
-from xplus_fast.model.prepare import is_prepared, layer_ids, note_changes, prepare_model
+from xplus_fast.model.prepare import layer_ids, note_changes, prepare_model, trained_beside
 from xplus_fast.model.sums import Sums, only_in_backward, summed
-from xplus_fast.planning.flops import total_parameters, trained_parameters
-from xplus_fast.planning.selection import describe_layers, resolve_layers
+from xplus_fast.planning.selection import resolve_layers
 from xplus_fast.training.arguments import OUR_ADAMW, asks_for_checkpointing, check_arguments
 from xplus_fast.training.checkpoints import latest_checkpoint
 from xplus_fast.training.optimizer import AdamW
+from xplus_fast.training.reading import Reading
+from xplus_fast.training.reporting import describe_selection
 from xplus_fast.training.saving import SavingTrainer, bare_optimizer, our_adamw
 from xplus_fast.training.shortage import twice
 from xplus_fast.training.throughput import Meter
@@ -69,6 +70,8 @@ class XPlusTrainer(SavingTrainer):
         self._selection = (layers, tuple(also), activations)
         self._update = update
         self._norm: Any = None  # of the gradients, until it is read
+        self._reading: Reading | None = None  # of what is `_wanted`
+        self._numbers: list[float] = []  # which it gave
         if args is not None:
             check_arguments(args)
             if args.n_gpu > 1:
@@ -268,7 +271,13 @@ class XPlusTrainer(SavingTrainer):
         self._norm = norm = super()._get_grad_norm(model, grad_norm)
         if optimizer is None:
             self.read_norm()
+        else:
+            self._reading = twice(lambda: Reading(self._wanted(norm)))
         return norm
+
+    def _wanted(self, norm: Tensor) -> list[Tensor]:
+        """What the host asks of a step: its norm and, if no other process has a part, its loss."""
+        return [norm, self._tr_loss] if self.args.world_size == 1 else [norm]
 
     def _measure(self, optimizer: AdamW, most: float) -> Tensor:
         """The norm of the gradients, and for the update the scale that clips it to `most`.
@@ -290,8 +299,13 @@ class XPlusTrainer(SavingTrainer):
         return norm
 
     def read_norm(self) -> None:
-        """See, once the step is enqueued, that it could be right. Raises `UserError`."""
-        self._norm = norm = float(self._norm)
+        """See, once the step is enqueued, that it could be right. Raises `UserError`.
+
+        Until the update is done the host gets the next batch ready.
+        """
+        reading, self._reading = self._reading, None
+        self._numbers = [float(self._norm)] if reading is None else reading.read()
+        self._norm = norm = self._numbers[0]
         step = self.state.global_step + 1
         why = ""
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips it
@@ -308,13 +322,16 @@ class XPlusTrainer(SavingTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kw: Any) -> None:
         known = self._norm if isinstance(grad_norm, Tensor) else grad_norm  # asked for once
-        super()._maybe_log_save_evaluate(tr_loss, known, *args, **kw)
+        before, read = self._globalstep_last_logged, self._numbers[1:2]
+        loss = tr_loss.new_tensor(read[0], device="cpu") if read else tr_loss
+        super()._maybe_log_save_evaluate(loss, known, *args, **kw)
+        if read and self._globalstep_last_logged != before:
+            tr_loss.zero_()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             model: Any = self.accelerator.unwrap_model(self.model)
-            trained = {n for n, p in model.named_parameters() if p.requires_grad}
-            also = [kind for kind, name in BESIDE.items() if name in trained]
+            also = trained_beside(model)
             if shape_of(model.config).tied and "embedding" in also:
                 also.append("head")
             logs = {**logs, **self.meter.read(self.args.device, layer_ids(model), also)}
@@ -343,25 +360,6 @@ class XPlusTrainer(SavingTrainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *args, **kwargs
             )
-
-
-def describe_selection(model: Any) -> str:
-    """One line: which layers train, and how many parameters of how many."""
-    assert is_prepared(model)
-    shape = shape_of(model.config)
-    ids = layer_ids(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = total_parameters(shape)  # of which quantized ones are not parameters any more
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    beside = [kind for kind, name in BESIDE.items() if name in names]
-    whole = trained == trained_parameters(shape, ids, beside)
-    return (
-        f"training layers {describe_layers(ids) or 'none'} of 0-{shape.layers - 1}"
-        + ("" if whole else " (some of their weights)")
-        + "".join(f", {kind}" for kind in beside)
-        + (" (tied to the head)" if shape.tied and "embedding" in beside else "")
-        + f": {trained:,} of {total:,} parameters ({trained / total:.1%})"
-    )
 
 
 def _supervises(batch: dict[str, Any]) -> bool:

@@ -126,18 +126,17 @@ def test_target_out_of_range_makes_the_loss_nan():
         assert ops.linear_cross_entropy(x, w, torch.tensor([3, target]), divisor=2)[0].isnan()
 
 
-def test_chunks_keep_the_cap_and_are_equal():
-    for rows in (0, 1, 1023, 1024, 1700, 8192, 14_977, 32_768, 100_001):
-        for size, least in ((2, 1536), (4, 1024)):
-            chunks = HEAD.row_chunks(rows, 151_936, size, HEAD.LOGITS_BYTES)
+def test_chunks_are_full_tiles_within_the_cap():
+    for rows in (0, 1, 1023, 1024, 1025, 1700, 8192, 14_977, 32_768, 100_001):
+        # of Qwen3's vocabulary in bf16 and fp32, SmolLM2's, and one beyond all caps
+        for vocabulary, size, most in (
+            (151_936, 2, 1024), (151_936, 4, 1024), (49_152, 2, 3200), (10**7, 4, 1024)
+        ):  # fmt: skip
+            chunks = HEAD.row_chunks(rows, vocabulary, size, HEAD.LOGITS_BYTES)
             lengths = [b - a for a, b in chunks]
-            assert sum(lengths) == rows
-            assert [a for a, _ in chunks] == [sum(lengths[:i]) for i in range(len(chunks))]
-            if size == 2:
-                assert all(151_936 * 2 * length <= 512 * 2**20 for length in lengths)
-            assert all(length <= max(1024, 1664 * (size == 2)) for length in lengths)
-            assert max(lengths, default=0) - min(lengths, default=0) < 2 * 128
-            assert rows < 8192 or min(lengths) >= 0.7 * least
+            assert [x for chunk in chunks for x in chunk[:1]] == [*range(0, rows, most)]
+            assert lengths[:-1] == [most] * (len(chunks) - 1) and sum(lengths) == rows
+            assert most == 1024 or most * vocabulary * size <= HEAD.LOGITS_BYTES
 
 
 @pytest.mark.parametrize(
