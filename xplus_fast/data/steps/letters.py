@@ -77,7 +77,11 @@ _ZEROS = {
     "te": (re.compile("(?<=[\u0c05-\u0c4d])\u0c66(?![\u0c66-\u0c6f])"), "\u0c02"),
     "kn": (re.compile("(?<=[\u0c85-\u0ccd])\u0ce6(?![\u0ce6-\u0cef])"), "\u0c82"),
     "ml": (re.compile("(?<=[\u0d05-\u0d4d])\u0d66(?![\u0d66-\u0d6f])"), "\u0d02"),
-    "my": (re.compile("(?<![\u1040-\u1049])\u1040(?=[\u102b-\u103e\u1000-\u1021])"), "\u101d"),
+    # before a sign, or a consonant that closes the syllable: "0 percent" has neither
+    "my": (
+        re.compile("(?<![\u1040-\u1049])\u1040(?=[\u102b-\u103e]|[\u1000-\u1021]\u103a)"),
+        "\u101d",
+    ),
 }
 # What stands for letters that a font or an encoding had not
 _LOST = re.compile("[^\\W\\d_][\u25a1\u25af\ue000-\uf8ff]|[\ue000-\uf8ff][^\\W\\d_]")
