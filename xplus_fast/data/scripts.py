@@ -4,20 +4,8 @@ import unicodedata
 from collections import Counter
 from functools import cache
 
+from xplus_fast.data.steps.characters import SCRIPTS
 from xplus_fast.data.steps.identify import chinese_scripts
-
-_CJK = frozenset({"CJK"})
-# ISO 15924 -> how Unicode begins the names of its letters
-_NAMES = {
-    "Latn": {"LATIN"}, "Cyrl": {"CYRILLIC"}, "Grek": {"GREEK"}, "Armn": {"ARMENIAN"},
-    "Geor": {"GEORGIAN"}, "Hebr": {"HEBREW"}, "Arab": {"ARABIC"}, "Deva": {"DEVANAGARI"},
-    "Beng": {"BENGALI"}, "Guru": {"GURMUKHI"}, "Gujr": {"GUJARATI"}, "Orya": {"ORIYA"},
-    "Taml": {"TAMIL"}, "Telu": {"TELUGU"}, "Knda": {"KANNADA"}, "Mlym": {"MALAYALAM"},
-    "Sinh": {"SINHALA"}, "Thai": {"THAI"}, "Laoo": {"LAO"}, "Tibt": {"TIBETAN"},
-    "Mymr": {"MYANMAR"}, "Khmr": {"KHMER"}, "Ethi": {"ETHIOPIC"}, "Mong": {"MONGOLIAN"},
-    "Hans": _CJK, "Hant": _CJK, "Hani": _CJK, "Jpan": _CJK | {"HIRAGANA", "KATAKANA"},
-    "Kore": _CJK | {"HANGUL"},
-}  # fmt: skip
 
 
 def in_script(text: str, language: str) -> bool | None:
@@ -28,7 +16,7 @@ def in_script(text: str, language: str) -> bool | None:
     no letters, or nothing is known of the script.
     """
     script = _script(language)
-    wanted = _NAMES.get(script)
+    wanted = SCRIPTS.get(script)
     letters = Counter(_letter(c) for c in text if c.isalpha())
     total = letters.total()
     if wanted is None or not total:

@@ -2,23 +2,23 @@
 
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Scripts by the names that Unicode gives their letters
+# Scripts of ISO 15924 -> how Unicode begins the names of their letters
 SCRIPTS = {
-    "ar": ("ARABIC",), "bn": ("BENGALI",), "ja": ("HIRAGANA", "KATAKANA", "CJK"),
-    "ko": ("HANGUL", "CJK"), "ru": ("CYRILLIC",), "sr": ("CYRILLIC",), "te": ("TELUGU",),
-    "th": ("THAI",), "zh": ("CJK",), "el": ("GREEK",), "he": ("HEBREW",), "hi": ("DEVANAGARI",),
-    "bg": ("CYRILLIC",), "uk": ("CYRILLIC",), "mk": ("CYRILLIC",), "be": ("CYRILLIC",),
-    "kk": ("CYRILLIC",), "fa": ("ARABIC",), "ur": ("ARABIC",), "ka": ("GEORGIAN",),
-    "hy": ("ARMENIAN",), "ta": ("TAMIL",), "kn": ("KANNADA",), "ml": ("MALAYALAM",),
-    "gu": ("GUJARATI",), "pa": ("GURMUKHI",), "mr": ("DEVANAGARI",), "ne": ("DEVANAGARI",),
-    "my": ("MYANMAR",), "km": ("KHMER",), "lo": ("LAO",), "am": ("ETHIOPIC",), "si": ("SINHALA",),
-}  # fmt: skip
-SCRIPT_NAMES = {  # of ISO 15924
-    "Latn": "LATIN", "Cyrl": "CYRILLIC", "Arab": "ARABIC", "Hans": "CJK", "Hant": "CJK",
+    "Latn": ("LATIN",), "Cyrl": ("CYRILLIC",), "Grek": ("GREEK",), "Armn": ("ARMENIAN",),
+    "Geor": ("GEORGIAN",), "Hebr": ("HEBREW",), "Arab": ("ARABIC",), "Syrc": ("SYRIAC",),
+    "Thaa": ("THAANA",), "Deva": ("DEVANAGARI",), "Beng": ("BENGALI",), "Guru": ("GURMUKHI",),
+    "Gujr": ("GUJARATI",), "Orya": ("ORIYA",), "Taml": ("TAMIL",), "Telu": ("TELUGU",),
+    "Knda": ("KANNADA",), "Mlym": ("MALAYALAM",), "Sinh": ("SINHALA",), "Thai": ("THAI",),
+    "Laoo": ("LAO",), "Tibt": ("TIBETAN",), "Mymr": ("MYANMAR",), "Khmr": ("KHMER",),
+    "Ethi": ("ETHIOPIC",), "Mong": ("MONGOLIAN",), "Olck": ("OL",), "Mtei": ("MEETEI",),
+    "Tfng": ("TIFINAGH",), "Nkoo": ("NKO",), "Cher": ("CHEROKEE",), "Cans": ("CANADIAN",),
+    "Hans": ("CJK",), "Hant": ("CJK",), "Hani": ("CJK",), "Kore": ("HANGUL", "CJK"),
+    "Jpan": ("HIRAGANA", "KATAKANA", "CJK"),
 }  # fmt: skip
 NO_MARKS = {"th", "lo", "km", "my"}  # written without full stops and question marks
 
@@ -35,12 +35,12 @@ FOREIGN = {
 }  # fmt: skip
 
 
+@cache
 def scripts_of(code: str) -> tuple[str, ...]:
-    """The scripts of a canonical language code."""
-    language, _, script = code.partition("_")
-    if script in SCRIPT_NAMES:
-        return (SCRIPT_NAMES[script],)
-    return SCRIPTS.get(language, ("LATIN",))
+    """The scripts of a canonical language code; Latin where nothing else is known, as of ""."""
+    from langcodes import Language
+
+    return SCRIPTS.get(Language.get(code or "und").maximize().script or "", ("LATIN",))
 
 
 # Those who open their questions with a mark, too

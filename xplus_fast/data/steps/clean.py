@@ -133,7 +133,9 @@ def _one(text: str, language: str, made_of: _Census, options: CleanOptions) -> N
     right, foreign = letters - wrong, wrong * RELATIVE_LENGTH.get(language, 1.0)
     if right < options.min_script * (right + foreign):
         raise Reject("wrong script", f"{wrong} of {letters} letters")
-    if digits > solid * options.max_digits:
+    # and so do digits, but for few in a word
+    others = (solid - digits) / min(RELATIVE_LENGTH.get(language, 1.0), 1.0)
+    if digits > (digits + others) * options.max_digits:
         raise Reject("mostly digits", f"{digits} of {solid} characters")
     if punctuation > solid * options.max_punctuation:
         raise Reject("mostly punctuation", f"{punctuation} of {solid} characters")

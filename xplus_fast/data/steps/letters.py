@@ -84,11 +84,21 @@ _ZEROS = {
     ),
 }
 # What stands for letters that a font or an encoding had not
-_LOST = re.compile("[^\\W\\d_][\u25a1\u25af\ue000-\uf8ff]|[\ue000-\uf8ff][^\\W\\d_]")
+_LOST = re.compile(
+    "[^\\W\\d_][\x80-\x84\x86-\x9f\u25a1\u25af\ue000-\uf8ff]"
+    "|[\x80-\x84\x86-\x9f\ue000-\uf8ff][^\\W\\d_]"
+)
+# Controls that are quotation marks, dashes and signs of cp1252
+_WINDOWS = {
+    code: bytes([code]).decode("cp1252")
+    for code in (0x80, 0x82, 0x84, 0x8B, *range(0x91, 0x98), 0x99, 0x9B)
+}
 _LOST_AS_MARK = re.compile("[^\\W\\d_]\u00bf|(?:^|\\W)\u00bf\\w\u00bf")
 _STACKED = re.compile("[\u0300-\u036f]{3}")
 # A character of any of these
-_RARE = re.compile(f"[{_SHAPED}\uff01-\uff5e\u00bf\u0300-\u036f\u25a1\u25af\ue000-\uf8ff\ufffc]")
+_RARE = re.compile(
+    f"[{_SHAPED}\uff01-\uff5e\x80-\x84\x86-\x9f\u00bf\u0300-\u036f\u25a1\u25af\ue000-\uf8ff\ufffc]"
+)
 
 
 def own_letters(text: str, language: str, script: str) -> str:
@@ -106,6 +116,7 @@ def own_letters(text: str, language: str, script: str) -> str:
 
 
 def _rare(text: str, language: str, script: str) -> str:
+    text = text.translate(_WINDOWS)
     text = _SHAPES.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
     if script not in _WIDE:
         text = _FULL_WIDTH.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)

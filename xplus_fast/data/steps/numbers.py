@@ -58,6 +58,8 @@ _MEASURES = {
     "pounds": 0.4536, "lb": 0.4536, "lbs": 0.4536, "gallon": 3.785, "gallons": 3.785,
     "acre": 0.4047, "acres": 0.4047, "ounces": 28.35,
 }  # fmt: skip
+# Feet and inches, minutes and seconds: 5'11", 48\u00b051'24"
+_HEIGHT = re.compile(r"\d{1,3}\s?['\u2032\u2019]\s?\d{1,2}(?:\s?[\"\u2033\u201d]|'')")
 _FAHRENHEIT = re.compile(r"\u00b0\s?F\b|\bFahrenheit\b")
 _MEASURE = re.compile(rf"\b(?:{'|'.join(_MEASURES)})\b", re.I)
 
@@ -127,6 +129,8 @@ def _value(written: str) -> float:
 
 
 def _numbers(text: str) -> list[_Number]:
+    if _HEIGHT.search(text):
+        text = _HEIGHT.sub(" ", text)
     if not text.isascii():
         if _SMALL.search(text):
             text = text.translate(_RAISED)
