@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.data.steps.noise import LANGUAGES, everyday_pairs
@@ -80,7 +81,12 @@ def verdicts(judged):
 @pytest.mark.parametrize("margin", [0.0, 1.0, 7.0])
 def test_languages_of_many_texts_are_those_of_each(margin):
     pytest.importorskip("py3langid", reason="identifies languages")
-    batch, options = odd_batch(2000, 0), IdentifyOptions(margin)
+    traditional = "\u9019\u662f\u570b\u5bb6\u5716\u66f8\u9928\u3002"
+    sure = make_batch(
+        [{"source": "A library.", "target": traditional, "source_language": "en",
+          "target_language": "zh"}]
+    )  # fmt: skip
+    batch, options = pa.concat_batches([odd_batch(1000, 0), sure]), IdentifyOptions(margin)
 
     def alone(row):
         for side in ("source", "target"):
@@ -96,7 +102,9 @@ def test_languages_of_many_texts_are_those_of_each(margin):
     found = verdicts(identify_pairs(batch, options))
     assert found == [alone(row) for row in batch.to_pylist()]
     reasons = {reason for reason, _ in found}
-    assert reasons > {None, "source: wrong language", "target: wrong language"}
+    assert reasons >= {None, "source: wrong language", "target: wrong language"}
+    # at no margin it is of another language first
+    assert margin == 0 or "target: wrong Chinese script" in reasons
 
 
 def test_scores_of_many_texts_are_py3langids(monkeypatch):
