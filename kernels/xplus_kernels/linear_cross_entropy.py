@@ -69,17 +69,19 @@ def linear_cross_entropy_ref(
         at = target.where(counted, 0)[:, None]
         buffer = torch.empty(b - a, vocabulary, dtype=x.dtype, device=x.device)
         logits = widen(head.logits(part, buffer))  # [chunk, V]
-        lse = logits.logsumexp(-1)
-        of_rows = (lse - logits.gather(1, at)[:, 0]).where(counted, 0)
+        logits -= logits.amax(-1, keepdim=True)
+        target_logits = logits.gather(1, at)
+        total = logits.exp_().sum(-1, keepdim=True)
+        of_rows = (total.log() - target_logits)[:, 0].where(counted, 0)
         loss += of_rows.sum()
         if losses is not None:
             losses[a:b] = of_rows
         if dx is None and dw is None:
             continue
         # d(loss)/d(logits) = softmax - onehot, over the chunk itself
-        grad = logits.sub_(lse[:, None]).exp_()
-        grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1))
-        grad.mul_((counted.to(grad.dtype) / divisor)[:, None])
+        share = (counted.to(logits.dtype) / divisor)[:, None]
+        grad = logits.mul_(share / total)
+        grad.scatter_add_(1, at, -share)
         grad = grad.to(x.dtype)
         if dx is not None:
             head.dx(grad, dx[a:b])

@@ -60,18 +60,9 @@ def qk_norm_rope_ref(
 
 
 def qk_norm_rope_backward_ref(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    eps: float,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    cos: Tensor, sin: Tensor, *, eps: float, need_dw: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     dq, dk = _rotate(dq, cos, -sin), _rotate(dk, cos, -sin)  # the inverse rotation
     dqn = dkn = None
     q, k, _ = _split(qkv, dq.shape[1], dk.shape[1])
@@ -89,9 +80,10 @@ def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = widen(x).chunk(2, -1)  # [T, heads, D/2]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    wide = widen(x)  # [T, heads, D]
+    cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+    a, b = wide.chunk(2, -1)
+    return (wide * cos).addcmul_(torch.cat((b, a), -1), sin).to(x.dtype)
 
 
 # A program works on TOKENS tokens x GROUP heads x D. GROUP divides N and K, so that a group is all

@@ -61,9 +61,8 @@ _UNREAD = 100  # keys that are noted as unread at most
 def read_examples(source: Source, data: DataConfig, reading: Reading) -> Iterator[Example]:
     """Stream a source's examples; what was chosen and left out goes into `reading`.
 
-    A translation pair gives one example per direction of `source.directions`. Raises `UserError`
-    for a missing or unreadable source, a format that does not fit, and, with `data.on_error: stop`,
-    for the first bad record.
+    A pair gives one example per direction of `source.directions`. Raises `UserError` for a source
+    that is missing, unreadable or unfit and, with `data.on_error: stop`, for the first bad record.
     """
     name, chosen = _name(source), file_format(source)
     items: Iterator[Pair | Example | Rejected]
