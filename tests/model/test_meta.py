@@ -143,6 +143,16 @@ def test_the_head_at_every_size(t, fp8, counted):
     assert loss.shape == () and loss.dtype == torch.float32 and x.grad.shape == x.shape
 
 
+def adds_to_wide(monkeypatch):
+    """As torch 2.15's GEMM does, by whose launches the document goes."""
+    a, to = torch.empty(8, 8, dtype=torch.bfloat16, device="meta"), torch.float32
+    try:
+        torch.addmm(a.float(), a, a, out_dtype=to)
+    except (TypeError, RuntimeError):
+        pytest.skip(f"torch {torch.__version__} has no rule for it on meta tensors")
+    monkeypatch.setattr(sys.modules["xplus_kernels.weight_gradient"], "_adds_to_wide", lambda: True)
+
+
 @pytest.mark.parametrize(
     "name, form, sums, most",
     [
@@ -157,7 +167,8 @@ def test_launches_and_bytes_of_a_layer_are_those_of_the_document(
     name, form, sums, most, counted, monkeypatch
 ):
     """docs/performance.md: of 8B and a step's 16,384 tokens."""
-    monkeypatch.setattr(sys.modules["xplus_kernels.weight_gradient"], "_adds_to_wide", lambda: True)
+    if sums == torch.float32:
+        adds_to_wide(monkeypatch)
     pack = pack_of(16_384)
     cells = []
     # once before: constants are made by the first that wants them, and kept
@@ -179,7 +190,8 @@ def test_launches_and_bytes_of_a_layer_are_those_of_the_document(
 @pytest.mark.parametrize("form, most", [("bf16", 32), ("fp8", 180)])
 def test_launches_and_bytes_of_the_head_are_those_of_the_document(form, most, counted, monkeypatch):
     """docs/performance.md: 8192 rows of 8B."""
-    monkeypatch.setattr(sys.modules["xplus_kernels.weight_gradient"], "_adds_to_wide", lambda: True)
+    if form == "fp8":
+        adds_to_wide(monkeypatch)
     shape = SHAPES["8B"]
     head = frozen(form, (shape.vocabulary, shape.hidden))
     head = head.data if form == "bf16" else head.rows

@@ -263,8 +263,8 @@ def _build(
     held = list(heldout.examples())
     # Neither side of a held-out pair may be trained on, not even with another translation.
     away = [*held, *others]
-    gone = np.isin(keys, np.array([_hash(e.key) for e in away], np.uint64))
-    gone |= np.isin(mirrors, np.array([_hash(e.mirror) for e in away if e.mirror], np.uint64))
+    gone = _among(keys, [_hash(e.key) for e in away])
+    gone |= _among(mirrors, [_hash(e.mirror) for e in away if e.mirror])
     train = np.flatnonzero(~gone)
     by_tag = np.bincount(tag[train], minlength=len(groups)).tolist()
     for group in dict.fromkeys(groups):
@@ -368,6 +368,12 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         size += length
     if batch:
         yield batch
+
+
+def _among(found: Any, hashes: Sequence[int]) -> np.ndarray:
+    """bool [N]: which of uint64 [N] are among them."""
+    # not by a table, the other way: numpy 2.0's overflows beyond int64
+    return np.isin(found, np.array(hashes, np.uint64), kind="sort")
 
 
 def _hash(text: str) -> int:
