@@ -22,6 +22,7 @@ WHOLE_LIMIT = 64 << 20  # bytes of a file, or of a unit of one, that a library t
 TEXT_LIMIT = 4_000_000  # characters of a conversation; tokenizing one takes 100 bytes
 _ROWS = 256  # of a table that are in memory at a time
 _SPACES = re.compile(r"[ \t\n\r]*")
+_LIST = re.compile(rb"\s*\[\s*\{")  # of records, in JSON, where no line counts
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def decoded(stream: Any, name: str) -> Iterator[tuple[str, str | Rejected]]:
                 raise UserError(f"{where}: no text in UTF-8, nor in UTF-16 with its mark")
         whole = number == 1 and not raw.endswith(b"\n")  # all of it in one line
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-        if whole and b"\r" in raw:
+        if whole and b"\r" in raw and not _LIST.match(raw):
             raise UserError(f"{where}: its lines end in \\r alone, \\n or \\r\\n is wanted")
         if len(raw) > LINE_LIMIT:
             raise UserError(f"{where}: a line of more than {LINE_LIMIT >> 20} MiB")

@@ -210,9 +210,9 @@ def line_pairs(source: Source) -> Iterator[Pair | Rejected]:
     a, b = (resolve(p) for p in source.path)
     codes = source.languages or [_suffix_language(p) for p in (a, b)]
     languages = two_languages(codes, _name(source))
-    # Counted before any work: a pair of files that slipped must not train for an hour first.
     if a.resolve() == b.resolve():
         raise UserError(f"{a}: is both files of the pair")
+    # Counted before any work: a pair of files that slipped must not train for an hour first.
     counts = [sum(1 for _ in read_lines(p)) for p in (a, b)]
     if counts[0] != counts[1]:
         raise UserError(
@@ -281,9 +281,9 @@ def catalog_pairs(source: Source) -> Iterator[Pair | Rejected]:
             raise UserError(f"{path}: {e}") from None
         except (OSError, ValueError) as e:
             raise UserError(f"{path}: not a gettext catalog ({' '.join(str(e).split())})") from None
-        for place, line in read_lines(path) if len(entries) else ():
-            if isinstance(line, str) and _OPEN.search(line):  # polib would cut the text short
-                raise UserError(f"{place}: a text without its closing quotation mark")
+        with path.open(encoding="utf-8") as f:  # which polib would cut short
+            if number := next((i for i, line in enumerate(f, 1) if _OPEN.search(line)), 0):
+                raise UserError(f"{path}:{number}: a text without its closing quotation mark")
         for entry in entries:
             if entry.obsolete or entry.fuzzy or entry.msgid_plural or not entry.msgstr.strip():
                 continue

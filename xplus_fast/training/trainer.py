@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from xplus_fast.data.collate import PackCollator, whole_sequences
 from xplus_fast.errors import UserError
@@ -276,8 +276,10 @@ class XPlusTrainer(SavingTrainer):
         return norm
 
     def _wanted(self, norm: Tensor) -> list[Tensor]:
-        """What the host asks of a step: its norm and, if no other process has a part, its loss."""
-        return [norm, self._tr_loss] if self.args.world_size == 1 else [norm]
+        """What the host asks of a step: its norm and, outside a process group, its loss."""
+        # a group, of one process too, gathers the loss where its backend can: on the device
+        alone = self.args.parallel_mode == ParallelMode.NOT_PARALLEL
+        return [norm, self._tr_loss] if alone else [norm]
 
     def _measure(self, optimizer: AdamW, most: float) -> Tensor:
         """The norm of the gradients, and for the update the scale that clips it to `most`.
@@ -327,6 +329,7 @@ class XPlusTrainer(SavingTrainer):
         super()._maybe_log_save_evaluate(loss, known, *args, **kw)
         if read and self._globalstep_last_logged != before:
             tr_loss.zero_()
+        self._numbers = []  # at an epoch's end the loss may have a part of another step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

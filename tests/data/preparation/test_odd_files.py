@@ -37,6 +37,12 @@ def test_lines_that_end_as_on_old_machines(tmp_path: Path) -> None:
     for path, side in zip(paths, (EN, SW), strict=True):
         path.write_bytes("\r".join(side).encode() + b"\r")
     assert "x.en:1: its lines end in \\r alone" in fault(paths)
+    catalog = tmp_path / "x.po"
+    catalog.write_bytes(CATALOG.replace("\n", "\r").encode())
+    assert texts(catalog, languages=["en", "sw"]) == [('Hello "there".', "Habari yako.\\")]
+    listed = tmp_path / "x.json"  # where no line counts
+    listed.write_bytes(b'[\r{"en": "Hello there.",\r "sw": "Habari yako."}\r]')
+    assert texts(listed) == PAIRS[:1]
     # within a line it is an odd character, and at the end of a file there may be no end of a line
     paths[0].write_bytes(b"Hello\rthere.\nGood morning.")
     paths[1].write_bytes(b"Habari yako.\r\nHabari za asubuhi.\r")
@@ -124,7 +130,8 @@ SEGMENT = (
     ("unit", "of_target", "read"),
     [
         ("", "", True), ("", ' state="translated"', True), ("", ' state="final"', True),
-        ("", ' state="needs-review-translation"', True), (' translate="yes"', "", True),
+        ("", ' state="needs-review-translation"', True),
+        ("", ' state="needs-adaptation"', True), (' translate="yes"', "", True),
         ("", ' state="new"', False), ("", ' state="needs-translation"', False),
         ("", ' state="initial"', False), (' translate="no"', "", False),
     ],
@@ -140,6 +147,14 @@ def test_units_that_nobody_translated(
     ):
         path.write_text(XLIFF.format(version, version, made))
         assert texts(path) == ([PAIRS[0]] if read else []), made
+
+
+def test_a_unit_to_translate_in_a_group_that_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.xlf"
+    for unit, read in ((' translate="yes"', True), ("", False)):
+        group = f'<group translate="no">{UNIT.format(unit, "")}</group>'
+        path.write_text(XLIFF.format("1.2", "1.2", f"<body>{group}</body>"))
+        assert texts(path) == ([PAIRS[0]] if read else [])
 
 
 def test_a_folder_with_files_that_are_not_read(tmp_path: Path, capsys) -> None:

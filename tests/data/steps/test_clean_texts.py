@@ -78,3 +78,50 @@ def test_good_short_pairs_stay(language: str, kind: str) -> None:
     for numbers in (True, False):
         found = clean_pairs(make_batch(rows + turned), CleanOptions(numbers=numbers))
         assert found.reason.to_pylist() == [None] * 2 * len(rows), found.detail.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        # units and differences, of which a Latin letter looks like a Greek one, or is like none
+        (
+            "el",
+            "\u03a4\u03bf \u0394x \u03ba\u03b1\u03b9 \u03c4\u03bf x: 10 k\u03a9, 5 \u03bcA.",
+        ),
+        ("el", "\u03bc\u03b5 \u0394v = a, i \u03ae k"),
+        # Python's formats, beside MicroDVD's {c:$0000ff}
+        ("en", "Price: {p:.2f} of {c:>10} and {s:,} or {f:+d} ({y:%d})"),
+    ],
+)
+def test_signs_and_formats_stay(language: str, text: str) -> None:
+    assert tidy(text, FormatOptions(), language) == text
+
+
+@pytest.mark.parametrize(
+    "code", ["{y:i}", "{Y:b,u}", "{c:$0000ff}", "{f:Arial}", "{s:12}", "{P:0,1}"]
+)
+def test_styles_of_subtitles_go(code: str) -> None:
+    assert tidy(f"{code}The mill is closed.", FormatOptions()) == "The mill is closed."
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("ii", "\ua188\ua0c5\ua071\ua2aa\ua188\ua2c7"),  # Yi
+        ("ff_Adlm", "\U0001e900\U0001e923\U0001e924\U0001e922\U0001e925\U0001e923"),
+        ("jv_Java", "\ua98f\ua992\ua9a7\ua9b1\ua992\ua99f"),
+        ("ko_Hang", "\ubb3c\ub808\ubc29\uc544\uac00 \ubb38\uc744 \ub2eb\uc558\ub2e4"),
+        ("ja_Hira", "\u307f\u305a\u3050\u308b\u307e\u304c\u3068\u307e\u3063\u305f"),
+        ("ur_Aran", "\u0686\u06a9\u06cc \u0628\u0646\u062f \u06c1\u06d2"),
+        # names in Latin letters, and digits, weigh as little in each of the Chinese scripts
+        ("zh_Hant", "\u6211\u5011\u4eca\u5929\u7528 PyTorch Keras"),
+        ("zh", "\u6211\u4eec\u4eca\u5929\u7528 PyTorch Keras"),
+        ("zh_Hant", "\u96fb\u8a71\u662f\uff1a02-27"),
+        ("zh_Hant", "2026\u5e7411\u670826\u65e5"),
+    ],
+)
+def test_what_a_text_is_made_of_is_right_in_every_script(language: str, text: str) -> None:
+    options = CleanOptions(ratio=9, truncated=False, numbers=False, max_apart=99)
+    row = {"source": "We met him: that day we had it all.", "target": text}
+    batch = make_batch([{**row, "source_language": "en", "target_language": language}])
+    assert clean_pairs(batch, options).reason.to_pylist() == [None]

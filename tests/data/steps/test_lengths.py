@@ -40,6 +40,7 @@ def test_lengths_and_marks_that_disagree() -> None:
     longer = dated[:-1] + ", et la commune entend vendre les pierres."
     quoted = "\u00abC'est le maire qui fermera le vieux moulin au printemps\u00bb, dit-on."
     title = "On donne le \u00abVieux moulin\u00bb de demain soir jusqu'au printemps, et puis rien."
+    temple = "People there call this place the Hall of Prayer, and it stands in the south."
     cases = [
         (asked, "Le conseil fermera le vieux moulin au printemps.", "en", "fr", None),
         (asked[:-1] + ".", told, "en", "fr", None),
@@ -58,6 +59,11 @@ def test_lengths_and_marks_that_disagree() -> None:
          "\u3081\u308b\u300d\u3068\u8a00\u3063\u305f\u3002", "en", "ja", said),
         ("The old mill.", "\u300c\u6c34\u8eca\u300d\u3068\u8a00\u3063\u305f\u306e\u306f\u6751\u9577"
          "\u306e\u53cb\u4eba\u305f\u3061\u3060\u3063\u305f\u3002", "en", "ja", None),
+        # Chinese quotes names, too, which have no pauses
+        (temple, "\u201c\u5929\u575b\u7948\u5e74\u6bbf\u201d\u5728\u5317\u4eac\u7684\u5357\u8fb9"
+         "\u3002", "en", "zh", None),
+        (temple, "\u201c\u4f60\u53bb\u5929\u575b\uff0c\u5feb\u53bb\u3002\u201d\u4ed6\u8bf4\u3002",
+         "en", "zh", said),
         (told, asked, "fr", "en", said),
         # no marks that would tell: of Thai, of Greek, a Japanese particle
         (asked, told, "en", "th", None),

@@ -29,8 +29,9 @@ _TAG_LENGTH = 64  # of the longest tag that ends a unit
 _STOP = re.compile(r"<!--|<!\[CDATA\[|</(?:[\w.-]+:)?tu\s*>")
 _UNIT = re.compile(r"<(?:[\w.-]+:)?tu(?=[\s>])")
 _NAMED = re.compile(r"&([A-Za-z][A-Za-z0-9]*);")
-# States of a target that nobody has translated yet: of XLIFF 1.2, of 2.x
-_UNTRANSLATED = ("new", "needs-translation", "needs-adaptation", "needs-l10n", "initial")
+# States of a target that nobody has translated yet: of XLIFF 1.2 (where needs-adaptation is of what
+# is no text), of 2.x
+_UNTRANSLATED = ("new", "needs-translation", "needs-l10n", "initial")
 _OF_XML = ("amp", "lt", "gt", "quot", "apos")
 
 
@@ -244,9 +245,11 @@ def read_xliff(
                 f"{path}: a source or target language is not told, or unknown: {bad};"
                 " `languages: [en, sw]` tells them"
             )
-        as_it_is = {
-            id(e) for group in file.iter() if group.get("translate") == "no" for e in group.iter()
-        }
+        as_it_is: set[int] = set()
+        for group in file.iter():  # the innermost tells
+            if (asked := group.get("translate")) is not None:
+                change = as_it_is.update if asked == "no" else as_it_is.difference_update
+                change(map(id, group.iter()))
         for unit in (e for e in file.iter() if _bare(e) in ("trans-unit", "segment")):
             number += 1
             states = {e.get("state") for e in unit if _bare(e) == "target"} | {unit.get("state")}

@@ -41,6 +41,7 @@ _ROMAN = re.compile(r"\b(?:[IVX]{2,}|[VX])(?![A-Z])")  # Europe's centuries
 _SPAN = re.compile(
     f'["\u201c\u201d\u201e\u201f\u00ab\u00bb\u300c\u300e][^{QUOTES}]*["\u201c\u201d\u00ab\u00bb\u300d\u300f]'
 )
+_PAUSES = re.compile("[.,!?;:\u3002\uff0c\uff01\uff1f\uff1b\uff1a\u2026]")
 SENTENCE = 18  # English characters with their quotes; fewer are a title, or the name of a button
 # What may mark speech instead: dashes, single quotes
 _SAID = re.compile(
@@ -69,8 +70,13 @@ def apart(
             differ["digits"] = math.log((most + 0.7) / 0.7)
     if bool(marks[0][1]) != bool(marks[1][1]):
         texts = (source, target) if marks[0][1] else (target, source)
-        least = SENTENCE * RELATIVE_LENGTH.get(bases[0 if marks[0][1] else 1], 1.0)
-        said = any(len(span) >= least for span in _SPAN.findall(texts[0]))
+        quotes = bases[0 if marks[0][1] else 1]
+        least = SENTENCE * RELATIVE_LENGTH.get(quotes, 1.0)
+        # Chinese puts names and terms in quotes, as long as a short sentence
+        said = any(
+            len(span) >= least and (quotes not in CHINESE or _PAUSES.search(span))
+            for span in _SPAN.findall(texts[0])
+        )
         if said and not _SAID.search(texts[1]):
             differ["speech"] = 1.0
     if not differ:

@@ -18,7 +18,8 @@ SCRIPTS = {
     "Ethi": ("ETHIOPIC",), "Mong": ("MONGOLIAN",), "Olck": ("OL",), "Mtei": ("MEETEI",),
     "Tfng": ("TIFINAGH",), "Nkoo": ("NKO",), "Cher": ("CHEROKEE",), "Cans": ("CANADIAN",),
     "Hans": ("CJK",), "Hant": ("CJK",), "Hani": ("CJK",), "Kore": ("HANGUL", "CJK"),
-    "Jpan": ("HIRAGANA", "KATAKANA", "CJK"),
+    "Jpan": ("HIRAGANA", "KATAKANA", "CJK"), "Hira": ("HIRAGANA",), "Kana": ("KATAKANA",),
+    "Hrkt": ("HIRAGANA", "KATAKANA"), "Hang": ("HANGUL",), "Aran": ("ARABIC",),
 }  # fmt: skip
 NO_MARKS = {"th", "lo", "km", "my"}  # written without full stops and question marks
 
@@ -37,10 +38,14 @@ FOREIGN = {
 
 @cache
 def scripts_of(code: str) -> tuple[str, ...]:
-    """The scripts of a canonical language code; Latin where nothing else is known, as of ""."""
+    """The scripts of a canonical language code.
+
+    Latin where no other is known, as of ""; ("",) for one that is not in `SCRIPTS`.
+    """
     from langcodes import Language
 
-    return SCRIPTS.get(Language.get(code or "und").maximize().script or "", ("LATIN",))
+    script = Language.get(code or "und").maximize().script
+    return SCRIPTS.get(script, ("",)) if script else ("LATIN",)
 
 
 # Those who open their questions with a mark, too
@@ -65,8 +70,9 @@ _WIDTHS = ("FULLWIDTH", "HALFWIDTH")  # in names of letters of several scripts
 
 
 def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
-    """What each of the texts is made of, [len(texts), 7]: letters, those of other scripts, digits,
-    punctuation and symbols, all but spaces, question marks, quotation marks."""
+    """What each of the texts is made of, [len(texts), 7]: letters, those of other scripts (none,
+    where `scripts` are not known), digits, punctuation and symbols, all but spaces, question marks,
+    quotation marks."""
     lengths = np.array([len(text) for text in texts], np.intp)
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _KINDS[codes]
@@ -78,7 +84,8 @@ def census(texts: Sequence[str], scripts: tuple[str, ...]) -> NDArray[np.intp]:
     keys = np.repeat(np.arange(len(texts)) * many, lengths) + kinds
     found = np.bincount(keys, minlength=len(texts) * many).reshape(len(texts), many)
     letters = found[:, _QUOTE + 1 :]
-    wrong = [name not in scripts and name not in _WIDTHS for name in _SCRIPTS[_QUOTE + 1 :]]
+    right = {*scripts, *_WIDTHS}
+    wrong = ["" not in scripts and name not in right for name in _SCRIPTS[_QUOTE + 1 :]]
     return np.stack(
         [
             letters.sum(1), letters[:, wrong].sum(1), found[:, _DIGIT],

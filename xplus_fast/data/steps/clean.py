@@ -130,11 +130,12 @@ def _one(text: str, language: str, made_of: _Census, options: CleanOptions) -> N
     if letters < options.min_letters:
         raise Reject("too short", f"{letters} letters")
     # a Latin name takes three letters where a Chinese word takes one
-    right, foreign = letters - wrong, wrong * RELATIVE_LENGTH.get(language, 1.0)
+    relative = RELATIVE_LENGTH.get(language.partition("_")[0], 1.0)
+    right, foreign = letters - wrong, wrong * relative
     if right < options.min_script * (right + foreign):
         raise Reject("wrong script", f"{wrong} of {letters} letters")
     # and so do digits, but for few in a word
-    others = (solid - digits) / min(RELATIVE_LENGTH.get(language, 1.0), 1.0)
+    others = (solid - digits) / min(relative, 1.0)
     if digits > (digits + others) * options.max_digits:
         raise Reject("mostly digits", f"{digits} of {solid} characters")
     if punctuation > solid * options.max_punctuation:

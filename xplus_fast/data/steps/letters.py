@@ -6,7 +6,7 @@ of another script or another language that look the same, digits in the place of
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class _Alphabet(NamedTuple):
     whole: re.Pattern[str]
     from_latin: Mapping[int, int | str]  # letters that look alike
     to_latin: Mapping[int, int | str]
+    unlike: Set[str]  # Latin letters that are taken for its own only within longer words
 
 
 def _alphabet(script: str, letters: str, latin: str, own: str, more: dict[str, str]) -> _Alphabet:
@@ -41,6 +42,7 @@ def _alphabet(script: str, letters: str, latin: str, own: str, more: dict[str, s
         re.compile(f"[A-Za-z][{letters}]|[{letters}][A-Za-z]"),
         re.compile(f"[{letters}\u0301\u04d0-\u04ff\u1f00-\u1fff]+"),
         {**str.maketrans(latin, own), **to_own}, {**str.maketrans(own, latin), **to_latin},
+        {a for a in more if a < "\u0300"},
     )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ _GREEK = _alphabet(
     {"a": "\u03b1", "p": "\u03c1", "v": "\u03bd", "x": "\u03c7", "u": "\u03c5", "i": "\u03b9",
      "k": "\u03ba", "w": "\u03c9", "\u00e1": "\u03ac", "\u00f3": "\u03cc", "\u00ed": "\u03af"},
 )  # fmt: skip
+_UNIT = re.compile("[A-Za-z]?[\u0394\u03a9\u03bc][A-Za-z]?")  # and differences: kOhm, Delta x
 _MARKED = re.compile("[\u0370-\u045f]")  # one class for both is found much faster
 # Letters that some of the languages in Cyrillic have
 _OWN_CYRILLIC: dict[str, Mapping[int, int | str]] = {
@@ -145,7 +148,10 @@ def _word(language: str, script: str, alphabet: _Alphabet, match: re.Match[str])
     table = _OWN_CYRILLIC.get(language, alphabet.from_latin)
     if not alphabet.mixed.search(word):
         # a word of one letter, among mixed ones
-        return word.translate(table) if script != "LATIN" and len(word) == 1 else word
+        alone = script != "LATIN" and len(word) == 1 and word not in alphabet.unlike
+        return word.translate(table) if alone else word
+    if alphabet is _GREEK and _UNIT.fullmatch(word):
+        return word
     if script != "LATIN":
         made = word.translate(table)
         return made if alphabet.whole.fullmatch(made) else word

@@ -50,9 +50,11 @@ _CODE = frozenset("script style bpt ept ph it ut".split())
 # RTF groups and subtitle codes: {\b Save}, {\an8}, {\pos(1,2)\fs20}; the words in them are text
 _GROUP = re.compile(r"\{(\\[^{}]{0,200})\}")
 _CONTROL = re.compile(r"\\(?:fn[^\\]*|\*|[A-Za-z]+-?[\d.]*(?:\([^()]*\)|&\w+&?)?|\d\w+&?\w*&?) ?")
-# Subtitles: MicroDVD's frames and styles, WebVTT's times
+# Subtitles: MicroDVD's frames and styles (not "{c:>8}" of Python), WebVTT's times
 _SUBTITLE = re.compile(
-    r"^\{\d{2,7}\}\{\d{2,7}\}|\{[yYcCfFsSpP]:[^{}\s]{1,20}\}|<(?:\d\d:)?\d\d:\d\d\.\d{3}>"
+    r"^\{\d{2,7}\}\{\d{2,7}\}|\{(?:[yY]:/?[biusBIUS](?:,?[biusBIUS]){0,3}|[cC]:\$[0-9A-Fa-f]{6}"
+    r"|[fF]:[A-Za-z][\w -]{2,30}|[sS]:\d{1,3}|[pP]:\d{1,4}(?:,\d{1,4})?)\}"
+    r"|<(?:\d\d:)?\d\d:\d\d\.\d{3}>"
 )
 _WIKI = re.compile(r"'''?|(?<!=)={2,}(?=\s*$)|^={2,}|\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]")
 _BBCODE = re.compile(
