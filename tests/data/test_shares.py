@@ -198,7 +198,7 @@ def test_documents_are_cut_into_rows_and_every_token_is_learnt_once(
     elif kind == "parquet":
         Dataset.from_dict({"text": DOCUMENTS}).to_parquet(path)
     else:
-        Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(path)
+        Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(path))
     format_ = "text" if kind.startswith("txt") else "auto"
     corpus = load([Source(str(path), format=format_)], data, small_tokenizer)
     stripped = [d if not kind.startswith("txt") else d for d in DOCUMENTS]
