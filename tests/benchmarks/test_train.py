@@ -47,6 +47,9 @@ def test_every_contestant_runs_or_says_why(smoke):
     result, out = smoke
     by_name = {(r["contestant"], r["mix"]): r for r in result["rows"]}
     assert {name for name, _ in by_name} == set(CONTESTANTS)
+    for name, contestant in CONTESTANTS.items():
+        mixes = [mix for of, mix in by_name if of == name]
+        assert mixes == (["pairs"] if contestant.once else ["pairs", "full"])
     for (name, _), row in by_name.items():
         if row["status"] == "ok":
             assert row["tokens_per_s"] > 0 and len(row["losses"]) == 3

@@ -59,9 +59,12 @@ def test_roundings(size, dtype, wide):
     total = before.clone()
     assert weight_gradient(dy, x, total, add=True) is total
     whole = truth + before.double()
-    assert difference(total, whole) < most(whole, truth if twice else None)
+    off = difference(total, whole)
+    assert off < most(whole, truth if twice else None)
     if to == torch.bfloat16:
         assert difference(before + truth.to(to), whole) > most(whole)
     again = weight_gradient(dy, x, before.clone(), add=True)
     assert torch.equal(again, total)
     assert flags.allow_bf16_reduced_precision_reduction == kept
+    if off >= most(whole):
+        pytest.xfail("cuBLAS rounded the product before it added it")
