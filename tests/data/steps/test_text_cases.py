@@ -17,6 +17,7 @@ from xplus_fast.data.steps.decontaminate import (
 from xplus_fast.data.steps.dedup import DedupOptions, fingerprints
 from xplus_fast.data.steps.format import FormatOptions, format_pairs
 from xplus_fast.data.steps.identify import IdentifyOptions, identify_pairs
+from xplus_fast.data.steps.numbers import _MYRIADS
 
 pytest.importorskip("py3langid", reason="identifies languages")
 pytest.importorskip("ftfy", reason="mends mojibake")
@@ -55,6 +56,13 @@ PATTERNS = [
     "{y:", "{11}", "&a", "a%20", "=C3", "+A", "\u00bfa", "\u0301", "\uff41", "\u00bd1", "1h",
     "%(", "{a", "ab ", "a?b", "-\n",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["1", "1,", "1.", "1\u4e07"])
+def test_numbers_of_dense_scripts_take_no_time(pattern) -> None:
+    text, start = (pattern * 20000)[:20000], time.process_time()
+    _MYRIADS.sub("", text)
+    assert time.process_time() - start < 0.5  # 7.5 s where each digit may begin one
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

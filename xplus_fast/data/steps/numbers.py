@@ -17,6 +17,7 @@ _NUMBER = re.compile(
 )
 _DIGITS = re.compile(r"\d+")
 _MYRIADS = re.compile(
+    r"(?<!\d)(?<!\d[.,])"  # one beginning a number, or long ones take quadratic time
     r"(?:\d[\d.,]*\s?[\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146\ubc31\ucc9c\ub9cc\uc5b5\uc870]+\s?)+(?:\d[\d.,]*)?"
 )
 _MYRIAD = re.compile(r"(\d[\d.,]*)\s?([^\d\s.,]*)")
