@@ -239,7 +239,7 @@ def test_thinking_is_off_whatever_was_trained(tokenizer):
 def test_a_think_block_is_left_out_of_what_is_scored(tokenizer, monkeypatch):
     references = [e.messages[-1]["content"].strip() for e in pairs("en-fr")][:2]
     said = [f"<think>hm</think>\n\n{references[0]}", references[1]]
-    monkeypatch.setattr(heldout, "_translate", lambda *a: (said, 0))
+    monkeypatch.setattr(heldout, "_translate", lambda *a: [(text, False) for text in said])
     result = run(tiny_model(), tokenizer, {"en-fr": pairs("en-fr")[:2]})
     assert result["chrf"]["en-fr"] == 100
     assert [s["output"] for s in result["samples"]["en-fr"]] == references
@@ -254,4 +254,4 @@ def test_bar_on_a_terminal_only(tokenizer, monkeypatch, tty):
     run(tiny_model(), tokenizer, {"en-fr": pairs("en-fr")}, show=True)
     said = stream.getvalue()
     assert said.isascii()
-    assert ("held-out en-fr" in said) == ("translating en-fr" in said) == tty
+    assert ("held-out en-fr" in said) == ("translating" in said) == tty

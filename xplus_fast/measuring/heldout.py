@@ -4,6 +4,7 @@ Everything is deterministic (no sampling, no random state touched), so that two 
 only by what was trained in between.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from string import Formatter
@@ -74,16 +75,16 @@ def measure(
         if retention:
             loss, tokens = _loss(model, texts, line, "retention", data.shared_prompts)
             result["retention"] = {"loss": loss, "tokens": tokens}
+        # Thinking is off whatever data.think says: a base Qwen3 would think through its budget of
+        # tokens, score near zero, and every gain over it would be an artefact.
+        prompts = [prompt_text(e, tokenizer, "masked") for part in chosen.values() for e in part]
+        translated = iter(_translate(model, tokenizer, prompts, config.batch_size, line))
         for tag, examples in chosen.items():
-            # Thinking is off whatever data.think says: a base Qwen3 would think through its budget
-            # of tokens, score near zero, and every gain over it would be an artefact.
-            prompts = [prompt_text(e, tokenizer, "masked") for e in examples]
-            made, truncated = _translate(
-                model, tokenizer, prompts, config.batch_size, line, f"translating {tag}"
-            )
+            made = list(itertools.islice(translated, len(examples)))
             sources = [_sentence(e, data.prompt) for e in examples]
-            read = [without_thought(text, s) for text, s in zip(made, sources, strict=True)]
+            read = [without_thought(text, s) for (text, _), s in zip(made, sources, strict=True)]
             outputs = [text.strip() for text, _ in read]
+            truncated = sum(cut for _, cut in made)
             references = [e.messages[-1]["content"].strip() for e in examples]
             result["chrf"][tag], result["signature"] = _chrf(outputs, references)
             result["off_length"][tag] = {"empty": outputs.count(""), "truncated": truncated}
@@ -127,17 +128,20 @@ def _loss(
 
 
 def _translate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int, line: WorkLine, what: str
-) -> tuple[list[str], int]:
-    """Greedy answers in the order of the prompts; and how many stopped only at the token limit."""
-    line.begin(what, _TRANSLATION)
-    outputs, truncated = [""] * len(prompts), 0
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int, line: WorkLine
+) -> list[tuple[str, bool]]:
+    """Greedy answers in the order of the prompts, and whether each stopped at the token limit.
+
+    Directions are mixed: sentences of about one length make a batch.
+    """
+    if prompts:
+        line.begin("translating", _TRANSLATION)
+    outputs = [("", False)] * len(prompts)
     for batch in answers(model, tokenizer, prompts, batch_size):
         for i, text, cut in batch:
-            outputs[i] = text
-            truncated += cut
+            outputs[i] = text, cut
         line.update(len(batch))
-    return outputs, truncated
+    return outputs
 
 
 def _chrf(outputs: list[str], references: list[str]) -> tuple[float, str]:

@@ -89,14 +89,18 @@ def test_languages_of_many_texts_are_those_of_each(margin):
     batch, options = pa.concat_batches([odd_batch(1000, 0), sure]), IdentifyOptions(margin)
 
     def alone(row):
-        for side in ("source", "target"):
-            text, code = row[side], row[f"{side}_language"]
-            try:
-                identify._language(text, code.partition("_")[0], options)
-                if code in ("zh", "zh_Hant"):
-                    identify._chinese_script(text, code)
-            except identify.Reject as e:
-                return f"{side}: {e.reason}", e.detail or None
+        texts, codes = (
+            (row["source"], row["target"]),
+            (row["source_language"], row["target_language"]),
+        )
+        exact = [
+            identify.advantage(text, code.partition("_")[0])[0]
+            for text, code in zip(texts, codes, strict=True)
+        ]
+        try:
+            identify.judge(texts, codes, exact, options)
+        except identify.Reject as e:
+            return e.reason, e.detail or None
         return None, None
 
     found = verdicts(identify_pairs(batch, options))

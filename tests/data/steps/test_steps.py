@@ -1,5 +1,7 @@
 """Each step on pairs made for it."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -183,7 +185,40 @@ def test_letters_that_a_language_has_not() -> None:
         assert reason(identify_pairs, text, "Nini?", options, (language, "sw")) == wanted, text
     # a name in a text that is surely Russian
     text = RUSSIAN + " \u0411\u0430\u0458\u0438\u043d\u0430 \u0411\u0430\u0448\u0442\u0430."
-    assert reason(identify_pairs, "One, two.", text, options, ("en", "ru")) is None
+    source = "The old mill on the river. Bajina Basta."
+    assert reason(identify_pairs, source, text, options, ("en", "ru")) is None
+
+
+def test_a_short_pair_the_other_way_round() -> None:
+    pairs = (
+        ("Mange !", "Eat!", "fr"), ("Vergiss es.", "Never mind.", "de"),
+        ("\u00c9chec.", "Check.", "fr"), ("Meglepi!", "Surprise!", "hu"), ("Ki?", "Who?", "hu"),
+    )  # fmt: skip
+    for other, english, code in pairs:
+        judge = functools.partial(reason, identify_pairs)
+        assert judge(english, other, IdentifyOptions(), ("en", code)) is None
+        assert judge(other, english, IdentifyOptions(), (code, "en")) is None
+        for swapped in ((other, english, ("en", code)), (english, other, (code, "en"))):
+            assert judge(*swapped[:2], IdentifyOptions(), swapped[2]) == "source: wrong language"
+    same = (("Hallo.", "Hallo.", "de"), ("Taxi!", "Taxi !", "fr"))  # as likely either way
+    for other, english, code in same:
+        assert reason(identify_pairs, english, other, IdentifyOptions(), ("en", code)) is None
+
+
+def test_a_doubtful_language_beside_doubtful_lengths() -> None:
+    serbian = "\u041d\u0435 \u0431\u0440\u0438\u043d\u0438\u0442\u0435!"  # "Do not worry!"
+    for source, wanted in (
+        ("Do not worry!", None), ("Find out what happened to Tom.", "target: wrong language")
+    ):  # fmt: skip
+        found = reason(identify_pairs, source, serbian, IdentifyOptions(), ("en", "ru"))
+        assert found == wanted
+    # a language whose lengths are not measured says nothing; nor do names
+    long = "He went home because it was getting late and dark."
+    for text, code, wanted in (
+        ("Mi dormas.", "cs", "source: wrong language"), ("Mi dormas.", "eo", None),
+        ("Jean Dupont", "cs", None),
+    ):  # fmt: skip
+        assert reason(identify_pairs, text, long, IdentifyOptions(), (code, "en")) == wanted
 
 
 def hashes(*pairs):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from xplus_fast.data.steps.characters import ASKS, NO_MARKS, QUOTES
-from xplus_fast.data.steps.lengths import CHINESE, RELATIVE_LENGTH, Lengths
+from xplus_fast.data.steps.lengths import CHINESE, RELATIVE_LENGTH, Lengths, deviations
 
 # The evidence is these times the logs of the ratios (of lengths: in standard deviations; speech is
 # there or not), none alone enough.
@@ -81,8 +81,7 @@ def apart(
             differ["speech"] = 1.0
     if not differ:
         return None
-    usual = (0.05 + 1.6 / math.sqrt((lengths.source + lengths.target) / 2)) * lengths.varied
-    differ["length"] = max(abs(lengths.off) - lengths.spare, 0.0) / usual
+    differ["length"] = deviations(lengths)
     evidence = {name: min(WEIGHTS[name] * value, ALONE) for name, value in differ.items()}
     if sum(evidence.values()) <= limit:
         return None

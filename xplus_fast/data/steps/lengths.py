@@ -41,3 +41,9 @@ def compare(source: str, target: str, bases: Sequence[str], digits: Sequence[int
     varied = max(VARIED.get(bases[0], 1.0), VARIED.get(bases[1], 1.0))
     varied *= 1.0 if "en" in bases else BOTH
     return Lengths(ours, theirs, off, 0.0 if known else UNMEASURED, varied)
+
+
+def deviations(lengths: Lengths) -> float:
+    """How far apart two lengths are, in what is usual of translations of that length."""
+    usual = (0.05 + 1.6 / math.sqrt((lengths.source + lengths.target) / 2)) * lengths.varied
+    return max(abs(lengths.off) - lengths.spare, 0.0) / usual
