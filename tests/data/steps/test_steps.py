@@ -189,6 +189,15 @@ def test_letters_that_a_language_has_not() -> None:
     assert reason(identify_pairs, source, text, options, ("en", "ru")) is None
 
 
+def test_nothing_is_judged_of_an_empty_batch() -> None:
+    for step, options in (
+        (format_pairs, FormatOptions()), (clean_pairs, CleanOptions()),
+        (identify_pairs, IdentifyOptions()),
+    ):  # fmt: skip
+        judged = step(batch(), options)
+        assert judged.batch.num_rows == len(judged.reason) == len(judged.detail) == 0
+
+
 def test_a_short_pair_the_other_way_round() -> None:
     pairs = (
         ("Mange !", "Eat!", "fr"), ("Vergiss es.", "Never mind.", "de"),

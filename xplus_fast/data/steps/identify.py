@@ -58,7 +58,7 @@ def identify_pairs(batch: pa.RecordBatch, options: IdentifyOptions) -> Judged:
     chinese = [any(code.startswith("zh") for code in codes) for codes in languages]
     reasons: list[str | None] = [None] * batch.num_rows
     details: list[str | None] = [None] * batch.num_rows
-    doubtful = (np.maximum(*found) > -ROUNDING) | chinese
+    doubtful = (np.maximum(*found) > -ROUNDING) | np.array(chinese, bool)
     for i in np.flatnonzero(doubtful).tolist():
         try:
             judge(pairs[i], languages[i], (found[0][i], found[1][i]), options)
