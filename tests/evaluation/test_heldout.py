@@ -134,6 +134,19 @@ def test_translations_are_those_of_single_sentences(model, tokenizer, batch_size
     assert result["signature"] == str(metric.get_signature()) and "nw:2" in result["signature"]
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_directions_in_one_batch_keep_to_themselves(model, tokenizer, batch_size):
+    parts = {"en-fr": pairs("en-fr"), "en-sw": pairs("en-sw", SENTENCES[1:])}
+    config = EvaluationConfig(99, 99, CONFIG.max_new_tokens, batch_size)
+    together = run(model, tokenizer, parts, config=config)
+    for tag, examples in parts.items():
+        alone = run(model, tokenizer, {tag: examples}, config=config)
+        for kind in ("samples", "chrf", "off_length"):
+            assert together[kind][tag] == alone[kind][tag]
+    outputs = [[s["output"] for s in together["samples"][tag]] for tag in parts]
+    assert outputs[0][1:] != outputs[1] and len(outputs[1]) == len(SENTENCES) - 1
+
+
 def test_ends_of_an_answer_are_counted(model, tokenizer):
     examples = pairs("en-fr")
     answers = direct_outputs(tokenizer, examples, eos_token_id=None)
