@@ -196,6 +196,9 @@ def test_nothing_is_judged_of_an_empty_batch() -> None:
     ):  # fmt: skip
         judged = step(batch(), options)
         assert judged.batch.num_rows == len(judged.reason) == len(judged.detail) == 0
+    index = build_index(["A line of an evaluation set, that nothing here repeats."])
+    assert decontaminate_pairs(batch(), DecontaminateOptions(), index).kept.num_rows == 0
+    assert fingerprints(batch(), DedupOptions()).num_rows == 0
 
 
 def test_a_short_pair_the_other_way_round() -> None:
